@@ -1,0 +1,1 @@
+from dualview.geometry import *

@@ -1,0 +1,253 @@
+"""Tile geometry: which pixel of a map lies in which tile. Integers only, no tensors.
+
+Everything in this package rests on two bijections between a position ``Y`` on an axis and a pair
+(tile index ``i``, offset ``u`` inside the tile), for ``tiles`` tiles of ``size`` positions each:
+
+* local perspective, contiguous blocks (Eq. 13 of arXiv 2407.16198): ``Y = i * size + u``
+* global perspective, interleaved strides (Eq. 16-17): ``Y = u * tiles + i``
+
+[`split_axis`][dualview.geometry.split_axis] is the one place where they are written down; the crops, their
+inverses, the re-tiling inside the enhancement module and the pictures all ask it.
+Heights come before widths everywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+Perspective: TypeAlias = Literal["local", "global"]
+Size: TypeAlias = tuple[int, int]
+"""A pair (height, width)."""
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """A grid of ``rows`` x ``cols`` tiles, numbered row by row from the top left.
+
+    Wherever a grid is asked for, a plain ``(rows, cols)`` pair is accepted too.
+
+    Args:
+        rows: Number of tiles along the height (n_H in the paper), at least 1.
+        cols: Number of tiles along the width (n_W in the paper), at least 1.
+
+    Raises:
+        ValueError: A count is not a positive integer.
+
+    Example:
+        >>> grid = TileGrid(rows=2, cols=3)
+        >>> grid.num_tiles, grid.map_size((24, 24))
+        (6, (48, 72))
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        for name, count in (("rows", self.rows), ("cols", self.cols)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"TileGrid(rows={self.rows!r}, cols={self.cols!r}): {name} must be a positive integer. "
+                    "Give the number of tiles along the height first, then along the width."
+                )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.rows, self.cols))
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles of one perspective, rows * cols."""
+        return self.rows * self.cols
+
+    def map_size(self, tile: Size) -> Size:
+        """Size (H, W) of the map that this grid makes of tiles of size ``tile`` = (h, w)."""
+        return self.rows * tile[0], self.cols * tile[1]
+
+    def tile_size(self, size: Size) -> Size:
+        """Size (h, w) of one tile of a map of ``size`` = (H, W).
+
+        Raises:
+            ValueError: ``size`` is not a positive multiple of (rows, cols).
+        """
+        height, width = size
+        if height < 1 or width < 1 or height % self.rows or width % self.cols:
+            raise ValueError(
+                f"a map of {height} x {width} (height x width) cannot be cut into {self.rows} x {self.cols} tiles: "
+                f"the height must be a positive multiple of rows={self.rows} and the width of cols={self.cols}. "
+                "Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder` argument)."
+            )
+        return height // self.rows, width // self.cols
+
+    @classmethod
+    def of(cls, grid: GridLike) -> TileGrid:
+        """The grid itself, or one made from a (rows, cols) pair.
+
+        Raises:
+            ValueError: ``grid`` is neither.
+        """
+        if isinstance(grid, TileGrid):
+            return grid
+        if isinstance(grid, (tuple, list)) and len(grid) == 2:
+            return cls(*grid)
+        raise ValueError(
+            f"grid={grid!r} is not a grid: pass TileGrid(rows=..., cols=...) or a pair (rows, cols) of positive integers."
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> TileGrid:
+        """Read ``"ROWSxCOLS"``, the form that the command line takes and ``str`` gives.
+
+        Raises:
+            ValueError: ``text`` has another form.
+
+        Example:
+            >>> TileGrid.parse("2x3")
+            TileGrid(rows=2, cols=3)
+        """
+        match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text.strip())
+        if match is None:
+            raise ValueError(f"grid {text!r}: write ROWSxCOLS with two positive integers, rows first, such as 2x3.")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def for_image(cls, size: Size, tile: Size) -> TileGrid:
+        """The grid of whole tiles that an image holds, n = floor(size / tile) per axis (Eq. 9-10).
+
+        Args:
+            size: Image size (H, W) in pixels.
+            tile: Tile size (h, w) in pixels.
+
+        Raises:
+            ValueError: The image is smaller than one tile.
+
+        Example:
+            >>> TileGrid.for_image((1008, 700), tile=(336, 336))
+            TileGrid(rows=3, cols=2)
+        """
+        (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
+        if height < h or width < w:
+            raise ValueError(
+                f"an image of {height} x {width} (height x width) is smaller than one tile of {h} x {w}: "
+                "at least one whole tile must fit. Enlarge or pad the image, or choose a smaller tile."
+            )
+        return cls(height // h, width // w)
+
+
+GridLike: TypeAlias = TileGrid | tuple[int, int] | Sequence[int]
+
+
+def check_size(size: Sequence[int], name: str) -> Size:
+    """``size`` as a pair of positive integers (height, width), or a ValueError that says what was given.
+
+    Whatever counts as an integer does (NumPy's integers too); under ``torch.export`` and ``torch.compile`` the values
+    may be symbolic.
+    """
+    try:
+        height, width = (operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={size!r}: give two positive integers (height, width).") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"{name}={size!r}: height and width must both be at least 1.")
+    return height, width
+
+
+def check_perspective(perspective: str) -> Perspective:
+    """``perspective`` if it is "local" or "global".
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if perspective not in get_args(Perspective):
+        raise ValueError(
+            f'perspective={perspective!r}: must be "local" (contiguous blocks) or "global" (interleaved strides).'
+        )
+    return perspective  # type: ignore[return-value]  # narrowed by the check above
+
+
+class AxisSplit(NamedTuple):
+    """How an axis of tiles * size positions unflattens: the two factors, and which of them counts tiles."""
+
+    factors: tuple[int, int]
+    tile_factor: int
+
+
+def split_axis(perspective: Perspective, tiles: int, size: int) -> AxisSplit:
+    """State the two bijections: position = tile * size + offset (local), or offset * tiles + tile (global).
+
+    Args:
+        perspective: "local" or "global".
+        tiles: Number of tiles along the axis.
+        size: Number of positions of one tile along the axis.
+
+    Example:
+        >>> split_axis("local", tiles=3, size=24)
+        AxisSplit(factors=(3, 24), tile_factor=0)
+        >>> split_axis("global", tiles=3, size=24)
+        AxisSplit(factors=(24, 3), tile_factor=1)
+    """
+    if perspective == "local":
+        return AxisSplit((tiles, size), 0)
+    return AxisSplit((size, tiles), 1)
+
+
+def position(perspective: Perspective, tile: int, offset: int, tiles: int, size: int) -> int:
+    """Position on the axis of ``offset`` inside ``tile``: the inverse of cutting the axis into tiles.
+
+    Example:
+        >>> position("local", tile=1, offset=2, tiles=3, size=24), position("global", tile=1, offset=2, tiles=3, size=24)
+        (26, 7)
+    """
+    (_, inner), tile_factor = split_axis(perspective, tiles, size)
+    outer_index, inner_index = (tile, offset) if tile_factor == 0 else (offset, tile)
+    return outer_index * inner + inner_index
+
+
+def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
+    """The grid that keeps most of an image's detail within a budget of tiles, given its aspect ratio.
+
+    Each candidate grid with at most ``max_tiles`` tiles is judged by fitting the image into it with its aspect ratio
+    kept. The rule, in order:
+
+    1. most source pixels kept (an image is never credited for being enlarged);
+    2. least canvas left empty or spent on enlargement;
+    3. fewest rows (a tie between an upright and a lying grid goes to the lying one).
+
+    All comparisons are in exact rational arithmetic.
+
+    Args:
+        size: Image size (H, W) in pixels.
+        tile: Tile size (h, w) in pixels.
+        max_tiles: Most tiles that one perspective may have, at least 1.
+
+    Raises:
+        ValueError: A size or ``max_tiles`` is not positive.
+
+    Example:
+        >>> choose_grid((1008, 672), tile=(336, 336), max_tiles=9)
+        TileGrid(rows=3, cols=2)
+    """
+    (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed.")
+
+    def cost(grid: TileGrid) -> tuple[Fraction, Fraction, int]:
+        canvas_height, canvas_width = grid.map_size((h, w))
+        scale = min(Fraction(canvas_height, height), Fraction(canvas_width, width), Fraction(1))
+        kept = scale * scale * height * width
+        return -kept, canvas_height * canvas_width - kept, grid.rows
+
+    # Rows or columns beyond what the image fills at full size keep no more and waste more.
+    most_rows, most_cols = -(-height // h), -(-width // w)
+    candidates = (
+        TileGrid(rows, cols)
+        for rows in range(1, min(max_tiles, most_rows) + 1)
+        for cols in range(1, min(max_tiles // rows, most_cols) + 1)
+    )
+    return min(candidates, key=cost)

@@ -1,0 +1,232 @@
+"""Merge the locally enhanced and the globally enhanced map into one (Table 5 of arXiv 2407.16198).
+
+Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each (..., H, W, D).
+Where the paper names a fusion without a formula, our reading stands in its docstring.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearConcatFusion(nn.Module):
+    """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
+
+    Args:
+        dim: Width D, even.
+        device: Where to make the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Raises:
+        ValueError: ``dim`` is odd.
+
+    Example:
+        >>> LinearConcatFusion(8)(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)).shape
+        torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        _check_divides(dim, 2)
+        self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
+        self.global_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.local_proj.reset_parameters()
+        self.global_proj.reset_parameters()
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        return torch.cat([self.global_proj(v_global), self.local_proj(v_local)], dim=-1)
+
+
+class BottleneckConcatFusion(nn.Module):
+    """The fusion of the released weights: bottlenecks, concatenation [local; global], residuals, LayerNorm.
+
+    LayerNorm([b_loc(V_loc); b_glo(V_glo)] + V_glo + V_loc), where each b is Linear(D, D/16) - GELU - Linear(D/16, D/2).
+
+    Args:
+        dim: Width D, a multiple of 16.
+        device: Where to make the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Raises:
+        ValueError: ``dim`` is no multiple of 16.
+
+    Example:
+        >>> BottleneckConcatFusion(32)(torch.randn(1, 4, 6, 32), torch.randn(1, 4, 6, 32)).shape
+        torch.Size([1, 4, 6, 32])
+    """
+
+    def __init__(
+        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        _check_divides(dim, 16)
+
+        def bottleneck() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(dim, dim // 16, device=device, dtype=dtype),
+                nn.GELU(),
+                nn.Linear(dim // 16, dim // 2, device=device, dtype=dtype),
+            )
+
+        self.local_bottleneck, self.global_bottleneck = bottleneck(), bottleneck()
+        self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        for module in (*self.local_bottleneck, *self.global_bottleneck, self.norm):
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        concatenated = torch.cat([self.local_bottleneck(v_local), self.global_bottleneck(v_global)], dim=-1)
+        fused: Tensor = self.norm(concatenated + v_global + v_local)
+        return fused
+
+
+class _ParameterFreeFusion(nn.Module):
+    """Takes the arguments of every fusion, so that fusions can be exchanged, and needs none of them."""
+
+    def __init__(
+        self, dim: int | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+
+class AdditionFusion(_ParameterFreeFusion):
+    """V_glo + V_loc.
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Example:
+        >>> AdditionFusion()(torch.ones(2), torch.ones(2)).tolist()
+        [2.0, 2.0]
+    """
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        return v_global + v_local
+
+
+class WeightedAdditionFusion(nn.Module):
+    """a V_glo + (1 - a) V_loc with a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
+
+    Args:
+        dim: Width D.
+        device: Where to make the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Example:
+        >>> WeightedAdditionFusion(2)(torch.zeros(2), torch.ones(2)).tolist()
+        [0.5, 0.5]
+    """
+
+    def __init__(
+        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weigh both maps equally."""
+        nn.init.zeros_(self.logit)
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        a = self.logit.sigmoid()
+        return a * v_global + (1 - a) * v_local
+
+
+class MultiplicationFusion(_ParameterFreeFusion):
+    """The element-wise product of V_glo and V_loc (our reading).
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Example:
+        >>> MultiplicationFusion()(torch.tensor([2.0]), torch.tensor([3.0])).tolist()
+        [6.0]
+    """
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        return v_global * v_local
+
+
+class MaxPoolFusion(_ParameterFreeFusion):
+    """The element-wise maximum of V_glo and V_loc (our reading).
+
+    Shape:
+        v_local, v_global: (..., D) -> (..., D)
+
+    Example:
+        >>> MaxPoolFusion()(torch.tensor([2.0]), torch.tensor([3.0])).tolist()
+        [3.0]
+    """
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        return torch.maximum(v_global, v_local)
+
+
+class Conv3x3Fusion(nn.Module):
+    """One 3x3 convolution, 2D -> D channels, padding 1, on the concatenated maps [global; local] (our reading).
+
+    Args:
+        dim: Width D.
+        device: Where to make the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        v_local, v_global: (B, H, W, D) -> (B, H, W, D)
+
+    Example:
+        >>> Conv3x3Fusion(8)(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)).shape
+        torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(
+        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.conv.reset_parameters()
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        fused: Tensor = self.conv(torch.cat([v_global, v_local], dim=-1).movedim(-1, -3))
+        return fused.movedim(-3, -1)
+
+
+FUSIONS: dict[str, type[nn.Module]] = {
+    "linear_concat": LinearConcatFusion,
+    "bottleneck_concat": BottleneckConcatFusion,
+    "addition": AdditionFusion,
+    "weighted_addition": WeightedAdditionFusion,
+    "multiplication": MultiplicationFusion,
+    "max_pool": MaxPoolFusion,
+    "conv3x3": Conv3x3Fusion,
+}
+"""The fusions by the names that `DualPerspectiveEnhance(fusion=...)` takes."""
+
+
+def _check_divides(dim: int, divisor: int) -> None:
+    if dim < 1 or dim % divisor:
+        raise ValueError(f"dim={dim} must be a positive multiple of {divisor} for this fusion.")

@@ -1,0 +1,140 @@
+"""Cross-attention between corresponding tiles of two maps."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Init: TypeAlias = Literal["xavier", "identical"]
+
+
+def tile_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, num_heads: int = 1, key_mask: Tensor | None = None
+) -> Tensor:
+    """Attend from every tile of one map to the tile of the same index of another (Eq. 20-21, 24-25).
+
+    softmax(Q K^T / sqrt(D / num_heads)) V, for each tile and head on its own.
+
+    Args:
+        query: Projected queries.
+        key: Projected keys.
+        value: Projected values.
+        num_heads: Number of heads that share the width D.
+        key_mask: True where a key may be attended to. A tile without any such key gives zeros.
+
+    Shape:
+        - query: (..., Q, D); key, value: (..., K, D); key_mask: broadcastable to (..., K)
+        - result: (..., Q, D)
+
+    Raises:
+        ValueError: The widths or leading dimensions differ, or D is no multiple of ``num_heads``.
+
+    Example:
+        >>> q, kv = torch.randn(2, 6, 20, 32), torch.randn(2, 6, 20, 32)
+        >>> tile_attention(q, kv, kv, num_heads=4).shape
+        torch.Size([2, 6, 20, 32])
+    """
+    if key.shape != value.shape or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key and "
+            "value must have one shape, and the query the same leading dimensions and width."
+        )
+    if query.shape[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the width {query.shape[-1]}.")
+
+    def heads(x: Tensor) -> Tensor:
+        return x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    mask = alive = None
+    if key_mask is not None:
+        mask = key_mask.expand(key.shape[:-1]).reshape(-1, 1, 1, key.shape[-2])
+        alive = mask.any(-1, keepdim=True)
+        mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
+    attended = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), attn_mask=mask)
+    if alive is not None:
+        attended = attended.masked_fill(~alive, 0.0)
+    return attended.transpose(1, 2).reshape(query.shape)
+
+
+class TileAttention(nn.Module):
+    """Projections, [`tile_attention`][dualview.tile_attention], and what follows it up to the enhanced tile.
+
+    Args:
+        dim: Width D of the tokens.
+        num_heads: Number of heads.
+        bias: Whether the projections have biases.
+        out_proj: Whether a linear layer follows the attention.
+        residual: Whether the unprojected query is added.
+        norm: Whether a LayerNorm (eps 1e-5) comes last.
+        init: "xavier" draws each projection on its own; "identical" starts all of them from one draw, as the released
+            training code does.
+        device: Where to make the parameters.
+        dtype: Type of the parameters.
+
+    Shape:
+        query: (..., Q, D), key: (..., K, D), key_mask: broadcastable to (..., K) -> (..., Q, D)
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``, or ``init`` is unknown.
+
+    Example:
+        >>> TileAttention(32, num_heads=4)(torch.randn(6, 20, 32), torch.randn(6, 20, 32)).shape
+        torch.Size([6, 20, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 1,
+        bias: bool = False,
+        out_proj: bool = False,
+        residual: bool = False,
+        norm: bool = False,
+        init: Init = "xavier",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must be a positive divisor of dim={dim}.")
+        if init not in ("xavier", "identical"):
+            raise ValueError(f'init={init!r}: must be "xavier" or "identical".')
+        self.num_heads, self.residual, self.init = num_heads, residual, init
+
+        def linear() -> nn.Linear:
+            return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj, self.v_proj = linear(), linear(), linear()
+        self.out_proj = linear() if out_proj else None
+        self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype) if norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: Xavier uniform, biases zero."""
+        projections = [p for p in (self.q_proj, self.k_proj, self.v_proj, self.out_proj) if p is not None]
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+            if self.init == "identical":
+                with torch.no_grad():
+                    projection.weight.copy_(projections[0].weight)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        enhanced = tile_attention(
+            self.q_proj(query), self.k_proj(key), self.v_proj(key), num_heads=self.num_heads, key_mask=key_mask
+        )
+        if self.out_proj is not None:
+            enhanced = self.out_proj(enhanced)
+        if self.residual:
+            enhanced = enhanced + query
+        return enhanced if self.norm is None else self.norm(enhanced)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, residual={self.residual}, init={self.init!r}"

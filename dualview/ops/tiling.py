@@ -1,0 +1,301 @@
+"""Cut images and token maps into local blocks or global strides, and put them back.
+
+All three operations are one permutation of elements, so they are exact for every dtype, differentiable, and inverse to
+each other. Prior art, used as oracles in the tests: timm's window and grid partition (MaxViT), pixel unshuffle, unfold
+with dilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args, overload
+
+import torch
+from torch import Tensor, nn
+
+from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective, split_axis
+from dualview.ops.tile_batch import TileBatch
+
+DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
+
+
+def local_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
+    """Cut a map into contiguous blocks, row by row (Eq. 11-13 of arXiv 2407.16198).
+
+    Tile (i, j) of a map X is X[i*h : (i+1)*h, j*w : (j+1)*w]; it has index i * cols + j.
+
+    Args:
+        x: Images or token maps of any dtype, device and memory format.
+        grid: Rows and columns of tiles.
+        data_format: Whether the channels come before or after height and width.
+
+    Shape:
+        - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
+        - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
+
+    Returns:
+        A new contiguous tensor that shares no memory with ``x``.
+
+    Raises:
+        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
+            is not one of the choices.
+
+    Example:
+        >>> x = torch.arange(8).reshape(1, 2, 4)
+        >>> local_crop(x, (1, 2)).tolist()
+        [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
+    """
+    return crop(x, grid, "local", data_format=data_format)
+
+
+def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
+    """Cut a map into interleaved strides (Eq. 14-17 of arXiv 2407.16198).
+
+    Tile (i, j) of a map X is X[i::rows, j::cols]; it has index i * cols + j and covers the whole map at a lower rate.
+
+    Args:
+        x: Images or token maps of any dtype, device and memory format.
+        grid: Rows and columns of tiles.
+        data_format: Whether the channels come before or after height and width.
+
+    Shape:
+        - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
+        - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
+
+    Returns:
+        A new contiguous tensor that shares no memory with ``x``.
+
+    Raises:
+        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
+            is not one of the choices.
+
+    Example:
+        >>> x = torch.arange(8).reshape(1, 2, 4)
+        >>> global_stride_crop(x, (1, 2)).tolist()
+        [[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]
+    """
+    return crop(x, grid, "global", data_format=data_format)
+
+
+def crop(x: Tensor, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> Tensor:
+    """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
+    grid, perspective = TileGrid.of(grid), check_perspective(perspective)
+    _check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
+    batch = x.dim() - 3
+    plane = batch + (data_format == "channels_first")
+    h, w = grid.tile_size((x.shape[plane], x.shape[plane + 1]))
+    # Splitting a dimension and permuting are views; the clone is the only copy.
+    split = x.unflatten(plane + 1, split_axis(perspective, grid.cols, w).factors)
+    split = split.unflatten(plane, split_axis(perspective, grid.rows, h).factors)
+    tiles = split.permute(_tile_order(batch, perspective, data_format))
+    return tiles.clone(memory_format=torch.contiguous_format).flatten(batch, batch + 1)
+
+
+def _tile_order(batch: int, perspective: Perspective, data_format: DataFormat) -> list[int]:
+    """The permutation that brings a map, split along height and width, into tile order.
+
+    Before: (batch dimensions, [C], height factors, width factors, [D]); after: (batch dimensions, row of the tile,
+    column of the tile, [C], h, w, [D]).
+    """
+    plane = batch + (data_format == "channels_first")
+    tile = split_axis(perspective, tiles=1, size=1).tile_factor
+    row, col, h, w = plane + tile, plane + 2 + tile, plane + 1 - tile, plane + 3 - tile
+    cell = [batch, h, w] if data_format == "channels_first" else [h, w, batch + 4]
+    return [*range(batch), row, col, *cell]
+
+
+@overload
+def recombine(
+    tiles: Tensor,
+    grid: GridLike,
+    perspective: Perspective,
+    *,
+    data_format: DataFormat = ...,
+    size: Size | None = ...,
+) -> Tensor: ...
+@overload
+def recombine(
+    tiles: TileBatch,
+    grid: Sequence[GridLike] | None = ...,
+    perspective: Perspective | None = ...,
+    *,
+    data_format: DataFormat = ...,
+) -> list[Tensor]: ...
+def recombine(
+    tiles: Tensor | TileBatch,
+    grid: GridLike | Sequence[GridLike] | None = None,
+    perspective: Perspective | None = None,
+    *,
+    data_format: DataFormat = "channels_first",
+    size: Size | None = None,
+) -> Tensor | list[Tensor]:
+    """Put tiles back on the two-dimensional grid: the inverse of the crop of the same perspective (Eq. 5-6).
+
+    Args:
+        tiles: Tiles in the order that the crops give them, or a [`TileBatch`][dualview.TileBatch] of mixed grids.
+        grid: Rows and columns of tiles (for a ``TileBatch``: omit it, the batch knows its grids).
+        perspective: "local" or "global", the crop to undo (for a ``TileBatch`` that records it: may be omitted).
+        data_format: Whether the channels come before or after height and width.
+        size: The (H, W) that the result must have, checked if given.
+
+    Shape:
+        - channels_first: (..., rows*cols, C, h, w) -> (..., C, rows*h, cols*w)
+        - channels_last: (..., rows*cols, h, w, D) -> (..., rows*h, cols*w, D)
+        - ``TileBatch``: a list with one map per image
+
+    Returns:
+        A new contiguous tensor that shares no memory with ``tiles``, or a list of them.
+
+    Raises:
+        ValueError: The tiles are of the wrong count, size or (where it is recorded) perspective.
+
+    Example:
+        >>> x = torch.arange(24).reshape(1, 4, 6)
+        >>> torch.equal(recombine(global_stride_crop(x, (2, 3)), (2, 3), "global"), x)
+        True
+    """
+    if isinstance(tiles, TileBatch):
+        grids = tiles.checked_grids(grid)
+        recorded = tiles.checked_perspective(perspective)
+        return [
+            recombine(image, g, recorded, data_format=data_format)
+            for image, g in zip(tiles.split(), grids, strict=True)
+        ]
+    if grid is None or perspective is None:
+        raise ValueError(
+            f"recombine(tiles, grid={grid!r}, perspective={perspective!r}): a plain tensor records neither, so both "
+            'must be given: recombine(tiles, (rows, cols), "local" or "global").'
+        )
+    grid, perspective = TileGrid.of(grid), check_perspective(perspective)  # type: ignore[arg-type]
+    _check_rank(tiles, 4, data_format, "(..., rows*cols, C, h, w)", "(..., rows*cols, h, w, D)")
+    batch = tiles.dim() - 4
+    if tiles.shape[batch] != grid.num_tiles:
+        raise ValueError(
+            f"recombine got {tiles.shape[batch]} tiles (dimension {batch} of {tuple(tiles.shape)}) for a grid of {grid}: "
+            f"it needs rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut with."
+        )
+    first = batch + 1 + (data_format == "channels_first")
+    h, w = tiles.shape[first], tiles.shape[first + 1]
+    if h < 1 or w < 1 or (size is not None and grid.map_size((h, w)) != tuple(size)):
+        rule = f"size={tuple(size)} was asked for" if size is not None else "a tile must hold at least one cell"
+        raise ValueError(
+            f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of "
+            f"{grid.map_size((h, w))}; {rule}. Check the grid (rows first) and that the tiles are those of this map."
+        )
+    order = _tile_order(batch, perspective, data_format)
+    split = tiles.unflatten(batch, (grid.rows, grid.cols)).permute([order.index(dim) for dim in range(len(order))])
+    plane = batch + (data_format == "channels_first")
+    merged = split.clone(memory_format=torch.contiguous_format)
+    return merged.flatten(plane + 2, plane + 3).flatten(plane, plane + 1)
+
+
+def retile(tiles: Tensor, grid: GridLike, source: Perspective, target: Perspective, *, data_format: DataFormat) -> Tensor:
+    """Tiles of one perspective rearranged into those of the other; the tensor itself where the two are the same.
+
+    Shape:
+        As for [`recombine`][dualview.recombine]; the result has the shape of ``tiles``.
+    """
+    if source == target:
+        return tiles
+    return crop(recombine(tiles, grid, source, data_format=data_format), grid, target, data_format=data_format)
+
+
+def _check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
+    if data_format not in get_args(DataFormat):
+        raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
+    if x.dim() < rank:
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
+            f"{first if data_format == 'channels_first' else last} with any leading batch dimensions."
+        )
+
+
+class _Crop(nn.Module):
+    """Holds the arguments; ``forward`` calls the function."""
+
+    perspective: Perspective
+
+    def __init__(self, grid: GridLike, *, data_format: DataFormat = "channels_first") -> None:
+        super().__init__()
+        self.grid, self.data_format = TileGrid.of(grid), data_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        return crop(x, self.grid, self.perspective, data_format=self.data_format)
+
+    def extra_repr(self) -> str:
+        return f"grid=({self.grid.rows}, {self.grid.cols}), data_format={self.data_format!r}"
+
+
+class LocalCrop(_Crop):
+    """Module of [`local_crop`][dualview.local_crop]: contiguous blocks.
+
+    Args:
+        grid: Rows and columns of tiles.
+        data_format: Whether the channels come before or after height and width.
+
+    Shape:
+        - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
+        - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
+
+    Example:
+        >>> LocalCrop((2, 3))(torch.zeros(1, 3, 8, 9)).shape
+        torch.Size([1, 6, 3, 4, 3])
+    """
+
+    perspective: Perspective = "local"
+
+
+class GlobalStrideCrop(_Crop):
+    """Module of [`global_stride_crop`][dualview.global_stride_crop]: interleaved strides.
+
+    Args:
+        grid: Rows and columns of tiles.
+        data_format: Whether the channels come before or after height and width.
+
+    Shape:
+        - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
+        - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
+
+    Example:
+        >>> GlobalStrideCrop((2, 3))(torch.zeros(1, 3, 8, 9)).shape
+        torch.Size([1, 6, 3, 4, 3])
+    """
+
+    perspective: Perspective = "global"
+
+
+class SubfeatureRecombine(nn.Module):
+    """Module of [`recombine`][dualview.recombine]: tiles back onto the grid (Eq. 5 or Eq. 6).
+
+    Args:
+        grid: Rows and columns of tiles.
+        perspective: "local" (Eq. 5) or "global" (Eq. 6), the crop to undo.
+        data_format: Whether the channels come before or after height and width.
+
+    Shape:
+        - channels_last: (..., rows*cols, h, w, D) -> (..., rows*h, cols*w, D)
+        - channels_first: (..., rows*cols, C, h, w) -> (..., C, rows*h, cols*w)
+
+    Raises:
+        ValueError: As [`recombine`][dualview.recombine]; a wrong grid or perspective already at construction.
+
+    Example:
+        >>> SubfeatureRecombine((2, 3), "global", data_format="channels_last")(torch.zeros(1, 6, 4, 5, 8)).shape
+        torch.Size([1, 8, 15, 8])
+    """
+
+    def __init__(
+        self, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first"
+    ) -> None:
+        super().__init__()
+        self.grid, self.perspective = TileGrid.of(grid), check_perspective(perspective)
+        self.data_format = data_format
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        return recombine(tiles, self.grid, self.perspective, data_format=self.data_format)
+
+    def extra_repr(self) -> str:
+        return (
+            f"grid=({self.grid.rows}, {self.grid.cols}), perspective={self.perspective!r}, "
+            f"data_format={self.data_format!r}"
+        )
