@@ -1,1 +1,72 @@
-from dualview.geometry import *
+"""Dual-perspective vision tiling for PyTorch: local blocks and global strides, enhanced by each other.
+
+Heights come before widths, rows before columns, everywhere.
+"""
+
+from dualview import testing
+from dualview.explain import Explanation, explain
+from dualview.geometry import TileGrid, choose_grid
+from dualview.models.dual_view_encoder import DualViewEncoder
+from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
+from dualview.ops.dual_crop import DualPerspectiveCrop, DualPerspectiveTileBatch, DualPerspectiveTiles
+from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance, EnhancedMaps, LoadReport
+from dualview.ops.functional import (
+    global_stride_crop,
+    local_crop,
+    low_pass,
+    read_out,
+    recombine,
+    tile_attention,
+)
+from dualview.ops.fusion import (
+    AdditionFusion,
+    BottleneckConcatFusion,
+    Conv3x3Fusion,
+    LinearConcatFusion,
+    MaxPoolFusion,
+    MultiplicationFusion,
+    WeightedAdditionFusion,
+)
+from dualview.ops.tile_attention import TileAttention
+from dualview.ops.tile_batch import TileBatch
+from dualview.ops.tiling import GlobalStrideCrop, LocalCrop, SubfeatureRecombine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditionFusion",
+    "BottleneckConcatFusion",
+    "Conv3x3Fusion",
+    "DirectReadout",
+    "DualPerspectiveCrop",
+    "DualPerspectiveEnhance",
+    "DualPerspectiveTileBatch",
+    "DualPerspectiveTiles",
+    "DualViewEncoder",
+    "EnhancedMaps",
+    "Explanation",
+    "GlobalStrideCrop",
+    "HfEncoder",
+    "LinearConcatFusion",
+    "LoadReport",
+    "LocalCrop",
+    "MaxPoolFusion",
+    "MultiplicationFusion",
+    "OpenClipEncoder",
+    "SubfeatureRecombine",
+    "TileAttention",
+    "TileBatch",
+    "TileGrid",
+    "TimmEncoder",
+    "WeightedAdditionFusion",
+    "__version__",
+    "choose_grid",
+    "explain",
+    "global_stride_crop",
+    "local_crop",
+    "low_pass",
+    "read_out",
+    "recombine",
+    "testing",
+    "tile_attention",
+]

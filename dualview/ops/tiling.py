@@ -189,15 +189,16 @@ def recombine(
     return merged.flatten(plane + 2, plane + 3).flatten(plane, plane + 1)
 
 
-def retile(tiles: Tensor, grid: GridLike, source: Perspective, target: Perspective, *, data_format: DataFormat) -> Tensor:
-    """Tiles of one perspective rearranged into those of the other; the tensor itself where the two are the same.
+def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLike) -> Tensor:
+    """Feature tiles of one perspective rearranged into those of the other; the tensor itself where they are the same.
 
     Shape:
-        As for [`recombine`][dualview.recombine]; the result has the shape of ``tiles``.
+        (..., rows*cols, h, w, D), unchanged
     """
     if source == target:
         return tiles
-    return crop(recombine(tiles, grid, source, data_format=data_format), grid, target, data_format=data_format)
+    whole = recombine(tiles, grid, source, data_format="channels_last")
+    return crop(whole, grid, target, data_format="channels_last")
 
 
 def _check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:

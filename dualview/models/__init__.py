@@ -1,0 +1,1 @@
+"""Encoders and models assembled from the ops."""

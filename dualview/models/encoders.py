@@ -1,0 +1,176 @@
+"""Vision towers of transformers, timm and open_clip as encoders (T, 3, h, w) -> (T, h', w', D).
+
+None of these libraries is imported here: each class works on a tower that the caller has made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class HfEncoder(nn.Module):
+    """A vision tower of transformers: CLIP, SigLIP, DINOv2 and towers built like them.
+
+    The layers after the chosen one are not run, the final norm only if the last hidden state is asked for. Prefix tokens
+    (class token, registers) are dropped.
+
+    Args:
+        model: `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model` or another with ``embeddings`` and ``encoder``.
+        layer: Index into the model's ``hidden_states`` (0 is the embedding, -1 the last layer before the final norm, -2
+            the one before it, as LLaVA and INF-LLaVA use), or None for ``last_hidden_state``.
+
+    Shape:
+        (T, 3, h, w) pixels -> (T, h/p, w/p, D) tokens, for patches of p pixels
+
+    Raises:
+        ValueError: The model has not the expected parts, or ``layer`` does not exist.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel
+        >>> config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        ...                           image_size=28, patch_size=14)
+        >>> HfEncoder(CLIPVisionModel(config))(torch.randn(5, 3, 28, 28)).shape
+        torch.Size([5, 2, 2, 32])
+    """
+
+    def __init__(self, model: nn.Module, layer: int | None = -2) -> None:
+        super().__init__()
+        layers = hf_layers(model)
+        if layer is not None and not -len(layers) - 1 <= layer <= len(layers):
+            raise ValueError(
+                f"layer={layer} does not exist: {type(model).__name__} has {len(layers)} layers, so hidden_states has "
+                f"indices {-len(layers) - 1} to {len(layers)}."
+            )
+        self.model, self.layer = model, layer
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return hf_token_map(self.model, pixels, self.layer)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}"
+
+
+def hf_layers(model: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a vision tower, or a ValueError that says what is expected."""
+    encoder = getattr(model, "encoder", None)
+    for name in ("layers", "layer"):
+        layers = getattr(encoder, name, None)
+        if hasattr(model, "embeddings") and isinstance(layers, nn.ModuleList):
+            return layers
+    raise ValueError(
+        f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings` and `encoder.layers` (or "
+        "`encoder.layer`), as CLIPVisionModel, SiglipVisionModel and Dinov2Model have. Of a two-tower model pass its "
+        "`vision_model`; wrap any other tower in a function (T, 3, h, w) -> (T, h', w', D)."
+    )
+
+
+def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
+    """``hidden_states[layer]`` of a vision tower as a token map, running no layer after it."""
+    if layer is None:
+        tokens = cast(Tensor, model(pixel_values=pixels).last_hidden_state)
+    else:
+        layers = hf_layers(model)
+        tokens = cast(Any, model).embeddings(pixels)
+        if hasattr(model, "pre_layrnorm"):  # CLIP's own spelling
+            tokens = model.pre_layrnorm(tokens)
+        for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+            out = block(tokens, None)
+            tokens = out[0] if isinstance(out, tuple) else out
+    patch = cast(Any, model).config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    h, w = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
+    return tokens[:, tokens.shape[1] - h * w :].unflatten(1, (h, w))
+
+
+class TimmEncoder(nn.Module):
+    """A timm model with ``forward_intermediates``: vision transformers and most convolutional networks.
+
+    The blocks after the chosen one are not run. Prefix tokens are dropped.
+
+    Args:
+        model: A model of `timm.create_model`.
+        layer: Index of the block (stage, in a convolutional network) whose output is used, as timm counts them.
+        norm: Whether the final norm is applied to that output, where the model has one.
+
+    Shape:
+        (T, 3, h, w) pixels -> (T, h', w', D) tokens
+
+    Raises:
+        ValueError: The model has no ``forward_intermediates``.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+        >>> TimmEncoder(vit)(torch.randn(5, 3, 32, 32)).shape
+        torch.Size([5, 2, 2, 192])
+    """
+
+    def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
+        super().__init__()
+        _check_intermediates(model)
+        self.model, self.layer, self.norm = model, layer, norm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        options: dict[str, Any] = {"norm": True} if self.norm else {}
+        maps = cast(Any, self.model).forward_intermediates(
+            pixels, indices=[self.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW", **options
+        )
+        return cast(Tensor, maps[0]).movedim(1, -1)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, norm={self.norm}"
+
+
+class OpenClipEncoder(nn.Module):
+    """The image tower of an open_clip model.
+
+    The blocks after the chosen one are not run. Prefix tokens are dropped.
+
+    Args:
+        model: `model.visual` of an open_clip model, or the model itself.
+        layer: Index of the block whose output is used.
+        norm: Whether the final norm is applied to that output.
+
+    Shape:
+        (T, 3, h, w) pixels -> (T, h', w', D) tokens
+
+    Raises:
+        ValueError: The tower has no ``forward_intermediates``.
+
+    Example:
+        >>> import open_clip
+        >>> model = open_clip.create_model("ViT-S-32-alt", force_image_size=64)
+        >>> OpenClipEncoder(model)(torch.randn(5, 3, 64, 64)).shape
+        torch.Size([5, 2, 2, 384])
+    """
+
+    def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
+        super().__init__()
+        tower = getattr(model, "visual", model)
+        _check_intermediates(tower)
+        self.model, self.layer, self.norm = tower, layer, norm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        output = cast(Any, self.model).forward_intermediates(
+            pixels,
+            indices=[self.layer],
+            stop_early=True,
+            normalize_intermediates=self.norm,
+            intermediates_only=True,
+            output_fmt="NCHW",
+        )
+        return cast(Tensor, output["image_intermediates"][0]).movedim(1, -1)
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, norm={self.norm}"
+
+
+def _check_intermediates(model: nn.Module) -> None:
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap the model in "
+            "a function (T, 3, h, w) -> (T, h', w', D)."
+        )
