@@ -1,1 +1,46 @@
-"""Encoders and models assembled from the ops."""
+"""Encoders and models assembled from the ops.
+
+The ``InfLlava*`` names load transformers when they are first asked for, and register INF-LLaVA with its Auto classes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dualview.models.dual_view_encoder import DualViewEncoder
+from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
+
+if TYPE_CHECKING:
+    from dualview.models.inf_llava import (
+        InfLlavaConfig,
+        InfLlavaForConditionalGeneration,
+        InfLlavaImageProcessor,
+        InfLlavaModel,
+        InfLlavaProcessor,
+    )
+
+__all__ = [
+    "DualViewEncoder",
+    "HfEncoder",
+    "InfLlavaConfig",
+    "InfLlavaForConditionalGeneration",
+    "InfLlavaImageProcessor",
+    "InfLlavaModel",
+    "InfLlavaProcessor",
+    "OpenClipEncoder",
+    "TimmEncoder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        try:
+            from dualview.models import inf_llava
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f'dualview.models.{name} needs transformers, torchvision and pillow ({error}): pip install "dualview[hf]".'
+            ) from error
+        return getattr(inf_llava, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

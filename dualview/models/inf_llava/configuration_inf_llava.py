@@ -1,0 +1,143 @@
+"""Configuration of INF-LLaVA."""
+
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from dualview.geometry import TileGrid
+from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance
+
+LLAMA_3_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128320,  # 128256, the padding and the image token, filled up to a multiple of 64
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+    "pad_token_id": 128256,
+}
+CLIP_VIT_L_14_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+DEM_PRESETS = ("released", "paper", "direct", "none")
+
+
+@strict
+class InfLlavaConfig(PreTrainedConfig):
+    """What an INF-LLaVA is made of; the default is the released model: CLIP ViT-L/14-336, DEM, MLP, Llama-3-8B.
+
+    Args:
+        vision_config: Configuration (or dict with ``model_type``) of a CLIP or SigLIP vision tower.
+        text_config: Configuration (or dict with ``model_type``) of any causal language model.
+        grid: Rows and columns of tiles; an image of another size is resized to it inside the model.
+        image_token_id: Token that stands for one image token in ``input_ids``.
+        image_seq_length: Image tokens per image; must be the token count of one tile. None: worked out.
+        dem: ``{"preset": "released" | "paper"}`` and any argument of `DualPerspectiveEnhance` in place of the preset's;
+            ``{"preset": "direct"}`` and the arguments of `DirectReadout`; or ``{"preset": "none"}`` for the vision
+            tower alone. None: released.
+        low_res: How the low-resolution view is mixed in: "mean" (released), "add" (paper), None (not at all).
+        vision_feature_layer: Index into the vision tower's hidden states. No layer after it is run.
+        vision_feature_select_strategy: Only "default": prefix tokens are dropped, for the DEM needs a token map.
+        projector_hidden_act: Activation between the two linear layers of the projector.
+        tie_word_embeddings: Whether the language model's head shares the input embeddings.
+
+    Raises:
+        ValueError: Fields do not fit each other; the message says which, and what to write instead.
+
+    Example:
+        >>> config = InfLlavaConfig()
+        >>> config.grid, config.image_seq_length, config.vision_config.hidden_size
+        ((3, 3), 576, 1024)
+    """
+
+    model_type = "inf_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' own form
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    grid: list[int] | tuple[int, ...] = (3, 3)
+    image_token_id: int = 128257
+    image_seq_length: int | None = None
+    dem: dict | None = None
+    low_res: Literal["mean", "add"] | None = "mean"
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config, CLIP_VIT_L_14_336)
+        self.text_config = _sub_config(self.text_config, LLAMA_3_8B)
+        self.dem = {"preset": "released"} if self.dem is None else self.dem
+        self.grid = tuple(TileGrid.of(self.grid))
+        tokens = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        self.image_seq_length = tokens if self.image_seq_length is None else self.image_seq_length
+        if self.image_seq_length != tokens:
+            raise ValueError(
+                f"image_seq_length={self.image_seq_length}, but a tile of {self.vision_config.image_size} pixels with patches "
+                f"of {self.vision_config.patch_size} has {tokens} tokens, and the model keeps one tile's count. Omit it."
+            )
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: prefix tokens have no place on "
+                'the grid of tiles, so only "default" (drop them) is possible.'
+            )
+        self.build_dem(device="meta")  # a wrong option fails here, not when the weights are loaded
+        super().__post_init__(**kwargs)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Tile size (h, w) in pixels: the vision tower's input size."""
+        size: int = self.vision_config.image_size
+        return size, size
+
+    def build_dem(self, device: torch.device | str | None = None) -> nn.Module | None:
+        """The module that ``dem`` describes, for the vision tower's width.
+
+        Raises:
+            ValueError: The preset or an option is unknown, or the readout would not give one tile's token count.
+        """
+        options = dict(self.dem)
+        preset = options.pop("preset", None)
+        if preset not in DEM_PRESETS or options.get("readout") == "none":
+            raise ValueError(
+                f"dem={self.dem}: needs a preset of {DEM_PRESETS}, and a readout that gives the token count of one tile "
+                '(not "none").'
+            )
+        try:
+            if preset == "none":
+                return None if not options else _refuse(options)
+            if preset == "direct":
+                return DirectReadout(**options)
+            build = DualPerspectiveEnhance.released if preset == "released" else DualPerspectiveEnhance.paper
+            return build(self.vision_config.hidden_size, device=device, **options)
+        except TypeError as error:
+            raise ValueError(f"dem={self.dem}: {error}. Options are the arguments of the preset's module.") from error
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    raise TypeError(f"the preset 'none' has no options, got {sorted(options)}")
+
+
+def _sub_config(config: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> Any:
+    """A configuration object from a dict (of the default's model type unless it names one), or the default itself."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = {"model_type": default["model_type"], **config} if config is not None else dict(default)
+    return CONFIG_MAPPING[values.pop("model_type")](**values)

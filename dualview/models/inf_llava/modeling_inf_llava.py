@@ -1,0 +1,342 @@
+"""INF-LLaVA: a vision tower seen from two perspectives, a projector, and a causal language model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+from dualview.geometry import TileGrid
+from dualview.models.dual_view_encoder import encode_dual_view
+from dualview.models.encoders import hf_token_map
+from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
+from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.ops.fusion import WeightedAdditionFusion
+from dualview.ops.tiling import recombine
+
+
+@dataclass
+class InfLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of the base model.
+
+    Attributes:
+        image_hidden_states: Projected image tokens, (num_images, image_seq_length, text hidden size).
+    """
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class InfLlavaCausalLMOutputWithPast(ModelOutput):
+    """Output with logits.
+
+    Attributes:
+        loss: Next-token loss, a scalar, where labels were given.
+        logits: Scores before the softmax, (batch, sequence, vocabulary).
+        past_key_values: The language model's cache.
+        hidden_states: Of the language model, on request.
+        attentions: Of the language model, on request.
+        image_hidden_states: Projected image tokens, (num_images, image_seq_length, text hidden size).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class InfLlavaMultiModalProjector(nn.Module):
+    """mlp2x_gelu: Linear, activation, Linear. (..., vision width) -> (..., text width)"""
+
+    def __init__(self, config: InfLlavaConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.linear_2(self.act(self.linear_1(features)))
+        return projected
+
+
+class InfLlavaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every INF-LLaVA class."""
+
+    config: InfLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DualPerspectiveEnhance"]  # noqa: RUF012 - transformers' own form
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DualPerspectiveEnhance) and module.gate is not None:
+            init.zeros_(module.gate)
+        elif isinstance(module, WeightedAdditionFusion):
+            init.zeros_(module.logit)
+
+
+class InfLlavaModel(InfLlavaPreTrainedModel):
+    """Vision tower, DEM, projector and language model, without the language modelling head.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ValueError: The vision tower is not of the build that [`HfEncoder`][dualview.HfEncoder] takes.
+    """
+
+    def __init__(self, config: InfLlavaConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.dem = config.build_dem()
+        self.multi_modal_projector = InfLlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.max_tiles_per_pass: int | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode images into the tokens that the language model reads.
+
+        Args:
+            pixel_values: Normalised images of one size, which are resized inside to the configured grid of tiles and to
+                the low-resolution view; or, with ``image_grids``, the local tiles of images with a grid each.
+            image_grids: Rows and columns of each image.
+            **kwargs: Accepted and not used, as transformers passes its common arguments to every model.
+
+        Shape:
+            - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
+            - image_grids: (num_images, 2)
+            - last_hidden_state: (num_images, image_seq_length, vision width)
+            - pooler_output: a list of num_images tensors (image_seq_length, text width)
+
+        Raises:
+            ValueError: Tiles and grids do not fit each other.
+        """
+        features = encode_dual_view(
+            pixel_values if image_grids is None else self._images_of_tiles(pixel_values, image_grids),
+            self._encode_tiles,
+            self.dem,
+            tile=self.config.tile,
+            grid=TileGrid.of(self.config.grid) if image_grids is None else None,
+            low_res=self.config.low_res,
+            resize=image_grids is None,
+            max_tiles_per_pass=self.max_tiles_per_pass,
+        ).flatten(1, 2)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features))
+        )
+
+    def _encode_tiles(self, tiles: Tensor) -> Tensor:
+        return hf_token_map(self.vision_tower, tiles, self.config.vision_feature_layer)
+
+    def _images_of_tiles(self, tiles: Tensor, image_grids: Tensor) -> list[Tensor]:
+        grids = [TileGrid.of(pair) for pair in image_grids.tolist()]
+        counts = [grid.num_tiles for grid in grids]
+        if tiles.shape[0] != sum(counts) or tuple(tiles.shape[-2:]) != self.config.tile:
+            raise ValueError(
+                f"pixel_values of shape {tuple(tiles.shape)} with image_grids {image_grids.tolist()}: expected "
+                f"{sum(counts)} tiles of {self.config.tile[0]} x {self.config.tile[1]} pixels, all tiles of an image in "
+                "row-major order, as InfLlavaImageProcessor(max_tiles=...) makes them."
+            )
+        return [recombine(part, g, "local") for part, g in zip(tiles.split(counts), grids, strict=True)]
+
+    def get_placeholder_mask(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
+    ) -> Tensor:
+        """Where the image tokens stand, (batch, sequence, 1), checked against the number of image features."""
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        tokens, features = mask.sum(), image_features.shape[0] * image_features.shape[1]
+        torch_compilable_check(
+            tokens == features,
+            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each image needs "
+            f"{self.config.image_seq_length} tokens with id {self.config.image_token_id}; InfLlavaProcessor writes them.",
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> InfLlavaModelOutputWithPast:
+        """Run the language model on text tokens with the image tokens put in their places.
+
+        Args:
+            input_ids: Token ids; each image takes ``image_seq_length`` tokens ``image_token_id``.
+            pixel_values: As for `get_image_features`.
+            attention_mask: 1 for real tokens, 0 for padding.
+            position_ids: Positions of the tokens.
+            past_key_values: The language model's cache.
+            inputs_embeds: Embedded tokens in place of ``input_ids``.
+            image_grids: As for `get_image_features`.
+            mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
+            **kwargs: Passed to the language model.
+
+        Shape:
+            - input_ids, attention_mask, position_ids: (batch, sequence)
+            - inputs_embeds: (batch, sequence, text width)
+
+        Raises:
+            ValueError: Both or neither of two alternatives are given, or tokens and features do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(pixel_values, image_grids, return_dict=True)
+        image_features = None
+        if images is not None:
+            image_features = torch.stack(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return InfLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin):
+    """INF-LLaVA with its language modelling head: `forward` with labels, and `generate`.
+
+    Args:
+        config: The configuration.
+
+    Example:
+        >>> config = InfLlavaConfig(
+        ...     vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        ...                    "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        ...     text_config={"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+        ...                  "num_attention_heads": 4, "num_key_value_heads": 2},
+        ...     grid=(2, 3), image_token_id=63)
+        >>> model = InfLlavaForConditionalGeneration(config).eval()
+        >>> tokens = torch.tensor([[1, 63, 63, 63, 63, 5, 6]])
+        >>> model(input_ids=tokens, pixel_values=torch.randn(1, 3, 56, 84)).logits.shape
+        torch.Size([1, 7, 64])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: InfLlavaConfig) -> None:
+        super().__init__(config)
+        self.model = InfLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language modelling head."""
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """As [`InfLlavaModel.get_image_features`][dualview.models.InfLlavaModel.get_image_features]."""
+        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> InfLlavaCausalLMOutputWithPast:
+        """As [`InfLlavaModel.forward`][dualview.models.InfLlavaModel.forward], with logits and a loss.
+
+        Args:
+            input_ids: See there.
+            pixel_values: See there.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            image_grids: See there.
+            labels: Token ids to predict, shifted inside; -100 is ignored.
+            logits_to_keep: How many of the last positions get logits (0: all), or their indices.
+            mm_encoder_outputs: See there.
+            **kwargs: Passed to the language model and to the loss.
+
+        Shape:
+            - labels: (batch, sequence)
+            - logits: (batch, kept positions, vocabulary)
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_grids=image_grids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return InfLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )

@@ -1,0 +1,79 @@
+"""Text and pictures to the model's inputs, and its answers back to text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM_PROMPT.replace("'", "\\'") + "<|eot_id|>' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['content'] is string %}{% set text = message['content'] %}"
+    "{% else %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list %}"
+    "{% set text = '<image>\n' * (images | length) + texts | join('') %}"
+    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ text + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ text + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""The Llama-3 chat format with the system prompt of the released model; images come before the text of their turn."""
+
+
+class InfLlavaProcessor(ProcessorMixin):
+    """An image processor and a tokenizer in one: each ``<image>`` in the text becomes ``image_seq_length`` tokens.
+
+    The number does not depend on the picture or its grid.
+
+    Args:
+        image_processor: An `InfLlavaImageProcessor`.
+        tokenizer: The language model's tokenizer; it must know ``image_token`` as one token.
+        image_seq_length: Image tokens per image, as in the model's configuration.
+        image_token: The token that stands for an image in the text.
+        chat_template: A chat template in place of the released model's, which is in the Llama-3 format.
+        **kwargs: As for every processor of transformers.
+
+    Raises:
+        ValueError: The tokenizer does not know ``image_token`` as one token.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 576,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.image_seq_length, self.image_token = image_seq_length, image_token
+        ids = tokenizer.encode(image_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer splits {image_token!r} into {len(ids)} tokens: add it first, with "
+                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
+            )
+        self.image_token_id = ids[0]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text that stands for one image: ``image_seq_length`` image tokens."""
+        return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)

@@ -1,0 +1,495 @@
+"""INF-LLaVA: goldens of the released encoder, and what a transformers user expects of a model and a processor."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+import dualview as dv
+from dualview.models import (
+    InfLlavaConfig,
+    InfLlavaForConditionalGeneration,
+    InfLlavaImageProcessor,
+    InfLlavaModel,
+    InfLlavaProcessor,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TINY_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TINY_LLM = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 2048,
+}
+IMAGE = 63
+
+
+def tiny_config(**changes):
+    fields = {"vision_config": dict(TINY_TOWER), "text_config": dict(TINY_LLM), "grid": (2, 3), "image_token_id": IMAGE}
+    return InfLlavaConfig(**(fields | changes))
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return InfLlavaForConditionalGeneration(tiny_config(**changes)).eval()
+
+
+def prompt(batch=1, images=1):
+    """Token ids: BOS, the image tokens of each image, some text."""
+    row = [1] + [IMAGE] * (4 * images) + [5, 6, 7]
+    return torch.tensor([row] * batch)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["<pad>", "<s>", "<|eot_id|>", "<unk>", "<|start_header_id|>", "<|end_header_id|>", "system", "user", "assistant"]
+    words += [*"abcdefghijklmnopqrstuvwxyzA'.,\n "]
+    vocab = {word: i for i, word in enumerate(words)} | {"<image>": IMAGE}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>"
+    )
+    fast.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<|start_header_id|>", "<|end_header_id|>"]}
+    )
+    return fast
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return InfLlavaProcessor(InfLlavaImageProcessor(size=84, tile_size=28), tokenizer, image_seq_length=4)
+
+
+def photograph(height=60, width=90):
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# --- the released encoder -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [336, 1008])
+def test_reproduces_the_released_encoder(size):
+    """From normalised pixels to projected tokens: 336 pixels are enlarged inside, 1008 are not."""
+    path = GOLDEN / f"released_encode_{size}.safetensors"
+    with safe_open(path, "pt") as file:
+        tower = json.loads(file.metadata()["clip_config"])
+    golden = load_file(path)
+    torch.manual_seed(0)
+    model = InfLlavaModel(InfLlavaConfig(vision_config=tower, text_config=dict(TINY_LLM), image_token_id=IMAGE)).double()
+    model.vision_tower.load_state_dict(
+        {k.removeprefix("vision_tower."): v for k, v in golden.items() if k.startswith("vision_tower.")}
+    )
+    assert model.dem.load_released(golden) == ((), ())
+    projector = {"linear_1": "mm_projector.0", "linear_2": "mm_projector.2"}
+    model.multi_modal_projector.load_state_dict(
+        {f"{new}.{leaf}": golden[f"{old}.{leaf}"] for new, old in projector.items() for leaf in ("weight", "bias")}
+    )
+    y = torch.arange(size, dtype=torch.float64).view(1, 1, -1, 1)
+    x = torch.arange(size, dtype=torch.float64).view(1, 1, 1, -1)
+    c = torch.arange(3, dtype=torch.float64).view(1, 3, 1, 1)
+    pixels = torch.sin(0.013 * y * (c + 1)) * torch.cos(0.017 * x * (c + 1) - 0.2 * c) + 0.2 * torch.sin(0.11 * x + 0.07 * y)
+    with torch.no_grad():
+        tokens = torch.stack(model.get_image_features(pixels.float().double()).pooler_output)
+    assert tokens.shape == golden["output"].shape
+    assert (tokens - golden["output"]).abs().max() < 2e-6
+
+
+def test_default_config_is_the_released_model():
+    config = InfLlavaConfig()
+    assert (config.grid, config.image_seq_length, config.low_res, config.dem) == ((3, 3), 576, "mean", {"preset": "released"})
+    assert config.vision_feature_layer == -2
+    assert config.tile == (336, 336)
+    with torch.device("meta"):
+        model = InfLlavaForConditionalGeneration(config)
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.model.named_children()}
+    assert counts["dem"] == 4_400_256
+    assert counts["multi_modal_projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    # Llama-3-8B without its head has 8_030_261_248 - 128256 * 4096 parameters; the vocabulary here is 64 rows larger
+    assert counts["language_model"] == 8_030_261_248 - 128256 * 4096 + 64 * 4096
+    assert counts["vision_tower"] == 303_507_456
+
+
+def test_image_path_agrees_with_the_dual_view_encoder():
+    model = tiny_model()
+    encoder = dv.DualViewEncoder(dv.HfEncoder(model.model.vision_tower), model.model.dem, tile=(28, 28), grid=(2, 3))
+    pixels = torch.randn(2, 3, 56, 84)
+    with torch.no_grad():
+        out = model.get_image_features(pixels)
+        expected = encoder(pixels).flatten(1, 2)
+    assert torch.equal(out.last_hidden_state, expected)
+    assert torch.equal(torch.stack(out.pooler_output), model.model.multi_modal_projector(expected))
+
+
+def test_layers_after_the_chosen_one_are_not_run():
+    model = tiny_model()
+    calls = []
+    for i, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
+    model.model.vision_tower.post_layernorm.register_forward_hook(lambda *_: calls.append("norm"))
+    model.get_image_features(torch.randn(1, 3, 56, 84))
+    assert set(calls) == {0, 1}
+
+
+def test_mixed_grids_equal_one_image_at_a_time():
+    model = tiny_model()
+    images = [torch.randn(3, 56, 84), torch.randn(3, 28, 28), torch.randn(3, 84, 28)]
+    grids = torch.tensor([[2, 3], [1, 1], [3, 1]])
+    tiles = [dv.local_crop(image, tuple(grid)) for image, grid in zip(images, grids.tolist(), strict=True)]
+    with torch.no_grad():
+        together = model.get_image_features(torch.cat(tiles), grids)
+        assert together.last_hidden_state.shape == (3, 4, 32)
+        for i, tile in enumerate(tiles):
+            alone = model.get_image_features(tile, grids[i : i + 1])
+            torch.testing.assert_close(together.last_hidden_state[i : i + 1], alone.last_hidden_state)
+        same = model.get_image_features(images[0][None])  # the configured grid
+    torch.testing.assert_close(together.pooler_output[0], same.pooler_output[0])
+    with pytest.raises(ValueError, match="expected 10 tiles of 28 x 28"):
+        model.get_image_features(torch.cat(tiles)[:-1], grids)
+
+
+# --- the model, as transformers users use it ----------------------------------------------------------------------------
+
+
+def test_loss_is_that_of_shifted_labels_and_reaches_every_part():
+    model = tiny_model()
+    ids = prompt(2)
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    out = model(input_ids=ids, pixel_values=torch.randn(2, 3, 56, 84), labels=labels)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unused == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("model.vision_tower.encoder.layers.2", "model.vision_tower.post_layernorm"))
+    }
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name.startswith("model.dem") and "k_proj.bias" not in name)
+
+
+def test_text_alone_and_embeddings_in_place_of_ids():
+    model = tiny_model()
+    with torch.no_grad():
+        ids = torch.tensor([[1, 5, 6, 7]])
+        assert model(input_ids=ids).logits.shape == (1, 4, 64)
+        ids, pixels = prompt(), torch.randn(1, 3, 56, 84)
+        expected = model(input_ids=ids, pixel_values=pixels).logits
+        embeds = model.get_input_embeddings()(ids)
+        torch.testing.assert_close(model(inputs_embeds=embeds, pixel_values=pixels).logits, expected)
+        features = {"image": model.get_image_features(pixels)}
+        torch.testing.assert_close(model(input_ids=ids, mm_encoder_outputs=features).logits, expected)
+        torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels, logits_to_keep=2).logits, expected[:, -2:])
+        as_tuple = model(input_ids=ids, pixel_values=pixels, return_dict=False)
+        torch.testing.assert_close(as_tuple[0], expected)
+
+
+def test_image_tokens_stand_where_the_placeholders_are():
+    """Two images in one row: exchanging them changes the logits, and each fills its own placeholders."""
+    model = tiny_model()
+    pixels = torch.randn(2, 3, 56, 84)
+    with torch.no_grad():
+        out = model(input_ids=prompt(images=2), pixel_values=pixels)
+        swapped = model(input_ids=prompt(images=2), pixel_values=pixels.flip(0))
+        embeds = model.get_input_embeddings()(prompt(images=2))
+        embeds[0, 1:5], embeds[0, 5:9] = model.get_image_features(pixels).pooler_output
+        by_hand = model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state)
+    assert not torch.allclose(out.logits, swapped.logits)
+    torch.testing.assert_close(out.logits, by_hand)
+
+
+def test_mismatch_of_tokens_and_features_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"tokens: 4, features: 8"):
+        model(input_ids=prompt(), pixel_values=torch.randn(2, 3, 56, 84))
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(pixel_values=torch.randn(1, 3, 56, 84))
+    with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+        model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84), mm_encoder_outputs={"image": None})
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}])
+def test_generate(options):
+    """Greedy generation equals an argmax loop without a cache; images are encoded once."""
+    model = tiny_model()
+    pixels = torch.randn(2, 3, 56, 84)
+    calls = []
+    handle = model.model.multi_modal_projector.register_forward_hook(lambda *_: calls.append(1))
+    out = model.generate(input_ids=prompt(2), pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+    handle.remove()
+    assert out.shape == (2 * options.get("num_return_sequences", 1), prompt().shape[1] + 4)
+    assert len(calls) == 1
+    if "num_beams" not in options:
+        ids = prompt(2)
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat([ids, model(input_ids=ids, pixel_values=pixels).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(out, ids)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_with_mixed_grids(beams):
+    model = tiny_model()
+    grids = torch.tensor([[2, 3], [1, 2]])
+    tiles = torch.randn(8, 3, 28, 28)
+    arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "num_beams": beams}
+    out = model.generate(input_ids=prompt(2), pixel_values=tiles, image_grids=grids, **arguments)
+    second = model.generate(input_ids=prompt(), pixel_values=tiles[6:], image_grids=grids[1:], **arguments)
+    assert torch.equal(out[1], second[0])
+
+
+def test_save_and_load(tmp_path):
+    model = tiny_model(dem={"preset": "released", "gate": True}, low_res="add")
+    with torch.no_grad():
+        model.model.dem.gate.normal_()
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    ids, pixels = prompt(), torch.randn(1, 3, 56, 84)
+    expected = model(input_ids=ids, pixel_values=pixels).logits
+    for cls in (InfLlavaForConditionalGeneration, AutoModelForImageTextToText):
+        again, report = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(again) is InfLlavaForConditionalGeneration
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(again.eval()(input_ids=ids, pixel_values=pixels).logits, expected)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+    assert isinstance(AutoModel.from_pretrained(tmp_path), InfLlavaModel)
+
+
+def test_parameters_missing_from_a_file_start_as_they_should(tmp_path):
+    """A gate or a fusion weight that a checkpoint lacks must not be left as uninitialised memory."""
+    tiny_model().save_pretrained(tmp_path)
+    for dem in ({"preset": "released", "gate": True}, {"preset": "paper", "fusion": "weighted_addition"}):
+        model = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, config=tiny_config(dem=dem))
+        start = model.model.dem.gate if "gate" in dem else model.model.dem.fusion.logit
+        assert torch.equal(start, torch.zeros_like(start))
+
+
+def test_any_tower_and_any_language_model():
+    siglip = {**TINY_TOWER, "model_type": "siglip_vision_model"}
+    qwen = {**TINY_LLM, "model_type": "qwen2"}
+    model = tiny_model(vision_config=siglip, text_config=qwen, dem={"preset": "paper"}, low_res="add", vision_feature_layer=-1)
+    assert model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84)).logits.shape == (1, 8, 64)
+
+
+def test_tied_embeddings():
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert model.get_encoder(modality="image") is model.model.vision_tower
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    ids, pixels = prompt(), torch.randn(1, 3, 56, 84)
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_agree(attention):
+    model = tiny_model()
+    ids, pixels = prompt(), torch.randn(1, 3, 56, 84)
+    expected = model(input_ids=ids, pixel_values=pixels).logits
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(model(input_ids=ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_and_deepcopy():
+    model = tiny_model()
+    pixels = torch.randn(1, 3, 56, 84)
+    expected = model(input_ids=prompt(), pixel_values=pixels).logits
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    out = low(input_ids=prompt(), pixel_values=pixels.bfloat16()).logits
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.03)
+    assert torch.equal(model(input_ids=prompt(), pixel_values=pixels).logits, expected)
+
+
+def test_image_path_compiles_without_graph_breaks():
+    model = tiny_model()
+    pixels = torch.randn(1, 3, 56, 84)
+
+    def tokens(x):
+        return torch.stack(model.model.get_image_features(x).pooler_output)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tokens, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixels), tokens(pixels))
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_config_survives_json(tmp_path):
+    config = tiny_config(dem={"preset": "paper", "fusion": "conv3x3"}, grid=(1, 2))
+    config.save_pretrained(tmp_path)
+    assert InfLlavaConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+    assert AutoConfig.from_pretrained(tmp_path).grid == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": (0, 3)}, "rows must be a positive integer"),
+        ({"grid": [1, 2, 3]}, "is not a grid"),
+        ({"image_seq_length": 576}, "has 4 tokens"),
+        ({"vision_feature_select_strategy": "full"}, "prefix tokens have no place"),
+        ({"dem": {"preset": "imagined"}}, "needs a preset of"),
+        ({"dem": {"preset": "released", "readout": "none"}}, "token count of one tile"),
+        ({"dem": {"preset": "released", "colour": "red"}}, "colour"),
+        ({"dem": {"preset": "none", "fusion": "addition"}}, "has no options"),
+        ({"dem": {"preset": "paper", "num_heads": 5}}, "num_heads=5"),
+        ({"low_res": "median"}, "low_res"),
+    ],
+)
+def test_wrong_configs_are_refused_at_once(changes, message):
+    with pytest.raises(Exception, match=message):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize("preset", ["none", "direct", "paper"])
+def test_other_presets_run(preset):
+    model = tiny_model(dem={"preset": preset})
+    assert model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84)).logits.shape == (1, 8, 64)
+
+
+# --- image processor --------------------------------------------------------------------------------------------------
+
+
+def test_image_processor_pads_with_the_mean_colour_and_keeps_detail():
+    pixels = InfLlavaImageProcessor()(photograph(500, 1000), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 1008, 1008)
+    assert pixels[0, :, :240].abs().max() < 0.02  # the mean colour, normalised
+    assert pixels[0, :, 260:740].abs().max() > 1
+
+
+def test_image_processor_is_clips_where_nothing_is_padded():
+    """Stage 1: shortest edge to 1008, centre cut out, CLIP's normalisation."""
+    picture = photograph(300, 420)
+    ours = InfLlavaImageProcessor(do_pad=False)(picture, return_tensors="pt")["pixel_values"]
+    clip = CLIPImageProcessor(size={"shortest_edge": 1008}, crop_size=1008)(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours, clip)
+
+
+def test_image_processor_at_the_released_inference_size():
+    assert InfLlavaImageProcessor(size=336)(photograph(), return_tensors="pt")["pixel_values"].shape == (1, 3, 336, 336)
+
+
+def test_image_processor_with_a_grid_per_image():
+    processor = InfLlavaImageProcessor(max_tiles=6, tile_size=28)
+    picture = photograph(56, 84)
+    out = processor([picture, photograph(100, 20)], return_tensors="pt")
+    assert out["image_grids"].tolist() == [[2, 3], [4, 1]]
+    assert out["pixel_values"].shape == (10, 3, 28, 28)
+    whole = InfLlavaImageProcessor(do_pad=False, do_resize=False, do_center_crop=False)(picture, return_tensors="pt")
+    restored = dv.recombine(out["pixel_values"][:6], (2, 3), "local")
+    torch.testing.assert_close(restored, whole["pixel_values"][0])
+
+
+def test_image_processor_round_trip(tmp_path):
+    for processor in (InfLlavaImageProcessor(size=84), InfLlavaImageProcessor(max_tiles=6, tile_size=28)):
+        processor.save_pretrained(tmp_path)
+        again = AutoImageProcessor.from_pretrained(tmp_path)
+        assert type(again) is InfLlavaImageProcessor
+        first, second = (p(photograph(), return_tensors="pt")["pixel_values"] for p in (processor, again))
+        assert torch.equal(first, second)
+
+
+# --- processor --------------------------------------------------------------------------------------------------------
+
+
+def test_processor_writes_the_image_tokens(processor):
+    out = processor(text=["<image>ab", "c<image><image>"], images=[[photograph()], [photograph(), photograph(30, 20)]],
+                    return_tensors="pt", padding=True)
+    assert (out["input_ids"] == IMAGE).sum(1).tolist() == [4, 8]
+    assert out["pixel_values"].shape == (3, 3, 84, 84)
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(60, 90), (30, 20)])
+    assert counted["num_image_tokens"] == [4, 4]
+
+
+def test_chat_template_is_llama_3_with_the_image_first(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "abc"}, {"type": "image"}]},
+        {"role": "assistant", "content": "de"},
+        {"role": "user", "content": "f"},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    assert text == (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nabc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nde<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nf<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    own = processor.apply_chat_template([{"role": "system", "content": "a"}, *messages])
+    assert system not in own
+
+
+def test_from_picture_to_answer(processor, tmp_path):
+    """Save processor and model, load both with the Auto classes, chat, and run the pipeline."""
+    model = tiny_model(grid=(3, 3))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is InfLlavaProcessor
+    assert (processor.image_seq_length, type(processor.image_processor)) == (4, InfLlavaImageProcessor)
+    messages = [{"role": "user", "content": [{"type": "image", "image": photograph()}, {"type": "text", "text": "what"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == IMAGE).sum() == 4
+    assert (inputs["input_ids"] == 1).sum() == 1  # one beginning-of-text
+    out = AutoModelForImageTextToText.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert isinstance(processor.batch_decode(out)[0], str)
+    run = pipeline("image-text-to-text", model=str(tmp_path))
+    answer = run(text=messages, max_new_tokens=3, generate_kwargs={"do_sample": False})
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_tokenizer_without_the_image_token_is_refused(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    with pytest.raises(ValueError, match="add_special_tokens"):
+        InfLlavaProcessor(InfLlavaImageProcessor(), bare, image_token="<picture>")
