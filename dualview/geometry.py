@@ -209,6 +209,17 @@ def position(perspective: Perspective, tile: int, offset: int, tiles: int, size:
     return outer_index * inner + inner_index
 
 
+def tile_slice(perspective: Perspective, tile: int, tiles: int, size: int) -> slice:
+    """The positions of one tile on the axis.
+
+    Example:
+        >>> tile_slice("local", tile=1, tiles=3, size=24), tile_slice("global", tile=1, tiles=3, size=24)
+        (slice(24, 48, 1), slice(1, 71, 3))
+    """
+    first, last = (position(perspective, tile, offset, tiles, size) for offset in (0, size - 1))
+    return slice(first, last + 1, max(1, (last - first) // max(1, size - 1)))
+
+
 def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
     """The grid that keeps most of an image's detail within a budget of tiles, given its aspect ratio.
 

@@ -1,16 +1,19 @@
-"""Pixels to tokens: cut from both perspectives, encode every tile once, enhance, read out, mix with the low-resolution view."""
+"""Pixels to tokens: cut from both perspectives, encode, enhance, read out, mix with the low-resolution view."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_size
+from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance
+from dualview.ops.gather import select
 from dualview.ops.low_pass import low_pass as smooth
+from dualview.ops.plan import LiveTiles, ViewPlan, plan_views, planning, view_slices
 from dualview.ops.tiling import crop, recombine
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
@@ -28,7 +31,8 @@ class DualViewEncoder(nn.Module):
     The encoder's token count and width are kept, so what follows it in a pretrained model still fits.
 
     Args:
-        encoder: Any callable (T, 3, h, w) -> (T, h', w', D): `HfEncoder`, `TimmEncoder`, `OpenClipEncoder`, or your own.
+        encoder: Any callable (T, 3, h, w) -> (T, h', w', D): `HfEncoder`, `TimmEncoder`, `OpenClipEncoder`, or one of
+            your own.
         dem: A `DualPerspectiveEnhance` or `DirectReadout` (or a module called as they are), or None for the encoder's
             features of the low-resolution view alone.
         tile: The encoder's input size (h, w) in pixels.
@@ -40,15 +44,18 @@ class DualViewEncoder(nn.Module):
             Needs ``grid``.
         low_pass: Smooth the image before the stride crop.
         max_tiles_per_pass: Most sub-images in one call of the encoder. None: 1 on a CPU, where single tiles were
-            measured to be faster, and 128 elsewhere, which bounds the memory.
+            measured to be faster, and 128 elsewhere, which bounds the memory. Under `torch.compile` with varying batch
+            sizes, give a number that holds a whole batch: passes are unrolled.
 
     Shape:
         - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own
-        - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding
+        - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding. The dem then attends
+          to no token of padding alone. Images must already have the size of the grid's canvas.
         - result: (B, h', w', D); with readout "none" of a uniform batch, (B, rows*h', cols*w', D)
 
     Raises:
-        ValueError: Sizes, grid and options do not fit each other, or the encoder returns something that is no token map.
+        ValueError: Sizes, grid and options do not fit each other, or the encoder returns something that is no token
+            map.
 
     Example:
         >>> from dualview import DualPerspectiveEnhance
@@ -78,7 +85,7 @@ class DualViewEncoder(nn.Module):
             raise ValueError("resize=True needs a grid: it says to which size images are brought.")
         if getattr(dem, "readout", None) == "none" and low_res is not None:
             raise ValueError(
-                f'low_res={low_res!r} cannot be mixed with a full map: use low_res=None, or a dem with a readout other '
+                f"low_res={low_res!r} cannot be mixed with a full map: use low_res=None, or a dem with a readout other "
                 'than "none".'
             )
         if max_tiles_per_pass is not None and max_tiles_per_pass < 1:
@@ -88,9 +95,7 @@ class DualViewEncoder(nn.Module):
         self.low_res, self.resize, self.low_pass = low_res, resize, low_pass
         self.max_tiles_per_pass = max_tiles_per_pass
 
-    def forward(
-        self, pixels: Tensor | Sequence[Tensor], valid: Tensor | Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, pixels: Tensor | Sequence[Tensor], valid: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         return encode_dual_view(
             pixels,
             self.encoder,
@@ -126,33 +131,35 @@ def encode_dual_view(
 ) -> Tensor:
     """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; its arguments, shapes and errors."""
     batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
+    if not batches:
+        raise ValueError("a list of images must hold at least one.")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     grids = [_grid_of(batch, tile, grid, resize) for batch in batches]
-    views = [
-        _views(batch, g, tile, high=dem is not None, low=low_res is not None or dem is None, low_pass=low_pass)
+    plans = [
+        plan_encoder(dem, g, tile, check_size(batch.shape[2:], "image size"), low=low_res is not None or dem is None, low_pass=low_pass)
         for batch, g in zip(batches, grids, strict=True)
     ]
+    views = [_views(*group, tile, low_pass) for group in zip(batches, grids, plans, strict=True)]
     encoded = _encode(encoder, torch.cat([v.flatten(0, 1) for v in views]), max_tiles_per_pass)
     parts = encoded.split([v.shape[0] * v.shape[1] for v in views])
     features = [part.unflatten(0, v.shape[:2]) for part, v in zip(parts, views, strict=True)]
 
     outputs: dict[int, Tensor] = {}
-    for g in dict.fromkeys(grids):  # images of one grid share one call of the DEM
-        members = [i for i, other in enumerate(grids) if other == g]
+    kinds = list(zip(grids, plans, strict=True))
+    for kind in dict.fromkeys(kinds):  # images of one grid share one call of the DEM
+        members = [i for i, other in enumerate(kinds) if other == kind]
         mask = None if masks is None else torch.cat([masks[i] for i in members])
-        fused = _fuse(torch.cat([features[i] for i in members]), g, tile, dem, low_res, mask)
+        fused = _fuse(torch.cat([features[i] for i in members]), *kind, tile, dem, low_res, mask)
         outputs.update(zip(members, fused.split([batches[i].shape[0] for i in members]), strict=True))
     if len({out.shape[1:] for out in outputs.values()}) > 1:
         raise ValueError(
-            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes and "
-            'cannot be one batch: use a readout other than "none", or one grid per call.'
+            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes "
+            'and cannot be one batch: use a readout other than "none", or one grid per call.'
         )
     return torch.cat([outputs[i] for i in range(len(batches))])
 
 
-def _masks(
-    valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool
-) -> list[Tensor] | None:
+def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:
     if valid is None:
         return None
     masks = [valid] if uniform and isinstance(valid, Tensor) else [mask[None] for mask in valid]
@@ -168,8 +175,8 @@ def _masks(
 def _grid_of(images: Tensor, tile: Size, grid: TileGrid | None, resize: bool) -> TileGrid:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
-            f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or a "
-            "list of (3, H, W)."
+            f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or "
+            "a list of (3, H, W)."
         )
     if resize and grid is not None:
         return grid
@@ -184,18 +191,38 @@ def _grid_of(images: Tensor, tile: Size, grid: TileGrid | None, resize: bool) ->
     return TileGrid(*found)
 
 
-def _views(images: Tensor, grid: TileGrid, tile: Size, *, high: bool, low: bool, low_pass: bool) -> Tensor:
-    """The sub-images to encode, (B, V, 3, h, w): local tiles, stride tiles, low-resolution view.
+def plan_encoder(
+    dem: nn.Module | None, grid: TileGrid, tile: Size, image: Size, *, low: bool, low_pass: bool
+) -> ViewPlan:
+    """Which sub-images of an image are encoded for this dem."""
+    everything = tuple(range(grid.num_tiles))
+    if dem is None:
+        live = LiveTiles((), ())
+    elif isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
+        # The token map is not known before encoding; from (rows, cols) tokens a tile on, the live tiles are the same.
+        live = dem.plan(grid, (grid.rows, grid.cols)).live
+    else:
+        live = LiveTiles(everything, everything)
+    if not planning():
+        live = LiveTiles(everything, everything) if dem is not None else live
+    return plan_views((grid.rows, grid.cols), tile, image, live, low=low, low_pass=low_pass, full=not planning())
 
-    On a 1 x 1 grid the three are one and the same image, which is encoded once.
-    """
-    views: list[Tensor] = []
-    if high and grid.num_tiles > 1:
-        canvas = _interpolate(images, grid.map_size(tile))
-        views += [crop(canvas, grid, "local"), crop(smooth(canvas, grid) if low_pass else canvas, grid, "global")]
-    if low or grid.num_tiles == 1:
-        views.append(_interpolate(images, tile)[:, None])
-    return torch.cat(views, dim=1)
+
+def _views(images: Tensor, grid: TileGrid, plan: ViewPlan, tile: Size, low_pass: bool) -> Tensor:
+    """The sub-images to encode, (B, V, 3, h, w)."""
+    canvas = smoothed = None
+    found = []
+    for view in plan.views:
+        if view.kind == "low":
+            found.append(_interpolate(images, tile))
+            continue
+        canvas = _interpolate(images, grid.map_size(tile)) if canvas is None else canvas
+        source = canvas
+        if view.kind == "global" and low_pass:
+            source = smoothed = smooth(canvas, grid) if smoothed is None else smoothed
+        rows, cols = view_slices(view, grid, tile)
+        found.append(source[..., rows, cols])
+    return torch.stack(found, dim=1)
 
 
 def _interpolate(images: Tensor, size: Size) -> Tensor:
@@ -219,19 +246,26 @@ def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> 
 
 
 def _fuse(
-    features: Tensor, grid: TileGrid, tile: Size, dem: nn.Module | None, low_res: LowRes, valid: Tensor | None
+    features: Tensor,
+    grid: TileGrid,
+    plan: ViewPlan,
+    tile: Size,
+    dem: nn.Module | None,
+    low_res: LowRes,
+    valid: Tensor | None,
 ) -> Tensor:
     """Features (B, V, h', w', D) of the views of one grid -> (B, h', w', D)."""
-    low = features[:, -1]
+    low = None if plan.low is None else features[:, plan.low]
     if dem is None:
+        assert low is not None, "without a dem the low-resolution view is all there is"
         return low
-    n = grid.num_tiles
-    local, stride = (features, features) if n == 1 else (features[:, :n], features[:, n : 2 * n])
-    if valid is None:
-        enhanced: Tensor = dem(local, stride, grid)
-    else:
-        enhanced = dem(local, stride, grid, key_mask=_token_masks(valid, grid, tile, (features.shape[2], features.shape[3])))
-    if low_res is None:
+    options: dict[str, Any] = {}
+    if isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
+        options["live"] = plan.live
+    if valid is not None:
+        options["key_mask"] = _token_masks(valid, grid, tile, (features.shape[2], features.shape[3]))
+    enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
+    if low_res is None or low is None:
         return enhanced
     total = low + enhanced
     return total / 2 if low_res == "mean" else total
@@ -239,10 +273,15 @@ def _fuse(
 
 def _token_masks(valid: Tensor, grid: TileGrid, tile: Size, tokens: Size) -> tuple[Tensor, Tensor]:
     """Which cells of the local and of the global token map see at least one real pixel, (B, rows*h', cols*w') each."""
+    if tuple(valid.shape[-2:]) != grid.map_size(tile):
+        raise ValueError(
+            f"valid marks images of {tuple(valid.shape[-2:])}, which are interpolated to {grid.map_size(tile)}: that "
+            "blends padding into real pixels. Pad images to the canvas of the grid instead."
+        )
     if tile[0] % tokens[0] or tile[1] % tokens[1]:
         raise ValueError(
-            f"a tile of {tile} pixels is no whole multiple of {tokens} tokens, so a pixel mask has no exact token mask: "
-            "give the DEM its key_mask directly."
+            f"a tile of {tile} pixels is no whole multiple of {tokens} tokens, so a pixel mask has no exact token "
+            "mask: give the DEM its key_mask directly."
         )
 
     def pooled(perspective: Perspective) -> Tensor:

@@ -143,7 +143,8 @@ class DualPerspectiveCrop(nn.Module):
         rows, cols = -(-height // h), -(-width // w)
         value = torch.as_tensor(self.pad_value, device=images.device).to(images.dtype)
         fill = value.reshape(-1, 1, 1) if value.dim() else value
-        canvas = fill.expand(*images.shape[:-2], rows * h, cols * w).clone()
+        canvas = images.new_empty((*images.shape[:-2], rows * h, cols * w))
+        canvas[:] = fill
         canvas[..., :height, :width] = images
         return canvas, (height, width)
 

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Perspective, TileGrid
-from dualview.ops.fusion import FUSIONS
+from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_size
+from dualview.ops.fusion import FUSIONS, LinearConcatFusion
+from dualview.ops.gather import (
+    Pooling,
+    TileMap,
+    mean_of_cells,
+    on_full_map,
+    put_back,
+    surroundings,
+    take_read,
+    take_tiles,
+)
 from dualview.ops.low_pass import low_pass
+from dualview.ops.plan import (
+    AxisCut,
+    DirectionPlan,
+    Enhance,
+    EnhancePlan,
+    LiveTiles,
+    Pairing,
+    Source,
+    maps_of_role,
+    plan_direct,
+    plan_enhance,
+    planning,
+)
 from dualview.ops.readout import Readout, check_readout, read_out
 from dualview.ops.tile_attention import Init, TileAttention
-from dualview.ops.tiling import crop, recombine, retile
-
-Pairing: TypeAlias = Literal["paper", "released"]
-Enhance: TypeAlias = Literal["both", "global", "local"]
-Source: TypeAlias = Literal["dual", "local", "global", "sum"]
-
-CROP_OF_QUERY: dict[Pairing, dict[Perspective, Perspective]] = {
-    "paper": {"global": "global", "local": "local"},
-    "released": {"global": "local", "local": "global"},
-}
-"""How both maps are cut when the map of a perspective asks: Eq. 18-25, and the released code (the other way round)."""
+from dualview.ops.tiling import crop, recombine
 
 RELEASED_NAMES = {
     "attention.linears.0": "attentions.0.q_proj",
@@ -217,15 +230,44 @@ class DualPerspectiveEnhance(nn.Module):
         stride_tiles: Tensor,
         grid: GridLike,
         key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        live: LiveTiles | None = None,
     ) -> Tensor:
         grid = TileGrid.of(grid)
-        v_local, v_stride = self.enhanced_maps(local_tiles, stride_tiles, grid, key_mask)
-        if v_local is None or v_stride is None:
-            fused = self.fusion(v_stride if v_local is None else v_local)
-        else:
-            fused = self.fusion(v_local, v_stride)
-        out = read_out(fused, grid, self.readout)
+        maps = self._maps(local_tiles, stride_tiles, grid, live)
+        tokens = check_size(local_tiles.shape[2:4], "token map")
+        plan = self.plan(grid, tokens)
+        values = self._values_to_fold(plan, local_tiles.shape[0] * tokens[0] * tokens[1])
+        enhanced = [self._direction(d, plan, maps, key_mask, grid, tokens, values is not None) for d in plan.directions]
+        out = self._fuse(enhanced, plan, grid, tokens) if values is None else self.fusion(*enhanced, values=values)
         return out if self.gate is None else out * self.gate
+
+    def plan(self, grid: GridLike, tokens: Size) -> EnhancePlan:
+        """What is computed for a grid and the token map (h, w) of one tile.
+
+        Example:
+            >>> DualPerspectiveEnhance.released(1024).plan((3, 3), (24, 24)).live.stride
+            (4,)
+        """
+        return self._plan(TileGrid.of(grid), tokens, full=not planning())
+
+    def _plan(self, grid: TileGrid, tokens: Size, *, full: bool) -> EnhancePlan:
+        attention = cast(TileAttention, self.attentions[0])
+        plain = isinstance(self.fusion, nn.Linear)
+        return plan_enhance(
+            (grid.rows, grid.cols),
+            tokens,
+            readout=self.readout,
+            pairing=self.pairing,
+            enhance=self.enhance,
+            source=self.source,
+            low_pass=self.low_pass,
+            radius=0 if plain else cast("int | None", getattr(self.fusion, "radius", None)),
+            linear=attention.norm is None and (plain or bool(getattr(self.fusion, "linear", False))),
+            dim=self.dim,
+            num_heads=attention.num_heads,
+            full=full,
+        )
 
     def enhanced_maps(
         self,
@@ -234,50 +276,111 @@ class DualPerspectiveEnhance(nn.Module):
         grid: GridLike,
         key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> EnhancedMaps:
-        """V_loc and V_glo before fusion and readout; arguments and errors as for the call of the module."""
+        """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
         grid = TileGrid.of(grid)
-        self._check(local_tiles, stride_tiles, grid)
-        maps = self._roles(local_tiles, stride_tiles, grid)
-        masks = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
+        maps = self._maps(local_tiles, stride_tiles, grid, None)
+        tokens = check_size(local_tiles.shape[2:4], "token map")
+        plan = self._plan(grid, tokens, full=True)
+        found = {d.query: self._direction(d, plan, maps, key_mask, grid, tokens) for d in plan.directions}
+        return EnhancedMaps(found.get("local"), found.get("global"))
 
-        def direction(query: Perspective, attention: nn.Module) -> Tensor:
-            cut = CROP_OF_QUERY[self.pairing][query]
-            key: Perspective = "local" if query == "global" else "global"
-            q, k = (retile(*maps[role], cut, grid) for role in (query, key))
-            if self.low_pass and cut == "global":
-                k = _smooth(k, grid)
-            mask = masks[0 if key == "local" else 1]
-            token_mask = None if mask is None else _cut_mask(mask, local_tiles, grid, cut)
-            enhanced = attention(q.flatten(2, 3), k.flatten(2, 3), token_mask).unflatten(2, q.shape[2:4])
-            return recombine(enhanced, grid, cut, data_format="channels_last")
-
-        return EnhancedMaps(
-            local=direction("local", self.attentions[-1]) if self.enhance != "global" else None,
-            stride=direction("global", self.attentions[0]) if self.enhance != "local" else None,
-        )
-
-    def _roles(
-        self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid
-    ) -> dict[Perspective, tuple[Tensor, Perspective]]:
-        """The tiles that play each role, and how they are cut now."""
-        maps: dict[Perspective, tuple[Tensor, Perspective]] = {
-            "local": (local_tiles, "local"),
-            "global": (stride_tiles, "global"),
+    def _maps(
+        self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles | None
+    ) -> dict[Perspective, list[TileMap]]:
+        """The maps that play each role; where there are two, their tokens are added."""
+        everything = tuple(range(grid.num_tiles))
+        live = live or LiveTiles(everything, everything)
+        self._check(local_tiles, stride_tiles, grid, live)
+        given: dict[Perspective, TileMap] = {
+            "local": TileMap(local_tiles, "local", {tile: place for place, tile in enumerate(live.local)}),
+            "global": TileMap(stride_tiles, "global", {tile: place for place, tile in enumerate(live.stride)}),
         }
-        if self.source == "dual":
-            return maps
-        if self.source == "sum":
-            both = local_tiles + retile(stride_tiles, "global", "local", grid)
-            return {"local": (both, "local"), "global": (both, "local")}
-        return {"local": maps[self.source], "global": maps[self.source]}
+        return {role: [given[p] for p in maps_of_role(self.source, role)] for role in given}
 
-    def _check(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid) -> None:
-        shape = tuple(local_tiles.shape)
-        if shape != tuple(stride_tiles.shape) or len(shape) != 5 or shape[1] != grid.num_tiles or shape[4] != self.dim:
+    def _direction(
+        self,
+        d: DirectionPlan,
+        plan: EnhancePlan,
+        maps: dict[Perspective, list[TileMap]],
+        key_mask: Tensor | tuple[Tensor, Tensor] | None,
+        grid: TileGrid,
+        tokens: Size,
+        fold: bool = False,
+    ) -> Tensor:
+        """One enhanced map at the positions that the fusion reads, or pooled; without W_v if that is folded."""
+        query, key, mask = self._operands(d, maps, key_mask, grid, tokens)
+        pool = Pooling(d, grid, tokens) if plan.commutes else None
+        attention = self._attention(d)
+        if fold:
+            tiles = attention.attend(query, key, mask, absorb=True, pool=pool).flatten(-2)
+        else:
+            tiles = attention(query, key, mask, absorb=d.absorb, pool=pool)
+        return put_back(tiles, d.query_rows, d.query_cols, d.cut, grid) if pool is None else pool.arrange(tiles)
+
+    def _values_to_fold(self, plan: EnhancePlan, pooled_tokens: int) -> tuple[Tensor, Tensor] | None:
+        """W_v of the local and the global direction, where folding them into the fusion costs less than applying them.
+
+        Per direction: d^3 / 2 + N d^2 / 2 folded, N d^2 + N d^2 / 2 one after the other, for N pooled tokens.
+        """
+        if not plan.commutes or not isinstance(self.fusion, LinearConcatFusion) or 2 * pooled_tokens <= self.dim:
+            return None
+        local, of_global = (self._attention(d).value_matrix for d in plan.directions)
+        if local is None or of_global is None or not all(d.absorb for d in plan.directions):
+            return None
+        return local, of_global
+
+    def _attention(self, d: DirectionPlan) -> TileAttention:
+        return cast(TileAttention, self.attentions[0 if d.query == "global" else -1])
+
+    def _operands(
+        self,
+        d: DirectionPlan,
+        maps: dict[Perspective, list[TileMap]],
+        key_mask: Tensor | tuple[Tensor, Tensor] | None,
+        grid: TileGrid,
+        tokens: Size,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query tiles, key tiles and the mask of the keys, (B, T, Q, D), (B, T, K, D), (B or 1, T, K)."""
+        key_role: Perspective = "local" if d.query == "global" else "global"
+        key_maps = maps[key_role]
+        if self.low_pass and d.cut == "global":
+            key_maps = [_smooth(tile_map, grid) for tile_map in key_maps]
+        query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
+        key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
+        raster = key_mask[0 if key_role == "local" else 1] if isinstance(key_mask, tuple) else key_mask
+        if raster is None:
+            return query, key, None
+        cut_mask = _cut_mask(raster, query.shape[0], grid, tokens, d.cut)
+        live = torch.tensor(
+            [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles], device=cut_mask.device
+        )
+        return query, key, cut_mask.index_select(1, live)
+
+    def _fuse(self, enhanced: list[Tensor], plan: EnhancePlan, grid: TileGrid, tokens: Size) -> Tensor:
+        """Fuse the maps, local first, and read the result out."""
+        size = grid.map_size(tokens)
+        if plan.surround == "none":
+            fused = self.fusion(*enhanced)
+        elif plan.surround == "windows":
+            fused = self.fusion(*(surroundings(x, plan, self.fusion.radius) for x in enhanced), windows=True)
+        else:
+            fused = take_read(self.fusion(*(on_full_map(x, plan, size) for x in enhanced)), plan)
+        if fused.shape[1:3] == size and self.readout != "none":
+            return read_out(fused, grid, self.readout)
+        return fused if self.readout == "none" else mean_of_cells(fused, tokens)
+
+    def _check(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles) -> None:
+        shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
+        counts = len(live.local), len(live.stride)
+        if (
+            any(len(shape) != 5 or shape[1] != n or shape[4] != self.dim for shape, n in zip(shapes, counts, strict=True))
+            or shapes[0][0] != shapes[1][0]
+            or shapes[0][2:] != shapes[1][2:]
+        ):
             raise ValueError(
-                f"DualPerspectiveEnhance got local_tiles {shape} and stride_tiles {tuple(stride_tiles.shape)} for a grid of "
-                f"{grid}: both must be (B, rows*cols, h, w, D) = (B, {grid.num_tiles}, h, w, {self.dim}). Flattened tokens "
-                "need .unflatten(2, (h, w)) first."
+                f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: "
+                f"they must be (B, {counts[0]}, h, w, {self.dim}) and (B, {counts[1]}, h, w, {self.dim}), with rows*cols "
+                "tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w)) first."
             )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -329,7 +432,7 @@ class DualPerspectiveEnhance(nn.Module):
             ValueError: The module has parameters that a released checkpoint has no name for.
         """
         names = {new: old for old, new in RELEASED_NAMES.items()}
-        renamed = {}
+        renamed: dict[str, Tensor] = {}
         for name, tensor in self.named_parameters():
             layer, _, leaf = name.rpartition(".")
             if layer not in names:
@@ -373,14 +476,41 @@ class DirectReadout(nn.Module):
             raise ValueError(f'source={source!r}: must be "local", "global" or "sum".')
         self.source, self.readout = source, check_readout(readout)
 
-    def forward(self, local_tiles: Tensor, stride_tiles: Tensor, grid: GridLike) -> Tensor:
-        tiles: dict[Perspective, Tensor] = {"local": local_tiles, "global": stride_tiles}
-        maps = [
-            recombine(tiles[perspective], grid, perspective, data_format="channels_last")
-            for perspective in tiles
-            if self.source in (perspective, "sum")
-        ]
-        return read_out(sum(maps[1:], maps[0]), grid, self.readout)
+    def forward(
+        self,
+        local_tiles: Tensor,
+        stride_tiles: Tensor,
+        grid: GridLike,
+        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        live: LiveTiles | None = None,
+    ) -> Tensor:
+        # key_mask: part of the call it stands in for; where nothing is attended to, there is no key to mask.
+        grid = TileGrid.of(grid)
+        everything = tuple(range(grid.num_tiles))
+        live = live or LiveTiles(everything, everything)
+        size = check_size(local_tiles.shape[2:4], "token map")
+        plan = self.plan(grid, size)
+        planes = []
+        given: dict[Perspective, tuple[Tensor, tuple[int, ...]]] = {
+            "local": (local_tiles, live.local),
+            "global": (stride_tiles, live.stride),
+        }
+        for perspective in maps_of_role(self.source, "local"):
+            tiles, present = given[perspective]
+            tile_map = TileMap(tiles, perspective, {tile: place for place, tile in enumerate(present)})
+            rows, cols = (AxisCut.of(perspective, p, n, s) for p, n, s in zip(plan.read, grid, size, strict=True))
+            planes.append(put_back(take_tiles(tile_map, rows, cols, perspective, grid), rows, cols, perspective, grid))
+        total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
+        if total.shape[1:3] == grid.map_size(size):
+            return read_out(total, grid, self.readout)
+        return mean_of_cells(total, size)
+
+    def plan(self, grid: GridLike, tokens: Size) -> EnhancePlan:
+        """What is computed for a grid and the token map (h, w) of one tile."""
+        return plan_direct(
+            tuple(TileGrid.of(grid)), tokens, readout=self.readout, source=self.source, full=not planning()
+        )
 
     def extra_repr(self) -> str:
         return f"source={self.source!r}, readout={self.readout!r}"
@@ -395,18 +525,24 @@ def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state_dict)
 
 
-def _smooth(stride_tiles: Tensor, grid: TileGrid) -> Tensor:
-    full = recombine(stride_tiles, grid, "global", data_format="channels_last")
-    smooth = low_pass(full, grid, data_format="channels_last")
-    return crop(smooth, grid, "global", data_format="channels_last")
+def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    taken = [take_tiles(tile_map, rows, cols, cut, grid) for tile_map in maps]
+    return taken[0] if len(taken) == 1 else taken[0] + taken[1]
 
 
-def _cut_mask(mask: Tensor, tiles: Tensor, grid: TileGrid, perspective: Perspective) -> Tensor:
+def _smooth(tile_map: TileMap, grid: TileGrid) -> TileMap:
+    """The whole map, low-pass filtered, as stride tiles."""
+    whole = recombine(tile_map.tiles, grid, tile_map.perspective, data_format="channels_last")
+    smooth = crop(low_pass(whole, grid, data_format="channels_last"), grid, "global", data_format="channels_last")
+    return TileMap(smooth, "global", {tile: tile for tile in range(grid.num_tiles)})
+
+
+def _cut_mask(mask: Tensor, batch: int, grid: TileGrid, tokens: Size, cut: Perspective) -> Tensor:
     """A raster mask as (B or 1, rows*cols, h*w) booleans in the order of the tiles' tokens."""
-    size = grid.map_size((tiles.shape[2], tiles.shape[3]))
-    if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (tiles.shape[0], *size)):
+    size = grid.map_size(tokens)
+    if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (batch, *size)):
         raise ValueError(
             f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of shape "
-            f"{(tiles.shape[0], *size)} or {size}, the token map of the whole grid."
+            f"{(batch, *size)} or {size}, the token map of the whole grid."
         )
-    return crop(mask.reshape(-1, *size, 1), grid, perspective, data_format="channels_last").flatten(2)
+    return crop(mask.reshape(-1, *size, 1), grid, cut, data_format="channels_last").flatten(2)

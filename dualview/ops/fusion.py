@@ -2,16 +2,24 @@
 
 Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each (..., H, W, D).
 Where the paper names a fusion without a formula, our reading stands in its docstring.
+
+A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed: class
+attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module without them
+works too, with nothing skipped before it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LinearConcatFusion(nn.Module):
     """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
+
+    With ``values`` the maps are still to be multiplied by W_v of the local and of the global direction, (D, D) each, and
+    these are folded into the two layers.
 
     Args:
         dim: Width D, even.
@@ -29,6 +37,9 @@ class LinearConcatFusion(nn.Module):
         torch.Size([1, 4, 6, 8])
     """
 
+    radius = 0
+    linear = True
+
     def __init__(
         self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -42,8 +53,13 @@ class LinearConcatFusion(nn.Module):
         self.local_proj.reset_parameters()
         self.global_proj.reset_parameters()
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        return torch.cat([self.global_proj(v_global), self.local_proj(v_local)], dim=-1)
+    def forward(
+        self, v_local: Tensor, v_global: Tensor, *, values: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        if values is None:
+            return torch.cat([self.global_proj(v_global), self.local_proj(v_local)], dim=-1)
+        of_global = F.linear(v_global, self.global_proj.weight @ values[1])
+        return torch.cat([of_global, F.linear(v_local, self.local_proj.weight @ values[0])], dim=-1)
 
 
 class BottleneckConcatFusion(nn.Module):
@@ -66,6 +82,9 @@ class BottleneckConcatFusion(nn.Module):
         >>> BottleneckConcatFusion(32)(torch.randn(1, 4, 6, 32), torch.randn(1, 4, 6, 32)).shape
         torch.Size([1, 4, 6, 32])
     """
+
+    radius = 0
+    linear = False
 
     def __init__(
         self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -118,6 +137,9 @@ class AdditionFusion(_ParameterFreeFusion):
         [2.0, 2.0]
     """
 
+    radius = 0
+    linear = True
+
     def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
         return v_global + v_local
 
@@ -137,6 +159,9 @@ class WeightedAdditionFusion(nn.Module):
         >>> WeightedAdditionFusion(2)(torch.zeros(2), torch.ones(2)).tolist()
         [0.5, 0.5]
     """
+
+    radius = 0
+    linear = True
 
     def __init__(
         self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -165,6 +190,9 @@ class MultiplicationFusion(_ParameterFreeFusion):
         [6.0]
     """
 
+    radius = 0
+    linear = False
+
     def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
         return v_global * v_local
 
@@ -180,6 +208,9 @@ class MaxPoolFusion(_ParameterFreeFusion):
         [3.0]
     """
 
+    radius = 0
+    linear = False
+
     def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
         return torch.maximum(v_global, v_local)
 
@@ -193,12 +224,16 @@ class Conv3x3Fusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_local, v_global: (B, H, W, D) -> (B, H, W, D)
+        v_local, v_global: (B, H, W, D) -> (B, H, W, D); with ``windows``, maps of side by side 3 x 3 surroundings
+        (B, 3H, 3W, D) -> (B, H, W, D)
 
     Example:
         >>> Conv3x3Fusion(8)(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)).shape
         torch.Size([1, 4, 6, 8])
     """
+
+    radius = 1
+    linear = True
 
     def __init__(
         self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -210,8 +245,12 @@ class Conv3x3Fusion(nn.Module):
         """Draw the weights anew."""
         self.conv.reset_parameters()
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        fused: Tensor = self.conv(torch.cat([v_global, v_local], dim=-1).movedim(-1, -3))
+    def forward(self, v_local: Tensor, v_global: Tensor, *, windows: bool = False) -> Tensor:
+        channels_first = torch.cat([v_global, v_local], dim=-1).movedim(-1, -3)
+        if windows:
+            fused = F.conv2d(channels_first, self.conv.weight, self.conv.bias, stride=3)
+        else:
+            fused = self.conv(channels_first)
         return fused.movedim(-3, -1)
 
 

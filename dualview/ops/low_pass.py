@@ -44,8 +44,8 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
     for n, axis in ((grid.rows, 0), (grid.cols, 1)):
         if n == 1:
             continue
-        offsets = torch.arange(1 - n, n, device=x.device)
-        kernel = ((n - offsets.abs()) / n**2).to(x.dtype).reshape((-1, 1) if axis == 0 else (1, -1))
+        offsets = torch.arange(1 - n, n, device=x.device, dtype=x.dtype)
+        kernel = ((n - offsets.abs()) / n**2).reshape((-1, 1) if axis == 0 else (1, -1))
         margin = (0, 0, n - 1, n - 1) if axis == 0 else (n - 1, n - 1, 0, 0)
         flat = F.conv2d(F.pad(flat, margin, mode="replicate"), kernel[None, None])
     smooth = flat.reshape(planes.shape)

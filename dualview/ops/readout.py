@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
-import torch
-from einops import reduce
 from torch import Tensor
-from torch.nn import functional as F
 
 from dualview.geometry import GridLike, TileGrid
 
@@ -21,12 +18,29 @@ def check_readout(readout: str) -> Readout:
     return readout  # type: ignore[return-value]  # narrowed by the check above
 
 
+def readout_support(readout: Readout, n: int) -> range:
+    """Which of the n tokens of a cell, along one axis, a readout averages.
+
+    Bilinear interpolation from n h to h positions without antialiasing samples n u + (n - 1) / 2: the centre token for
+    odd n, halfway between the two central ones for even n.
+
+    Example:
+        >>> [list(readout_support(name, 4)) for name in ("average", "bilinear", "centre")]
+        [[0, 1, 2, 3], [1, 2], [2]]
+    """
+    if readout == "bilinear":
+        return range((n - 1) // 2, n // 2 + 1)
+    if readout == "centre":
+        return range(n // 2, n // 2 + 1)
+    return range(n)
+
+
 def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
     """Reduce every cell of rows x cols neighbouring tokens of a map to one token.
 
     * ``"average"``: the mean of the cell (Eq. 7 of arXiv 2407.16198).
-    * ``"bilinear"``: bilinear interpolation without antialiasing, at least in float32, as the released model does it.
-      For odd rows and cols this is the centre token; for even ones the mean of the central two or four.
+    * ``"bilinear"``: bilinear interpolation without antialiasing, as the released model does it. For odd rows and cols
+      this is the centre token; for even ones the mean of the central two or four.
     * ``"centre"``: token (rows // 2, cols // 2) of the cell.
     * ``"none"``: the map as it is.
 
@@ -42,6 +56,7 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
         ValueError: The map is no multiple of the grid, or ``readout`` is unknown.
 
     Example:
+        >>> import torch
         >>> read_out(torch.arange(6.0).reshape(1, 2, 3, 1), (2, 3), "average").item()
         2.5
     """
@@ -49,12 +64,8 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
     if x.dim() < 3:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} is no token map: expected (..., H, W, D).")
     h, w = grid.tile_size((x.shape[-3], x.shape[-2]))
-    if readout == "average":
-        return reduce(x, "... (h r) (w c) d -> ... h w d", "mean", r=grid.rows, c=grid.cols)
-    if readout == "centre":
-        return x[..., grid.rows // 2 :: grid.rows, grid.cols // 2 :: grid.cols, :]
-    if readout == "bilinear":
-        precise = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -4) if x.dim() > 3 else x[None]
-        small = F.interpolate(precise.movedim(-1, 1), (h, w), mode="bilinear", align_corners=False, antialias=False)
-        return small.movedim(1, -1).reshape(*x.shape[:-3], h, w, x.shape[-1]).to(x.dtype)
-    return x
+    if readout == "none":
+        return x
+    rows, cols = readout_support(readout, grid.rows), readout_support(readout, grid.cols)
+    cells = x.unflatten(-2, (w, grid.cols)).unflatten(-4, (h, grid.rows))
+    return cells[..., :, rows.start : rows.stop, :, cols.start : cols.stop, :].mean((-4, -2))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualview.ops.gather import Pooling
+
 Init: TypeAlias = Literal["xavier", "identical"]
 
 
@@ -45,18 +47,34 @@ def tile_attention(
     if query.shape[-1] % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide the width {query.shape[-1]}.")
 
-    def heads(x: Tensor) -> Tensor:
-        return x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    rows = [x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
+    mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).flatten(0, -2)[None]
+    attended = attend_rows(*rows, mask, (query.shape[-1] / num_heads) ** -0.5)
+    return attended[0].transpose(1, 2).reshape(query.shape)
 
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, pool: Pooling | None = None
+) -> Tensor:
+    """softmax(scale q k^T) v for every tile and group of heads, pooled inside if asked.
+
+    Shape:
+        - q: (B, T, G, R, E); k, v: (B, T, G, K, E) or (B, T, G, K, V); key_mask: (B or 1, T, K)
+        - result: (B, T, G, R, V), or with pooled T and R
+    """
     mask = alive = None
     if key_mask is not None:
-        mask = key_mask.expand(key.shape[:-1]).reshape(-1, 1, 1, key.shape[-2])
+        mask = key_mask[:, :, None, None, :]
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
-    attended = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), attn_mask=mask)
-    if alive is not None:
-        attended = attended.masked_fill(~alive, 0.0)
-    return attended.transpose(1, 2).reshape(query.shape)
+    if pool is not None and pool.inside:
+        scores = (q * scale) @ k.transpose(-2, -1)
+        weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+        return pool.attend(weights if alive is None else weights.masked_fill(~alive, 0.0), v)
+    flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(*flat, flat_mask, scale=scale).unflatten(0, q.shape[:2])
+    return attended if alive is None else attended.masked_fill(~alive, 0.0)
 
 
 class TileAttention(nn.Module):
@@ -75,14 +93,14 @@ class TileAttention(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        query: (..., Q, D), key: (..., K, D), key_mask: broadcastable to (..., K) -> (..., Q, D)
+        query: (B, T, Q, D), key: (B, T, K, D), key_mask: (B or 1, T, K) -> (B, T, Q, D)
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or ``init`` is unknown.
 
     Example:
-        >>> TileAttention(32, num_heads=4)(torch.randn(6, 20, 32), torch.randn(6, 20, 32)).shape
-        torch.Size([6, 20, 32])
+        >>> TileAttention(32, num_heads=4)(torch.randn(1, 6, 20, 32), torch.randn(1, 6, 20, 32)).shape
+        torch.Size([1, 6, 20, 32])
     """
 
     def __init__(
@@ -126,15 +144,82 @@ class TileAttention(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        enhanced = tile_attention(
-            self.q_proj(query), self.k_proj(key), self.v_proj(key), num_heads=self.num_heads, key_mask=key_mask
-        )
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        absorb: bool = False,
+        pool: Pooling | None = None,
+    ) -> Tensor:
+        attended = self.attend(query, key, key_mask, absorb=absorb, pool=pool)
+        if absorb:
+            attended = self._project_values(attended, query, key_mask, pool)
+        enhanced: Tensor = attended.flatten(-2)
         if self.out_proj is not None:
             enhanced = self.out_proj(enhanced)
         if self.residual:
-            enhanced = enhanced + query
+            enhanced = enhanced + (query if pool is None else pool.tokens(query))
         return enhanced if self.norm is None else self.norm(enhanced)
+
+    def attend(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, *, absorb: bool, pool: Pooling | None
+    ) -> Tensor:
+        """What every query and head collects: of the values, or if absorbed of the keys as they are.
+
+        Shape:
+            (B, T, Q, D), (B, T, K, D) -> (B, T, Q, heads, D / heads), or (..., heads, D) if absorbed
+        """
+        scale = float((query.shape[-1] / self.num_heads) ** -0.5)
+        if absorb:  # all heads ask the same keys: as many more rows of one group
+            shared = key.unsqueeze(2)
+            rows = self._absorbed_queries(query).flatten(2, 3).unsqueeze(2)
+            attended = attend_rows(rows, shared, shared, key_mask, scale, pool)
+            per_head = attended.squeeze(2).unflatten(2, (self.num_heads, -1))
+        else:
+            q, k, v = (
+                x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
+                for x in (self.q_proj(query), self.k_proj(key), self.v_proj(key))
+            )
+            per_head = attend_rows(q, k, v, key_mask, scale, pool)
+        by_query: Tensor = per_head.transpose(2, 3)
+        return by_query if pool is None or pool.inside else pool.tokens(by_query.flatten(-2)).unflatten(
+            -1, by_query.shape[-2:]
+        )
+
+    @property
+    def value_matrix(self) -> Tensor | None:
+        """W_v, if it alone follows the softmax: one head, and no bias, output projection, residual or norm."""
+        after = (self.v_proj.bias, self.out_proj, self.norm)
+        alone = self.num_heads == 1 and not self.residual and all(part is None for part in after)
+        return self.v_proj.weight if alone else None
+
+    def _absorbed_queries(self, query: Tensor) -> Tensor:
+        """(q W_q + b_q) W_k^T per head, (B, T, heads, Q, D): the keys then need no projection.
+
+        Their bias b_k would add one constant to all scores of a query, which the softmax drops.
+        """
+        weight, dim = self.k_proj.weight, query.shape[-1]
+        if self.num_heads == 1 and query.numel() > dim**2:  # more queries than rows of W_q W_k^T: fold it
+            bias = None if self.q_proj.bias is None else self.q_proj.bias @ weight
+            return F.linear(query, weight.t() @ self.q_proj.weight, bias).unsqueeze(2)
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))
+        return torch.einsum("btqhe,hed->bthqd", q, weight.unflatten(0, (self.num_heads, -1)))
+
+    def _project_values(
+        self, attended: Tensor, query: Tensor, key_mask: Tensor | None, pool: Pooling | None
+    ) -> Tensor:
+        """(P x) W_v + b_v per head, for the rows of P sum to one; where all keys are masked they sum to zero."""
+        weight = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
+        values = torch.einsum("btqhd,hed->btqhe", attended, weight)
+        if self.v_proj.bias is None:
+            return values
+        bias = self.v_proj.bias.unflatten(0, (self.num_heads, -1))
+        if key_mask is None:
+            return values + bias
+        sums = key_mask.any(-1)[:, :, None, None].to(values.dtype).expand(*query.shape[:3], 1)
+        return values + (sums if pool is None else pool.tokens(sums)).unsqueeze(-1) * bias
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, residual={self.residual}, init={self.init!r}"

@@ -96,7 +96,7 @@ class TileBatch:
     def checked_grids(self, grids: object) -> tuple[TileGrid, ...]:
         """The grids of the batch; a ValueError if ``grids`` is given and differs from them."""
         if grids is not None and (
-            not isinstance(grids, Sequence) or tuple(TileGrid.of(g) for g in grids) != self.grids  # type: ignore[arg-type]
+            not isinstance(grids, Sequence) or tuple(TileGrid.of(g) for g in grids) != self.grids
         ):
             raise ValueError(
                 f"grids {grids!r} differ from those of the TileBatch, {[str(g) for g in self.grids]}: omit the argument."

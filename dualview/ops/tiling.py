@@ -87,7 +87,7 @@ def crop(x: Tensor, grid: GridLike, perspective: Perspective, *, data_format: Da
     # Splitting a dimension and permuting are views; the clone is the only copy.
     split = x.unflatten(plane + 1, split_axis(perspective, grid.cols, w).factors)
     split = split.unflatten(plane, split_axis(perspective, grid.rows, h).factors)
-    tiles = split.permute(_tile_order(batch, perspective, data_format))
+    tiles: Tensor = split.permute(_tile_order(batch, perspective, data_format))
     return tiles.clone(memory_format=torch.contiguous_format).flatten(batch, batch + 1)
 
 
@@ -185,7 +185,7 @@ def recombine(
     order = _tile_order(batch, perspective, data_format)
     split = tiles.unflatten(batch, (grid.rows, grid.cols)).permute([order.index(dim) for dim in range(len(order))])
     plane = batch + (data_format == "channels_first")
-    merged = split.clone(memory_format=torch.contiguous_format)
+    merged: Tensor = split.clone(memory_format=torch.contiguous_format)
     return merged.flatten(plane + 2, plane + 3).flatten(plane, plane + 1)
 
 

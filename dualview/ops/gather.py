@@ -1,0 +1,171 @@
+"""Bring the tokens that a plan names together as tiles, and put what was made of them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dualview.geometry import Perspective, Size, TileGrid, check_size, split_axis
+from dualview.ops.plan import AxisCut, DirectionPlan, EnhancePlan
+from dualview.ops.tiling import recombine, retile
+
+
+class TileMap(NamedTuple):
+    """A token map as tiles of one perspective, of which some may be absent.
+
+    Attributes:
+        tiles: (B, present tiles, h, w, D).
+        perspective: How the map is cut.
+        places: Where each present tile stands among ``tiles``, by its index in the grid.
+    """
+
+    tiles: Tensor
+    perspective: Perspective
+    places: Mapping[int, int]
+
+
+def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """The tokens at ``rows`` x ``cols`` as tiles of perspective ``cut``.
+
+    Shape:
+        (B, present tiles, h, w, D) -> (B, tiles, tokens per tile, D)
+    """
+    wanted = [i * grid.cols + j for i in rows.tiles for j in cols.tiles]
+    if rows.whole and cols.whole:
+        if source.perspective == cut:
+            places = [source.places[tile] for tile in wanted]
+            return select(source.tiles, 1, places).flatten(2, 3)
+        if len(source.places) == len(wanted) == grid.num_tiles:
+            return retile(source.tiles, source.perspective, cut, grid).flatten(2, 3)
+    h, w = check_size(source.tiles.shape[2:4], "token map")
+    tile_rows, offset_rows = _locate(source.perspective, rows, grid.rows, h)
+    tile_cols, offset_cols = _locate(source.perspective, cols, grid.cols, w)
+    device = source.tiles.device
+    place = torch.tensor([[source.places[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
+    u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
+    tokens = source.tiles[:, place, u, v]
+    split = tokens.unflatten(2, (len(cols.tiles), cols.per_tile)).unflatten(1, (len(rows.tiles), rows.per_tile))
+    return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """What `take_tiles` took, with new contents, as the map of the live rows and columns.
+
+    Shape:
+        (B, tiles, tokens per tile, D) -> (B, live rows, live columns, D)
+    """
+    split = tiles.unflatten(2, (rows.per_tile, cols.per_tile))
+    if rows.whole and cols.whole and tiles.shape[1] == grid.num_tiles:
+        return recombine(split, grid, cut, data_format="channels_last")
+    plane = split.unflatten(1, (len(rows.tiles), len(cols.tiles))).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return select(select(plane, 1, rows.slots), 2, cols.slots)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Average pooling of the cells of one direction, taken as early as its cut allows.
+
+    Attributes:
+        direction: The direction; its ``pool`` says where the average is taken.
+        grid: Rows and columns of tiles.
+        size: The pooled map (h, w).
+    """
+
+    direction: DirectionPlan
+    grid: TileGrid
+    size: Size
+
+    @property
+    def inside(self) -> bool:
+        """Whether attention weights are pooled, and not only what they collect."""
+        return self.direction.pool != "map"
+
+    @property
+    def _cells(self) -> tuple[int, int, int, int]:
+        """How the queries of one tile split: (cell rows, rows of a cell, cell columns, columns of a cell)."""
+        rows, cols = self.direction.query_rows, self.direction.query_cols
+        h, w = self.size[0] // self.grid.rows, self.size[1] // self.grid.cols
+        return h, rows.per_tile // h, w, cols.per_tile // w
+
+    def attend(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Pooled weights times values. (B, T, G, R, K), (B, T, G, K, V) -> (B, pooled T, G, pooled R, V)"""
+        if self.direction.pool == "tiles":  # the same place of all tiles: one product over the keys of all of them
+            rows, keys = weights.permute(0, 2, 3, 1, 4).flatten(3), values.transpose(1, 2).flatten(2, 3)
+            return (rows @ keys).unsqueeze(1) / weights.shape[1]
+        split = weights.unflatten(-2, (-1, *self._cells))
+        return split.mean((-4, -2)).flatten(-4, -2) @ values
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Pooled tokens. (B, T, Q, C) -> (B, pooled T, pooled Q, C)"""
+        if self.direction.pool == "tiles":
+            return x.mean(1, keepdim=True)
+        if self.direction.pool == "cells":
+            return x.unflatten(2, self._cells).mean((3, 5)).flatten(2, 3)
+        d = self.direction
+        plane = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
+        return mean_of_cells(plane, self.size).flatten(1, 2).unsqueeze(1)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Pooled tokens as a map. (B, pooled T, pooled Q, C) -> (B, h, w, C)"""
+        if self.direction.pool == "cells":
+            h, _, w, _ = self._cells
+            return recombine(x.unflatten(2, (h, w)), self.grid, "local", data_format="channels_last")
+        return x.squeeze(1).unflatten(1, self.size)
+
+
+def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
+    """The mean of the tokens read of each cell. (..., h * k, w * l, D) -> (..., h, w, D)"""
+    (h, w), (height, width) = size, plane.shape[-3:-1]
+    if (height, width) == (h, w):
+        return plane
+    return plane.unflatten(-2, (w, width // w)).unflatten(-4, (h, height // h)).mean((-4, -2))
+
+
+def surroundings(plane: Tensor, plan: EnhancePlan, radius: int) -> Tensor:
+    """Each token that is read with those around it, side by side, zeros beyond the border.
+
+    Shape:
+        (B, fused rows, fused columns, D) -> (B, k * read rows, k * read columns, D) for k = 2 * radius + 1
+    """
+    plane = F.pad(plane, (0, 0, 0, 1, 0, 1))  # one more row and column, of zeros
+    for dim, read, fused in zip((1, 2), plan.read, plan.fused, strict=True):
+        place = {p: i for i, p in enumerate(fused)}
+        around = [place.get(p + step, len(fused)) for p in read for step in range(-radius, radius + 1)]
+        plane = select(plane, dim, around)
+    return plane
+
+
+def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
+    """The live tokens on a map of zeros. (B, fused rows, fused columns, D) -> (B, H, W, D)"""
+    if plane.shape[1:3] == size:
+        return plane
+    rows, cols = (torch.tensor(positions, device=plane.device) for positions in plan.fused)
+    full = plane.new_zeros(plane.shape[0], *size, plane.shape[-1])
+    full[:, rows[:, None], cols] = plane
+    return full
+
+
+def take_read(plane: Tensor, plan: EnhancePlan) -> Tensor:
+    """The tokens that are read. (B, H, W, D) -> (B, read rows, read columns, D)"""
+    return select(select(plane, 1, plan.read[0]), 2, plan.read[1])
+
+
+def _locate(perspective: Perspective, cut: AxisCut, tiles: int, size: int) -> tuple[list[int], list[int]]:
+    """Tile and offset of every gathered position, as the map is cut now."""
+    (_, inner), tile_factor = split_axis(perspective, tiles, size)
+    outer_inner = [divmod(position, inner) for position in cut.positions]
+    pairs = outer_inner if tile_factor == 0 else [(inner_, outer) for outer, inner_ in outer_inner]
+    return [tile for tile, _ in pairs], [offset for _, offset in pairs]
+
+
+def select(x: Tensor, dim: int, places: list[int] | tuple[int, ...]) -> Tensor:
+    """Entries of one dimension; a view, or ``x`` itself, where they are consecutive."""
+    first = places[0] if places else 0
+    if list(places) == list(range(first, first + len(places))):
+        return x if len(places) == x.shape[dim] else x.narrow(dim, first, len(places))
+    return x.index_select(dim, torch.tensor(places, device=x.device))
