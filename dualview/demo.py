@@ -1,0 +1,294 @@
+"""One photograph through INF-LLaVA's vision path at the paper's sizes, every stage measured.
+
+Nothing is downloaded: the architectures are the real ones, the weights are random.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dualview.geometry import GridLike, TileGrid
+from dualview.images import CLIP_MEAN, CLIP_STD, fit_canvas, load_image, save_image, to_tensor
+from dualview.models.dual_view_encoder import DualViewEncoder, LowRes
+from dualview.models.encoders import HfEncoder
+from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.visualize import draw_tiles
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+Preset: TypeAlias = Literal["released", "paper"]
+
+LOW_RES: dict[Preset, LowRes] = {"released": "mean", "paper": "add"}
+"""How either version of the model mixes in the low-resolution view."""
+
+QUESTION = "What does the picture show?"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the models; the defaults are CLIP ViT-L/14-336 and a small Llama."""
+
+    tile: int = 336
+    patch: int = 14
+    dim: int = 1024
+    mlp_dim: int = 4096
+    layers: int = 24
+    heads: int = 16
+    llm_dim: int = 512
+    llm_layers: int = 4
+
+
+SMALL = DemoConfig(dim=128, mlp_dim=512, layers=2, heads=2, llm_dim=128, llm_layers=2)
+"""The same numbers of pixels and tokens through narrow models of two layers: seconds."""
+
+
+@dataclass
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: What was computed.
+        shape: Shape of the result; the first sizes of repeated calls are added up.
+        tokens: Number of tokens in it, 0 for pixels.
+        seconds: Wall time since the end of the stage before.
+        memory: Peak so far, in bytes; None where it cannot be known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tokens: int
+    seconds: float
+    memory: int | None
+
+
+@dataclass
+class DemoReport:
+    """What the demo measured and made: the rows of the table, the image tokens and the language model's scores."""
+
+    stages: list[Stage]
+    image_tokens: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Stopwatch:
+    """Measures stages one after the other: each lasts from the end of the one before to its own."""
+
+    device: torch.device
+    stages: list[Stage] = field(default_factory=list)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str, shape: tuple[int, ...], tokens: int = 0) -> None:
+        """End a stage. A further lap of the same name continues it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if self.stages and self.stages[-1].name == name:
+            done = self.stages.pop()
+            shape = (done.shape[0] + shape[0], *shape[1:])
+            tokens, seconds = done.tokens + tokens, done.seconds + seconds
+        self.stages.append(Stage(name, shape, tokens, seconds, _peak_memory(self.device)))
+
+    def lap_map(self, name: str, tokens: Tensor) -> None:
+        """End a stage that gave tokens (..., D)."""
+        self.lap(name, tuple(tokens.shape), tokens[..., 0].numel())
+
+
+def run_demo(
+    image: str | Path | None = None,
+    output: str | Path = "dualview_demo.png",
+    *,
+    grid: GridLike = (3, 3),
+    preset: Preset = "released",
+    seed: int = 0,
+    config: DemoConfig | None = None,
+) -> DemoReport:
+    """Run the demo, print what happens, and write the picture.
+
+    Args:
+        image: A picture file; None for the photograph that matplotlib ships.
+        output: Where the picture of the tiles goes.
+        grid: Rows and columns of tiles.
+        preset: Which version of the enhancement module, and of mixing in the low-resolution view.
+        seed: Of the random weights.
+        config: Sizes of the models.
+
+    Raises:
+        ImageError: The image cannot be read, or the picture cannot be written.
+    """
+    grid, config = TileGrid.of(grid), config or DemoConfig()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    watch = Stopwatch(device)
+    source = image or _bundled_photograph()
+    photo = load_image(source)
+    _say(f"image       {source}{'' if image else ' (Grace Hopper, a photograph that matplotlib ships)'}")
+    watch.lap("image", (photo.height, photo.width, 3))
+
+    canvas = fit_canvas(photo, grid.map_size((config.tile, config.tile)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    pixels = ((to_tensor(canvas) / 255 - mean) / std)[None].to(device)
+    watch.lap("scale, pad, normalise", tuple(pixels.shape))
+    save_image(draw_tiles(canvas, grid).picture, output)
+    watch.lap("draw the tiles", (canvas.height, canvas.width, 3))
+
+    torch.manual_seed(seed)
+    _say(f"models      {_describe(config, preset)}, on {device.type}")
+    model, projector, llm = _build(config, grid, preset, device)
+    modules = {"encoder": model.get_submodule("encoder"), "DEM": model.get_submodule("dem")}
+    modules |= {"projector": projector, "language model": llm}
+    counts = (f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in modules.items())
+    _say(f"parameters  {'; '.join(counts)}")
+    _say("weights     RANDOM: shapes, tokens, times and memory mean something, the values of the result do not")
+    watch.lap("build the models", ())
+
+    with torch.inference_mode():
+        views = 2 * grid.num_tiles + 1 if grid.num_tiles > 1 else 1
+        with _watched(model, watch, views):
+            features = model(pixels)
+        image_tokens = projector(features.flatten(1, 2))
+        watch.lap_map("projector", image_tokens)
+        text = torch.tensor([list(QUESTION.encode())], device=device)
+        embeddings = torch.cat([image_tokens, llm.get_input_embeddings()(text)], dim=1)
+        logits = llm(inputs_embeds=embeddings).logits
+        watch.lap("language model", tuple(logits.shape), logits.shape[1])
+
+    _say("")
+    _say(table(watch.stages, device))
+    _say("")
+    _say(f"The language model read {image_tokens.shape[1]} image tokens and the {text.shape[1]} bytes of {QUESTION!r}.")
+    _say(f"Wrote {output}: the image under its grid, its local tiles, its stride tiles.")
+    _say("Next: open it; then `dualview demo --image YOUR_IMAGE`, `dualview view YOUR_IMAGE --grid 2x3 -o tiles.png`,")
+    _say("`dualview explain`; in Python, dualview.DualViewEncoder takes your own encoder.")
+    return DemoReport(watch.stages, image_tokens, logits)
+
+
+def table(stages: list[Stage], device: torch.device) -> str:
+    """The stages, aligned, with a last row for the whole."""
+    rows = [("stage", "shape", "tokens", "seconds", "peak memory")]
+    for stage in stages:
+        shape = " x ".join(map(str, stage.shape)) or "-"
+        memory = "-" if stage.memory is None else f"{stage.memory / 2**30:.2f} GiB"
+        rows.append((stage.name, shape, f"{stage.tokens:,}" if stage.tokens else "-", f"{stage.seconds:.2f}", memory))
+    rows.append(("total", "", "", f"{sum(stage.seconds for stage in stages):.2f}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    aligned = [[row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(5)] for row in rows]
+    lines = ["  ".join(cells).rstrip() for cells in aligned]
+    rule = "-" * len(lines[0])
+    meaning = (
+        "peak memory: the most that the CUDA allocator has held up to then"
+        if device.type == "cuda"
+        else "peak memory: the most that the process, Python and torch included, has had resident up to then"
+    )
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], meaning])
+
+
+def _build(
+    config: DemoConfig, grid: TileGrid, preset: Preset, device: torch.device
+) -> tuple[DualViewEncoder, nn.Module, LlamaForCausalLM]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    with device:
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=config.dim,
+                intermediate_size=config.mlp_dim,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                image_size=config.tile,
+                patch_size=config.patch,
+                projection_dim=768,
+            )
+        )
+        dem = getattr(DualPerspectiveEnhance, preset)(config.dim)
+        projector = nn.Sequential(
+            nn.Linear(config.dim, config.llm_dim), nn.GELU(), nn.Linear(config.llm_dim, config.llm_dim)
+        )
+        llm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=256,
+                hidden_size=config.llm_dim,
+                intermediate_size=4 * config.llm_dim,
+                num_hidden_layers=config.llm_layers,
+                num_attention_heads=8,
+                max_position_embeddings=4096,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    model = DualViewEncoder(
+        HfEncoder(tower, layer=-2), dem, tile=(config.tile, config.tile), grid=grid, low_res=LOW_RES[preset]
+    )
+    return model.eval(), projector.eval(), llm.eval()
+
+
+@contextmanager
+def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[None]:
+    """Measure the stages of an encoder by hooks, and show its progress."""
+    from tqdm import tqdm
+
+    assert isinstance(model.encoder, nn.Module)
+    assert isinstance(model.dem, DualPerspectiveEnhance)
+    bar = tqdm(total=views, desc="encoding", unit=" sub-image", file=sys.stderr)
+
+    def tiles_cut(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if bar.n == 0:
+            watch.lap("cut into tiles", (views, *args[0].shape[1:]))
+
+    def encoded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        watch.lap_map("encoder", out)
+        bar.update(out.shape[0])
+
+    def lap(name: str) -> Any:
+        return lambda _, args, out: watch.lap_map(name, out)
+
+    hooks = [
+        model.encoder.register_forward_pre_hook(tiles_cut),
+        model.encoder.register_forward_hook(encoded),
+        *(attention.register_forward_hook(lap("DEM: attention")) for attention in model.dem.attentions),
+        model.dem.fusion.register_forward_hook(lap("DEM: fusion")),
+        model.dem.register_forward_hook(lap("DEM: readout")),
+        model.register_forward_hook(lap("mix")),
+    ]
+    try:
+        yield
+    finally:
+        bar.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def _describe(config: DemoConfig, preset: Preset) -> str:
+    tower = "ViT-L/14-336" if config == DemoConfig() else f"a ViT of {config.layers} layers, width {config.dim}"
+    return f"{tower} (transformers), DEM {preset}({config.dim}), projector, Llama of {config.llm_layers} layers"
+
+
+def _bundled_photograph() -> str:
+    from matplotlib.cbook import get_sample_data
+
+    return str(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
