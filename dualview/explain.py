@@ -45,24 +45,28 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         tokens: Token map (h', w') of one tile; (24, 24) is ViT-L/14 at 336 pixels.
 
     Raises:
-        ValueError: No grid is known.
+        ValueError: No grid is known, or another than the encoder's fixed one is asked for.
         TypeError: ``module`` is something else.
 
     Example:
         >>> print(explain(DualPerspectiveEnhance.released(1024), grid=(3, 3)).stages[0].what)
         heads 8, local queries, both maps cut by strides
     """
-    chosen = grid if grid is not None else getattr(module, "grid", None)
+    if not isinstance(module, (DualPerspectiveEnhance, DirectReadout, DualViewEncoder)):
+        raise TypeError(
+            f"explain knows DualPerspectiveEnhance, DirectReadout and DualViewEncoder; got {type(module).__name__}."
+        )
+    fixed = module.grid if isinstance(module, DualViewEncoder) else None
+    chosen = fixed if grid is None else TileGrid.of(grid)
     if chosen is None:
         raise ValueError("explain needs a grid: pass grid=(rows, cols).")
-    chosen = TileGrid.of(chosen)
+    if fixed not in (None, chosen):
+        raise ValueError(
+            f"grid={chosen} was asked for, but this encoder has a fixed grid of {fixed}: omit the argument."
+        )
     if isinstance(module, DualViewEncoder):
         return Explanation(tuple(_encoder_stages(module, chosen, tokens)))
-    if isinstance(module, (DualPerspectiveEnhance, DirectReadout)):
-        return Explanation(tuple(_dem_stages(module, chosen, tokens)))
-    raise TypeError(
-        f"explain knows DualPerspectiveEnhance, DirectReadout and DualViewEncoder; got {type(module).__name__}."
-    )
+    return Explanation(tuple(_dem_stages(module, chosen, tokens)))
 
 
 def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> list[Stage]:
@@ -78,7 +82,12 @@ def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> li
     if low:
         stages.append(Stage("low resolution", f"image reduced to {h} x {w}", "1 sub-image", f"1 x 3 x {h} x {w}"))
     stages.append(
-        Stage("encoder", type(module.encoder).__name__, f"{high + low} sub-images", f"{high + low} x {tokens[0]} x {tokens[1]}")
+        Stage(
+            "encoder",
+            type(module.encoder).__name__,
+            f"{high + low} sub-images",
+            f"{high + low} x {tokens[0]} x {tokens[1]}",
+        )
     )
     if isinstance(module.dem, (DualPerspectiveEnhance, DirectReadout)):
         stages += _dem_stages(module.dem, grid, tokens)

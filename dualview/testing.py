@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def coordinate_images(size: Size, *, batch: int = 1, data_format: DataFormat = "
 
 
 def assert_tile_order(
-    fn: Callable[[Tensor], Tensor],
+    fn: Callable[[Tensor], Any],
     grid: GridLike,
     tile: Size,
     *,
@@ -46,11 +47,14 @@ def assert_tile_order(
 ) -> None:
     """Push coordinate images through a tiling function and say which tile landed where.
 
-    Use a grid and tile that are not square: only then can a swap of heights and widths be seen.
+    Use a grid and tile that are not square: only then can a swap of heights and widths be seen. The pixel values are
+    the coordinates, so leave normalisation out, and keep the map within 256 x 256 where pixels pass through 8 bits or
+    bfloat16.
 
     Args:
         fn: The function under test: a batch of images to tiles, (batch, rows*cols, ...) or (batch*rows*cols, ...) with
-            the tiles of the first image first.
+            the tiles of the first image first. Tensors, NumPy arrays and (nested) lists of them are understood, so one
+            that takes single arrays is tested as ``lambda images: [fn(image.numpy()) for image in images]``.
         grid: Rows and columns of tiles that it should cut.
         tile: Size (h, w) of a tile.
         perspective: "local" (contiguous blocks) or "global" (interleaved strides).
@@ -71,29 +75,39 @@ def assert_tile_order(
     grid, tile, perspective = TileGrid.of(grid), check_size(tile, "tile"), check_perspective(perspective)
     images = coordinate_images(grid.map_size(tile), batch=batch, data_format=data_format)
     expected = crop(images, grid, perspective, data_format=data_format).flatten(0, 1)
-    found = fn(images.clone())
-    if found.shape[:2] == (batch, grid.num_tiles) and found.dim() == expected.dim() + 1:
-        found = found.flatten(0, 1)
+    made = _as_tensor(fn(images.clone()))
+    nested = made.dim() == expected.dim() + 1 and made.shape[:2] == (batch, grid.num_tiles)
+    found = (made.flatten(0, 1) if nested else made).to(device=expected.device, dtype=expected.dtype)
     if found.shape != expected.shape:
         raise AssertionError(
-            f"the function made {tuple(found.shape)} of images of {tuple(images.shape)}: expected {tuple(expected.shape)} "
-            f"or ({batch}, {grid.num_tiles}, ...), for {grid} tiles of {tile[0]} x {tile[1]} (height x width)."
+            f"the function made {tuple(made.shape)} of images of {tuple(images.shape)}: expected "
+            f"{tuple(expected.shape)} or ({batch}, {grid.num_tiles}, ...), for {grid} tiles of {tile[0]} x {tile[1]} "
+            "(height x width)."
         )
-    found = found.to(device=expected.device, dtype=expected.dtype)
     if torch.equal(found, expected):
         return
-    names = {p: _names(images, grid, p, data_format) for p in ("local", "global")}
+    if not torch.equal(expected.to(made.dtype).to(expected.dtype), expected) or not torch.isin(found, expected).all():
+        raise AssertionError(
+            f"the function changed pixel values, not only their places: coordinates of 0 to {expected.max():g} became "
+            f"{made.dtype} values of {found.min():g} to {found.max():g}. Leave out normalisation and interpolation for "
+            "this check; if pixels pass through 8 bits or bfloat16, let grid and tile make a map within 256 x 256."
+        )
+    names = {p: _names(images, grid, p, data_format) for p in get_args(Perspective)}
     lines = []
     for place, (got, want) in enumerate(zip(found, expected, strict=True)):
         if not torch.equal(got, want):
-            lines.append(
-                f"  place {place}: should be {_lookup(want, names)}, is {_lookup(got, names) or _describe(got, data_format)}"
-            )
+            lines.append(f"  place {place}: should be {_lookup(want, names)}, is {_describe(got, names, data_format)}")
     shown = "\n".join(lines[:12]) + (f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else "")
     raise AssertionError(
         f"tiles are not in {perspective} order: {len(lines)} of {len(found)} are wrong, on a {grid} grid of "
         f"{tile[0]} x {tile[1]} tiles.\n{shown}"
     )
+
+
+def _as_tensor(found: Any) -> Tensor:
+    if isinstance(found, (list, tuple)):
+        return torch.stack([_as_tensor(part) for part in found])
+    return torch.as_tensor(found)
 
 
 def _names(images: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> dict[bytes, str]:
@@ -109,14 +123,28 @@ def _key(tile: Tensor) -> bytes:
     return bytes(tile.contiguous().view(torch.uint8).flatten().tolist())
 
 
-def _lookup(tile: Tensor, names: dict[str, dict[bytes, str]]) -> str | None:
+def _lookup(tile: Tensor, names: dict[Perspective, dict[bytes, str]]) -> str | None:
     key = _key(tile)
     return next((known[key] for known in names.values() if key in known), None)
 
 
-def _describe(tile: Tensor, data_format: DataFormat) -> str:
+def _describe(tile: Tensor, names: dict[Perspective, dict[bytes, str]], data_format: DataFormat) -> str:
+    """The tile's name; or its name and how it is turned; or where its corners come from."""
+    h, w = (1, 2) if data_format == "channels_first" else (0, 1)
+    turned = {
+        "": tile,
+        ", upside down": tile.flip(h),
+        ", mirrored left to right": tile.flip(w),
+        ", rotated by 180 degrees": tile.flip(h, w),
+        ", rows and columns exchanged": tile.transpose(h, w),
+    }
+    for how, candidate in turned.items():
+        name = _lookup(candidate, names)
+        if name is not None:
+            return name + how
     row, col, image = tile if data_format == "channels_first" else tile.movedim(-1, 0)
+    corners = [f"({row[y, x]:g}, {col[y, x]:g})" for y in (0, -1) for x in (0, -1)]
     return (
-        f"no tile of either perspective: corners read (row, column) ({row[0, 0]:g}, {col[0, 0]:g}) to "
-        f"({row[-1, -1]:g}, {col[-1, -1]:g}), image {image[0, 0]:g}"
+        f"no tile of either perspective: its corners hold (row, column) {corners[0]} {corners[1]} at the top, "
+        f"{corners[2]} {corners[3]} at the bottom, of image {image[0, 0]:g}"
     )

@@ -1,4 +1,4 @@
-"""Pixels to tokens: cut from both perspectives, encode every tile once, enhance, read out, mix with the low-resolution view."""
+"""Pixels to tokens: cut from both perspectives, encode, enhance, read out, mix with the low-resolution view."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class DualViewEncoder(nn.Module):
     The encoder's token count and width are kept, so what follows it in a pretrained model still fits.
 
     Args:
-        encoder: Any callable (T, 3, h, w) -> (T, h', w', D): `HfEncoder`, `TimmEncoder`, `OpenClipEncoder`, or your own.
+        encoder: Any callable (T, 3, h, w) -> (T, h', w', D): `HfEncoder`, `TimmEncoder`, `OpenClipEncoder`, or one of
+            your own.
         dem: A `DualPerspectiveEnhance` or `DirectReadout` (or a module called as they are), or None for the encoder's
             features of the low-resolution view alone.
         tile: The encoder's input size (h, w) in pixels.
@@ -40,15 +41,18 @@ class DualViewEncoder(nn.Module):
             Needs ``grid``.
         low_pass: Smooth the image before the stride crop.
         max_tiles_per_pass: Most sub-images in one call of the encoder. None: 1 on a CPU, where single tiles were
-            measured to be faster, and 128 elsewhere, which bounds the memory.
+            measured to be faster, and 128 elsewhere, which bounds the memory. Under `torch.compile` with varying batch
+            sizes, give a number that holds a whole batch: passes are unrolled.
 
     Shape:
         - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own
-        - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding
+        - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding. The dem then attends
+          to no token of padding alone. Images must already have the size of the grid's canvas.
         - result: (B, h', w', D); with readout "none" of a uniform batch, (B, rows*h', cols*w', D)
 
     Raises:
-        ValueError: Sizes, grid and options do not fit each other, or the encoder returns something that is no token map.
+        ValueError: Sizes, grid and options do not fit each other, or the encoder returns something that is no token
+            map.
 
     Example:
         >>> from dualview import DualPerspectiveEnhance
@@ -78,7 +82,7 @@ class DualViewEncoder(nn.Module):
             raise ValueError("resize=True needs a grid: it says to which size images are brought.")
         if getattr(dem, "readout", None) == "none" and low_res is not None:
             raise ValueError(
-                f'low_res={low_res!r} cannot be mixed with a full map: use low_res=None, or a dem with a readout other '
+                f"low_res={low_res!r} cannot be mixed with a full map: use low_res=None, or a dem with a readout other "
                 'than "none".'
             )
         if max_tiles_per_pass is not None and max_tiles_per_pass < 1:
@@ -88,9 +92,7 @@ class DualViewEncoder(nn.Module):
         self.low_res, self.resize, self.low_pass = low_res, resize, low_pass
         self.max_tiles_per_pass = max_tiles_per_pass
 
-    def forward(
-        self, pixels: Tensor | Sequence[Tensor], valid: Tensor | Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, pixels: Tensor | Sequence[Tensor], valid: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         return encode_dual_view(
             pixels,
             self.encoder,
@@ -126,6 +128,8 @@ def encode_dual_view(
 ) -> Tensor:
     """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; its arguments, shapes and errors."""
     batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
+    if not batches:
+        raise ValueError("a list of images must hold at least one.")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     grids = [_grid_of(batch, tile, grid, resize) for batch in batches]
     views = [
@@ -144,15 +148,13 @@ def encode_dual_view(
         outputs.update(zip(members, fused.split([batches[i].shape[0] for i in members]), strict=True))
     if len({out.shape[1:] for out in outputs.values()}) > 1:
         raise ValueError(
-            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes and "
-            'cannot be one batch: use a readout other than "none", or one grid per call.'
+            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes "
+            'and cannot be one batch: use a readout other than "none", or one grid per call.'
         )
     return torch.cat([outputs[i] for i in range(len(batches))])
 
 
-def _masks(
-    valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool
-) -> list[Tensor] | None:
+def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:
     if valid is None:
         return None
     masks = [valid] if uniform and isinstance(valid, Tensor) else [mask[None] for mask in valid]
@@ -168,8 +170,8 @@ def _masks(
 def _grid_of(images: Tensor, tile: Size, grid: TileGrid | None, resize: bool) -> TileGrid:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
-            f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or a "
-            "list of (3, H, W)."
+            f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or "
+            "a list of (3, H, W)."
         )
     if resize and grid is not None:
         return grid
@@ -230,7 +232,9 @@ def _fuse(
     if valid is None:
         enhanced: Tensor = dem(local, stride, grid)
     else:
-        enhanced = dem(local, stride, grid, key_mask=_token_masks(valid, grid, tile, (features.shape[2], features.shape[3])))
+        enhanced = dem(
+            local, stride, grid, key_mask=_token_masks(valid, grid, tile, (features.shape[2], features.shape[3]))
+        )
     if low_res is None:
         return enhanced
     total = low + enhanced
@@ -239,10 +243,15 @@ def _fuse(
 
 def _token_masks(valid: Tensor, grid: TileGrid, tile: Size, tokens: Size) -> tuple[Tensor, Tensor]:
     """Which cells of the local and of the global token map see at least one real pixel, (B, rows*h', cols*w') each."""
+    if tuple(valid.shape[-2:]) != grid.map_size(tile):
+        raise ValueError(
+            f"valid marks images of {tuple(valid.shape[-2:])}, which are interpolated to {grid.map_size(tile)}: that "
+            "blends padding into real pixels. Pad images to the canvas of the grid instead."
+        )
     if tile[0] % tokens[0] or tile[1] % tokens[1]:
         raise ValueError(
-            f"a tile of {tile} pixels is no whole multiple of {tokens} tokens, so a pixel mask has no exact token mask: "
-            "give the DEM its key_mask directly."
+            f"a tile of {tile} pixels is no whole multiple of {tokens} tokens, so a pixel mask has no exact token "
+            "mask: give the DEM its key_mask directly."
         )
 
     def pooled(perspective: Perspective) -> Tensor:

@@ -7,28 +7,33 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+
+from dualview.geometry import Size
 
 
 class HfEncoder(nn.Module):
     """A vision tower of transformers: CLIP, SigLIP, DINOv2 and towers built like them.
 
-    The layers after the chosen one are not run, the final norm only if the last hidden state is asked for. Prefix tokens
-    (class token, registers) are dropped.
+    Neither the layers after the chosen one nor the final norm are run. Prefix tokens (class token, registers) are
+    dropped.
 
     Args:
         model: `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model` or another with ``embeddings`` and ``encoder``.
         layer: Index into the model's ``hidden_states`` (0 is the embedding, -1 the last layer before the final norm, -2
-            the one before it, as LLaVA and INF-LLaVA use), or None for ``last_hidden_state``.
+            the one before it, as LLaVA and INF-LLaVA use), or None for ``last_hidden_state``, which runs the whole
+            model.
 
     Shape:
-        (T, 3, h, w) pixels -> (T, h/p, w/p, D) tokens, for patches of p pixels
+        (T, 3, h, w) pixels -> (T, h/p, w/p, D) tokens, for patches of p pixels. CLIP and SigLIP take tiles of the size
+        they were trained for; DINOv2 interpolates its positions, so it takes any.
 
     Raises:
-        ValueError: The model has not the expected parts, or ``layer`` does not exist.
+        ValueError: The model has not the expected parts, ``layer`` does not exist, or the tiles are not of the model's
+            size.
 
     Example:
+        >>> import torch
         >>> from transformers import CLIPVisionConfig, CLIPVisionModel
         >>> config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         ...                           image_size=28, patch_size=14)
@@ -55,34 +60,45 @@ class HfEncoder(nn.Module):
 
 def hf_layers(model: nn.Module) -> nn.ModuleList:
     """The transformer layers of a vision tower, or a ValueError that says what is expected."""
-    encoder = getattr(model, "encoder", None)
+    encoder, config = getattr(model, "encoder", None), getattr(model, "config", None)
     for name in ("layers", "layer"):
         layers = getattr(encoder, name, None)
-        if hasattr(model, "embeddings") and isinstance(layers, nn.ModuleList):
+        if hasattr(model, "embeddings") and hasattr(config, "patch_size") and isinstance(layers, nn.ModuleList):
             return layers
     raise ValueError(
-        f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings` and `encoder.layers` (or "
-        "`encoder.layer`), as CLIPVisionModel, SiglipVisionModel and Dinov2Model have. Of a two-tower model pass its "
-        "`vision_model`; wrap any other tower in a function (T, 3, h, w) -> (T, h', w', D)."
+        f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings`, `encoder.layers` "
+        "(or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and Dinov2Model have. Of "
+        "a two-tower model pass its `vision_model`; wrap any other tower in a function (T, 3, h, w) -> (T, h', w', D)."
     )
 
 
 def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
     """``hidden_states[layer]`` of a vision tower as a token map, running no layer after it."""
+    tower = cast(Any, model)
+    height, width = pixels.shape[-2:]
+    # A fixed table of positions: SigLIP would add it, row by row, to a map of any shape with as many patches.
+    if hasattr(tower.embeddings, "position_ids") and (height, width) != _pair(tower.config.image_size):
+        raise ValueError(
+            f"{type(model).__name__} got tiles of {height} x {width} (height x width), but it has positions for one "
+            f"size alone: use tile={_pair(tower.config.image_size)}."
+        )
     if layer is None:
-        tokens = cast(Tensor, model(pixel_values=pixels).last_hidden_state)
+        tokens = cast(Tensor, tower(pixel_values=pixels).last_hidden_state)
     else:
         layers = hf_layers(model)
-        tokens = cast(Any, model).embeddings(pixels)
-        if hasattr(model, "pre_layrnorm"):  # CLIP's own spelling
-            tokens = model.pre_layrnorm(tokens)
+        tokens = tower.embeddings(pixels)
+        if hasattr(tower, "pre_layrnorm"):  # CLIP's own spelling
+            tokens = tower.pre_layrnorm(tokens)
         for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
             out = block(tokens, None)
             tokens = out[0] if isinstance(out, tuple) else out
-    patch = cast(Any, model).config.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    h, w = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
-    return tokens[:, tokens.shape[1] - h * w :].unflatten(1, (h, w))
+    patch_height, patch_width = _pair(tower.config.patch_size)
+    h, w = height // patch_height, width // patch_width
+    return cast(Tensor, tokens[:, tokens.shape[1] - h * w :].unflatten(1, (h, w)))
+
+
+def _pair(size: int | Size) -> Size:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class TimmEncoder(nn.Module):
@@ -103,6 +119,7 @@ class TimmEncoder(nn.Module):
 
     Example:
         >>> import timm
+        >>> import torch
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
         >>> TimmEncoder(vit)(torch.randn(5, 3, 32, 32)).shape
         torch.Size([5, 2, 2, 192])
@@ -142,6 +159,7 @@ class OpenClipEncoder(nn.Module):
 
     Example:
         >>> import open_clip
+        >>> import torch
         >>> model = open_clip.create_model("ViT-S-32-alt", force_image_size=64)
         >>> OpenClipEncoder(model)(torch.randn(5, 3, 64, 64)).shape
         torch.Size([5, 2, 2, 384])
@@ -171,6 +189,6 @@ class OpenClipEncoder(nn.Module):
 def _check_intermediates(model: nn.Module) -> None:
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
-            f"{type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap the model in "
-            "a function (T, 3, h, w) -> (T, h', w', D)."
+            f"{type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap the "
+            "model in a function (T, 3, h, w) -> (T, h', w', D)."
         )

@@ -55,7 +55,7 @@ class LoadReport(NamedTuple):
 
 
 class DualPerspectiveEnhance(nn.Module):
-    """Let the local and the global map enhance each other by cross-attention between corresponding tiles, and fuse them.
+    """Let the local and the global map enhance each other by cross-attention between their tiles, and fuse them.
 
     For each direction both maps are cut in the same way, the tiles of one ask the tiles of the other, and the result is
     put back: V_glo = softmax(G W_q (L W_k)^T / sqrt(d)) L W_v for global queries G and local keys L, and V_loc with the
@@ -162,8 +162,8 @@ class DualPerspectiveEnhance(nn.Module):
         if self.enhance != "both":
             if fusion is not None:
                 raise ValueError(
-                    f"fusion={fusion!r} with enhance={self.enhance!r}: a fusion merges two maps, and only one is computed. "
-                    'Omit fusion (the map goes through one linear layer), or use enhance="both".'
+                    f"fusion={fusion!r} with enhance={self.enhance!r}: a fusion merges two maps, and only one is "
+                    'computed. Omit fusion (the map goes through one linear layer), or use enhance="both".'
                 )
             return nn.Linear(self.dim, self.dim, bias=False, device=device, dtype=dtype)
         if isinstance(fusion, nn.Module):
@@ -275,9 +275,9 @@ class DualPerspectiveEnhance(nn.Module):
         shape = tuple(local_tiles.shape)
         if shape != tuple(stride_tiles.shape) or len(shape) != 5 or shape[1] != grid.num_tiles or shape[4] != self.dim:
             raise ValueError(
-                f"DualPerspectiveEnhance got local_tiles {shape} and stride_tiles {tuple(stride_tiles.shape)} for a grid of "
-                f"{grid}: both must be (B, rows*cols, h, w, D) = (B, {grid.num_tiles}, h, w, {self.dim}). Flattened tokens "
-                "need .unflatten(2, (h, w)) first."
+                f"DualPerspectiveEnhance got local_tiles {shape} and stride_tiles {tuple(stride_tiles.shape)} for a "
+                f"grid of {grid}: both must be (B, rows*cols, h, w, D) = (B, {grid.num_tiles}, h, w, {self.dim}). "
+                "Flattened tokens need .unflatten(2, (h, w)) first."
             )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -314,8 +314,8 @@ class DualPerspectiveEnhance(nn.Module):
             raise ValueError(
                 "the checkpoint does not fit this module, and nothing was loaded. "
                 f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong shape: {wrong}. "
-                "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the hub); "
-                "strict=False loads what fits by name."
+                "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the "
+                "hub); strict=False loads what fits by name."
             )
         with torch.no_grad():
             for name in shared:
@@ -329,7 +329,7 @@ class DualPerspectiveEnhance(nn.Module):
             ValueError: The module has parameters that a released checkpoint has no name for.
         """
         names = {new: old for old, new in RELEASED_NAMES.items()}
-        renamed = {}
+        renamed: dict[str, Tensor] = {}
         for name, tensor in self.named_parameters():
             layer, _, leaf = name.rpartition(".")
             if layer not in names:
@@ -373,7 +373,14 @@ class DirectReadout(nn.Module):
             raise ValueError(f'source={source!r}: must be "local", "global" or "sum".')
         self.source, self.readout = source, check_readout(readout)
 
-    def forward(self, local_tiles: Tensor, stride_tiles: Tensor, grid: GridLike) -> Tensor:
+    def forward(
+        self,
+        local_tiles: Tensor,
+        stride_tiles: Tensor,
+        grid: GridLike,
+        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        # key_mask: part of the call it stands in for; where nothing is attended to, there is no key to mask.
         tiles: dict[Perspective, Tensor] = {"local": local_tiles, "global": stride_tiles}
         maps = [
             recombine(tiles[perspective], grid, perspective, data_format="channels_last")
@@ -406,7 +413,7 @@ def _cut_mask(mask: Tensor, tiles: Tensor, grid: TileGrid, perspective: Perspect
     size = grid.map_size((tiles.shape[2], tiles.shape[3]))
     if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (tiles.shape[0], *size)):
         raise ValueError(
-            f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of shape "
-            f"{(tiles.shape[0], *size)} or {size}, the token map of the whole grid."
+            f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of "
+            f"shape {(tiles.shape[0], *size)} or {size}, the token map of the whole grid."
         )
     return crop(mask.reshape(-1, *size, 1), grid, perspective, data_format="channels_last").flatten(2)

@@ -1,7 +1,7 @@
 """Merge the locally enhanced and the globally enhanced map into one (Table 5 of arXiv 2407.16198).
 
-Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each (..., H, W, D).
-Where the paper names a fusion without a formula, our reading stands in its docstring.
+Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each
+(..., H, W, D). Where the paper names a fusion without a formula, our reading stands in its docstring.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class LinearConcatFusion(nn.Module):
         torch.Size([1, 4, 6, 8])
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _check_divides(dim, 2)
         self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
@@ -67,9 +65,7 @@ class BottleneckConcatFusion(nn.Module):
         torch.Size([1, 4, 6, 32])
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _check_divides(dim, 16)
 
@@ -123,7 +119,7 @@ class AdditionFusion(_ParameterFreeFusion):
 
 
 class WeightedAdditionFusion(nn.Module):
-    """a V_glo + (1 - a) V_loc with a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
+    """a V_glo + (1 - a) V_loc, a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
 
     Args:
         dim: Width D.
@@ -138,9 +134,7 @@ class WeightedAdditionFusion(nn.Module):
         [0.5, 0.5]
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -200,9 +194,7 @@ class Conv3x3Fusion(nn.Module):
         torch.Size([1, 4, 6, 8])
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
 

@@ -39,14 +39,15 @@ def tile_attention(
     """
     if key.shape != value.shape or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key and "
-            "value must have one shape, and the query the same leading dimensions and width."
+            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key "
+            "and value must have one shape, and the query the same leading dimensions and width."
         )
-    if query.shape[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide the width {query.shape[-1]}.")
+    if num_heads < 1 or query.shape[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width {query.shape[-1]}.")
 
     def heads(x: Tensor) -> Tensor:
-        return x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        split: Tensor = x[None].flatten(0, -3).unflatten(-1, (num_heads, -1))
+        return split.transpose(1, 2)
 
     mask = alive = None
     if key_mask is not None:

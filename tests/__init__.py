@@ -1,0 +1,1 @@
+"""The tests of dualview; the folders mirror those of the package."""

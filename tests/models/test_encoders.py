@@ -1,0 +1,292 @@
+"""Vision towers as encoders: the chosen layer, as a token map, and nothing computed after it."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from dualview import DualViewEncoder, HfEncoder, OpenClipEncoder, TimmEncoder
+from tests.checks import refuses
+
+LAYERS = 3
+TINY = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+TOWERS = {
+    "clip": (CLIPVisionModel, CLIPVisionConfig, {"intermediate_size": 64}),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {"intermediate_size": 64}),
+    "dinov2": (Dinov2Model, Dinov2Config, {}),
+    "dinov2_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {"num_register_tokens": 3}),
+}
+PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_registers": 4}
+hf_kinds = pytest.mark.parametrize("kind", TOWERS)
+
+
+def hf_tower(kind: str, attention: str = "sdpa", **overrides: object) -> nn.Module:
+    model, config, extra = TOWERS[kind]
+    made = config(**{**TINY, **extra, **overrides})
+    made._attn_implementation = attention
+    return model(made).eval()
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    return model.encoder.layers if hasattr(model.encoder, "layers") else model.encoder.layer
+
+
+def as_map(tokens: Tensor, prefix: int, size: tuple[int, int]) -> Tensor:
+    return tokens[:, prefix:].reshape(tokens.shape[0], *size, -1)
+
+
+def calls_of(modules: dict[str, nn.Module]) -> list[str]:
+    """A list that fills with the names of the modules as they run."""
+    called: list[str] = []
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    return called
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+@hf_kinds
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_equals_the_hidden_states_of_a_full_run(kind: str, attention: str) -> None:
+    model, pixels = hf_tower(kind, attention), torch.randn(3, 3, 28, 28)
+    full = model(pixel_values=pixels, output_hidden_states=True)
+    states = full.hidden_states
+    assert len(states) == LAYERS + 1
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in pairwise(states))
+    for layer in range(-LAYERS - 1, LAYERS + 1):
+        assert torch.equal(HfEncoder(model, layer)(pixels), as_map(states[layer], PREFIX[kind], (4, 4))), layer
+    assert torch.equal(HfEncoder(model)(pixels), as_map(states[-2], PREFIX[kind], (4, 4)))
+    last = as_map(full.last_hidden_state, PREFIX[kind], (4, 4))
+    assert torch.equal(HfEncoder(model, None)(pixels), last)
+    assert torch.equal(last, HfEncoder(model, -1)(pixels)) == (kind == "clip")  # the others end in a norm
+
+
+@hf_kinds
+@pytest.mark.parametrize("layer", [0, 1, -2, -1])
+def test_runs_nothing_after_the_chosen_layer(kind: str, layer: int) -> None:
+    model = hf_tower(kind)
+    blocks = {str(i): block for i, block in enumerate(blocks_of(model))}
+    after = {name: module for name, module in model.named_children() if name not in ("embeddings", "encoder")}
+    after.pop("pre_layrnorm", None)
+    assert any("norm" in name for name in after)
+    called = calls_of(blocks | after)
+    HfEncoder(model, layer)(torch.randn(2, 3, 28, 28)).square().sum().backward()
+    run = layer if layer >= 0 else LAYERS + 1 + layer
+    assert called == [str(i) for i in range(run)]
+    for i, block in enumerate(blocks_of(model)):
+        assert all((p.grad is not None) == (i < run) for p in block.parameters()), i
+    assert all(p.grad is None for module in after.values() for p in module.parameters())
+    used = [p for name, p in model.embeddings.named_parameters() if name != "mask_token"]
+    assert all(p.grad is not None for p in used)
+
+
+@hf_kinds
+def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
+    plain = hf_tower(kind).train()
+    frugal = copy.deepcopy(plain)
+    getattr(frugal, "activation_checkpointing_enable", frugal.gradient_checkpointing_enable)()  # renamed in 5.23
+    pixels, grads, runs = torch.randn(2, 3, 28, 28), [], []
+    for model in (plain, frugal):
+        # Before the call, since the second run stops as soon as it has what the backward pass needs.
+        blocks_of(model)[0].mlp.register_forward_pre_hook(lambda *_, model=model: runs.append(model))
+        HfEncoder(model, -2)(pixels).sin().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert runs == [plain, frugal, frugal]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_registers"])
+@pytest.mark.parametrize("patch", [7, (7, 14)])
+@pytest.mark.parametrize("layer", [-2, None])
+def test_towers_that_interpolate_their_positions_take_any_tile(
+    kind: str, patch: int | tuple[int, int], layer: int | None
+) -> None:
+    image = 28 if patch == 7 else (28, 56)
+    model, pixels = hf_tower(kind, patch_size=patch, image_size=image), torch.randn(2, 3, 28, 42)
+    size = (4, 6) if patch == 7 else (4, 3)
+    full = model(pixel_values=pixels, output_hidden_states=True)
+    tokens = full.last_hidden_state if layer is None else full.hidden_states[layer]
+    assert torch.equal(HfEncoder(model, layer)(pixels), as_map(tokens, PREFIX[kind], size))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-2, None])
+def test_towers_of_one_size_refuse_others(kind: str, layer: int | None) -> None:
+    encoder = HfEncoder(hf_tower(kind), layer)
+    for height, width in [(28, 42), (56, 56), (14, 56)]:  # the last has as many patches as 28 x 28
+        with refuses(f"{height} x {width}", "tile=(28, 28)"):
+            encoder(torch.randn(1, 3, height, width))
+    with refuses("21 x 28", "tile=(28, 28)"):
+        DualViewEncoder(encoder, None, tile=(21, 28))(torch.randn(1, 3, 42, 28))
+
+
+def test_refuses_what_is_no_vision_tower() -> None:
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    two_towers = CLIPModel(CLIPConfig(text_config=text, vision_config={**TINY, "intermediate_size": 64}))
+    with refuses("CLIPModel", "`vision_model`"):
+        HfEncoder(two_towers)
+    assert HfEncoder(two_towers.vision_model)(torch.randn(1, 3, 28, 28)).shape == (1, 4, 4, 32)
+    with refuses("CLIPTextModel is not a vision tower", "config.patch_size"):
+        HfEncoder(CLIPTextModel(CLIPTextConfig(**text)))
+    with refuses("ConvNextModel", "wrap any other tower in a function"):
+        HfEncoder(ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)))
+    with refuses("Linear is not a vision tower"):
+        HfEncoder(nn.Linear(2, 2))
+
+
+@hf_kinds
+def test_refuses_a_layer_that_does_not_exist(kind: str) -> None:
+    model = hf_tower(kind)
+    for layer in (LAYERS + 1, -LAYERS - 2):
+        with refuses(f"layer={layer}", f"{LAYERS} layers", f"{-LAYERS - 1} to {LAYERS}"):
+            HfEncoder(model, layer)
+
+
+def test_holds_the_tower_as_a_submodule() -> None:
+    model = hf_tower("clip")
+    encoder = HfEncoder(model, -3)
+    assert {id(p) for p in encoder.parameters()} == {id(p) for p in model.parameters()}
+    assert "layer=-3" in repr(encoder)
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+SMALL = {"depth": LAYERS, "embed_dim": 48, "num_heads": 2}
+TIMM = {
+    "class token": ("vit_tiny_patch16_224", SMALL, (32, 48)),
+    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"init_values": 1.0}, (28, 42)),
+    "no prefix": ("vit_base_patch16_siglip_224", SMALL, (32, 48)),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+@pytest.mark.parametrize("layer", [0, 1, -2, -1])
+@pytest.mark.parametrize("norm", [False, True])
+def test_timm_transformers(kind: str, layer: int, norm: bool) -> None:
+    name, options, size = TIMM[kind]
+    model, pixels = timm.create_model(name, img_size=size, **options).eval(), torch.randn(2, 3, *size)
+    states: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in model.blocks]
+    model.forward_features(pixels)
+    assert len(states) == LAYERS
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in pairwise(states))
+    for hook in hooks:
+        hook.remove()
+    tokens = model.norm(states[layer]) if norm else states[layer]
+    called = calls_of({str(i): block for i, block in enumerate(model.blocks)} | {"norm": model.norm})
+    out = TimmEncoder(model, layer, norm=norm)(pixels)
+    assert torch.equal(out, as_map(tokens, model.num_prefix_tokens, (2, 3)))
+    assert called == [*(str(i) for i in range(layer % LAYERS + 1)), *(["norm"] if norm else [])]
+
+
+def test_timm_prefix_tokens_are_of_all_kinds() -> None:
+    made = {kind: timm.create_model(name, img_size=size, **options) for kind, (name, options, size) in TIMM.items()}
+    assert {kind: model.num_prefix_tokens for kind, model in made.items()} == {
+        "class token": 1,
+        "registers": 5,
+        "no prefix": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "layer", "run"),
+    [
+        ("resnet18", ["act1", "layer1", "layer2", "layer3", "layer4"], -2, 4),
+        ("resnet18", ["act1", "layer1", "layer2", "layer3", "layer4"], 1, 2),
+        ("convnext_atto", ["stages.0", "stages.1", "stages.2", "stages.3"], -2, 3),
+        ("convnext_atto", ["stages.0", "stages.1", "stages.2", "stages.3"], -1, 4),
+    ],
+)
+def test_timm_convolutional_networks(name: str, stages: list[str], layer: int, run: int) -> None:
+    model, pixels = timm.create_model(name).eval(), torch.randn(2, 3, 64, 96)
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(stage).register_forward_hook(lambda _, __, out, s=stage: outputs.update({s: out}))
+        for stage in stages
+    ]
+    model.forward_features(pixels)
+    for hook in hooks:
+        hook.remove()
+    called = calls_of({stage: model.get_submodule(stage) for stage in stages})
+    out = TimmEncoder(model, layer)(pixels)
+    assert torch.equal(out, outputs[stages[run - 1]].movedim(1, -1))
+    assert out.shape[1] * 3 == out.shape[2] * 2, "height before width"
+    assert called == stages[:run]
+
+
+def test_timm_encoder_holds_the_model_and_refuses_others() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    encoder = TimmEncoder(model, -1, norm=True)
+    assert {id(p) for p in encoder.parameters()} == {id(p) for p in model.parameters()}
+    assert "layer=-1, norm=True" in repr(encoder)
+    with refuses("Linear has no `forward_intermediates`", "function (T, 3, h, w) -> (T, h', w', D)"):
+        TimmEncoder(nn.Linear(2, 2))
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------
+
+
+def open_clip_model() -> CLIP:
+    text = CLIPTextCfg(context_length=8, vocab_size=50, width=16, heads=2, layers=1)
+    vision = CLIPVisionCfg(layers=LAYERS, width=32, head_width=16, patch_size=8, image_size=(16, 24))
+    return CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+
+
+@pytest.mark.parametrize("layer", [0, 1, -2, -1])
+@pytest.mark.parametrize("norm", [False, True])
+def test_open_clip_tower(layer: int, norm: bool) -> None:
+    model, pixels = open_clip_model(), torch.randn(3, 3, 16, 24)
+    tower, states = model.visual, []
+    hooks = [b.register_forward_hook(lambda _, __, out: states.append(out)) for b in tower.transformer.resblocks]
+    model.encode_image(pixels)
+    assert len(states) == LAYERS
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in pairwise(states))
+    for hook in hooks:
+        hook.remove()
+    tokens = tower.ln_post(states[layer]) if norm else states[layer]
+    called = calls_of({str(i): block for i, block in enumerate(tower.transformer.resblocks)} | {"norm": tower.ln_post})
+    out = OpenClipEncoder(model, layer, norm=norm)(pixels)
+    assert torch.equal(out, as_map(tokens, 1, (2, 3)))
+    assert called == [*(str(i) for i in range(layer % LAYERS + 1)), *(["norm"] if norm else [])]
+    assert torch.equal(OpenClipEncoder(tower, layer, norm=norm)(pixels), out)
+
+
+def test_open_clip_with_a_timm_tower() -> None:
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "image_size": 32}
+    text = CLIPTextCfg(context_length=8, vocab_size=50, width=16, heads=2, layers=1)
+    model, pixels = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval(), torch.randn(2, 3, 32, 32)
+    model.visual.set_input_size(32)
+    called = calls_of({str(i): block for i, block in enumerate(model.visual.trunk.blocks)})
+    out = OpenClipEncoder(model)(pixels)
+    assert called == [str(i) for i in range(11)]
+    assert torch.equal(out, TimmEncoder(model.visual.trunk, -2)(pixels))
+
+
+def test_open_clip_encoder_holds_the_tower_and_refuses_others() -> None:
+    model = open_clip_model()
+    encoder = OpenClipEncoder(model, -1)
+    assert {id(p) for p in encoder.parameters()} == {id(p) for p in model.visual.parameters()}
+    assert "layer=-1, norm=False" in repr(encoder)
+    with refuses("Linear has no `forward_intermediates`"):
+        OpenClipEncoder(nn.Linear(2, 2))
