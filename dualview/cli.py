@@ -49,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("PIL", "numpy", "matplotlib", "tqdm", "transformers"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("PIL", "numpy", "matplotlib", "tqdm", "transformers"):
             raise
-        return _fail(options, f'{error.name} is not installed: pip install "dualview[demo]"')
+        return _fail(options, f'{package} is not installed: pip install "dualview[demo]"')
     except (ImageError, ValueError) as error:
         return _fail(options, " ".join(str(error).split()))
     except KeyboardInterrupt:

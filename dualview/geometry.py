@@ -97,7 +97,8 @@ class TileGrid:
         if isinstance(grid, (tuple, list)) and len(grid) == 2:
             return cls(*grid)
         raise ValueError(
-            f"grid={grid!r} is not a grid: pass TileGrid(rows=..., cols=...) or a pair (rows, cols) of positive integers."
+            f"grid={grid!r} is not a grid: pass TileGrid(rows=..., cols=...) or a pair (rows, cols) of positive "
+            "integers."
         )
 
     @classmethod
@@ -201,8 +202,10 @@ def position(perspective: Perspective, tile: int, offset: int, tiles: int, size:
     """Position on the axis of ``offset`` inside ``tile``: the inverse of cutting the axis into tiles.
 
     Example:
-        >>> position("local", tile=1, offset=2, tiles=3, size=24), position("global", tile=1, offset=2, tiles=3, size=24)
-        (26, 7)
+        >>> position("local", tile=1, offset=2, tiles=3, size=24)
+        26
+        >>> position("global", tile=1, offset=2, tiles=3, size=24)
+        7
     """
     (_, inner), tile_factor = split_axis(perspective, tiles, size)
     outer_index, inner_index = (tile, offset) if tile_factor == 0 else (offset, tile)

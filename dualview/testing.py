@@ -75,23 +75,22 @@ def assert_tile_order(
     grid, tile, perspective = TileGrid.of(grid), check_size(tile, "tile"), check_perspective(perspective)
     images = coordinate_images(grid.map_size(tile), batch=batch, data_format=data_format)
     expected = crop(images, grid, perspective, data_format=data_format).flatten(0, 1)
-    found = _as_tensor(fn(images.clone()))
-    if found.shape[:2] == (batch, grid.num_tiles) and found.dim() == expected.dim() + 1:
-        found = found.flatten(0, 1)
+    made = _as_tensor(fn(images.clone()))
+    nested = made.dim() == expected.dim() + 1 and made.shape[:2] == (batch, grid.num_tiles)
+    found = (made.flatten(0, 1) if nested else made).to(device=expected.device, dtype=expected.dtype)
     if found.shape != expected.shape:
         raise AssertionError(
-            f"the function made {tuple(found.shape)} of images of {tuple(images.shape)}: expected "
+            f"the function made {tuple(made.shape)} of images of {tuple(images.shape)}: expected "
             f"{tuple(expected.shape)} or ({batch}, {grid.num_tiles}, ...), for {grid} tiles of {tile[0]} x {tile[1]} "
             "(height x width)."
         )
-    found, given = found.to(device=expected.device, dtype=expected.dtype), found.dtype
     if torch.equal(found, expected):
         return
-    if not torch.equal(expected.to(given).to(expected.dtype), expected) or not torch.isin(found, expected).all():
+    if not torch.equal(expected.to(made.dtype).to(expected.dtype), expected) or not torch.isin(found, expected).all():
         raise AssertionError(
             f"the function changed pixel values, not only their places: coordinates of 0 to {expected.max():g} became "
-            f"{given} values of {found.min():g} to {found.max():g}. Leave out normalisation and interpolation for this "
-            "check; if pixels pass through 8 bits or bfloat16, use a grid and tile that make a map within 256 x 256."
+            f"{made.dtype} values of {found.min():g} to {found.max():g}. Leave out normalisation and interpolation for "
+            "this check; if pixels pass through 8 bits or bfloat16, let grid and tile make a map within 256 x 256."
         )
     names = {p: _names(images, grid, p, data_format) for p in get_args(Perspective)}
     lines = []
@@ -108,7 +107,7 @@ def assert_tile_order(
 def _as_tensor(found: Any) -> Tensor:
     if isinstance(found, (list, tuple)):
         return torch.stack([_as_tensor(part) for part in found])
-    return torch.as_tensor(found).detach()
+    return torch.as_tensor(found)
 
 
 def _names(images: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> dict[bytes, str]:

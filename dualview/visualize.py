@@ -86,15 +86,14 @@ def fit_to_grid(image: Image.Image, grid: GridLike, remainder: Rest = "pad") -> 
     if remainder == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (width, height), MEAN_COLOUR)
-    canvas.paste(image, (0, 0))
+    canvas.paste(image, (0, 0))  # what lies outside is dropped
     return canvas
 
 
 def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
     """The image under its grid, its local and its stride tiles, and a magnified part that shows which pixel goes where.
 
-    Tiles stand in the picture as far apart as their frames need; images smaller than their panel are enlarged by a
-    whole factor without interpolation, so every pixel stays visible.
+    An image smaller than its panel is enlarged by a whole factor without interpolation, so every pixel stays visible.
 
     Args:
         image: RGB; its height and width are multiples of the grid ([`fit_to_grid`][dualview.visualize.fit_to_grid]).
@@ -113,8 +112,7 @@ def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
     photo_size = grid.map_size(shown)
     spread = _spread(grid, shown)
     window = _window((image.height, image.width), grid)
-    cell = max(1, _ZOOM // max(window[2] - window[0], window[3] - window[1]))
-
+    cell = _ZOOM // max(window[2] - window[0], window[3] - window[1])
     zoom = (cell * (window[3] - window[1]), cell * (window[2] - window[0]))
     titles = _headings(grid, (h, w), window, (image.height, image.width))
     lefts, right = [], _MARGIN - _GUTTER

@@ -38,9 +38,9 @@ def assert_compiles_once(
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fn, fullgraph=True, backend=counter)
     for batch in batches:
-        results = []
+        values, results = inputs(batch), []
         for call in (fn, compiled):
-            given = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs(batch))
+            given = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in values)
             for x in given:
                 torch._dynamo.mark_dynamic(x, 0)
             out = call(*given)
@@ -54,7 +54,9 @@ def assert_compiles_once(
 
 def assert_exports(module: torch.nn.Module, inputs: Callable[[int], tuple[Tensor, ...]]) -> None:
     """The module exports with a dynamic batch, and the program gives the module's results at other batch sizes."""
+    given = inputs(2)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(module, inputs(2), dynamic_shapes=tuple({0: batch} for _ in inputs(2)))
+    program = torch.export.export(module, given, dynamic_shapes=tuple({0: batch} for _ in given))
     for size in (1, 2, 5):
-        torch.testing.assert_close(program.module()(*inputs(size)), module(*inputs(size)))
+        given = inputs(size)
+        torch.testing.assert_close(program.module()(*given), module(*given))

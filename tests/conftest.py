@@ -9,8 +9,8 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ, max_examples=50, print_blob=True)
 settings.load_profile("default")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores already
+# The tensors of the tests are small: more threads only wait for each other, all the more beside pytest-xdist's workers.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,17 +19,18 @@ perspectives = st.sampled_from(["local", "global"])
 data_formats = st.sampled_from(["channels_first", "channels_last"])
 batches = st.sampled_from([(2,), (), (1,), (3, 1), (2, 3, 2), (0,), (2, 0)])
 channels = st.integers(1, 3)
-DTYPES = [
-    torch.float32,
-    torch.bool,
-    torch.uint8,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.complex64,
-]
-dtypes = st.sampled_from(DTYPES)
+dtypes = st.sampled_from(
+    [
+        torch.float32,
+        torch.bool,
+        torch.uint8,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.complex64,
+    ]
+)
 layouts = st.sampled_from(["contiguous", "channels_last", "transposed", "sliced", "expanded", "lazy"])
 
 

@@ -63,7 +63,9 @@ class TestTileGrid:
         assert str(grid) == f"{rows}x{cols}"
         assert dv.TileGrid.parse(str(grid)) == dv.TileGrid.parse(f" {rows}X{cols}\n") == grid
 
-    @pytest.mark.parametrize("text", ["", "2", "2x", "x3", "0x3", "2x0", "2x3x4", "-2x3", "2 x 3", "2,3", "2.0x3", "axb"])
+    @pytest.mark.parametrize(
+        "text", ["", "2", "2x", "x3", "0x3", "2x0", "2x3x4", "-2x3", "2 x 3", "2,3", "2.0x3", "axb"]
+    )
     def test_parse_refuses(self, text: str) -> None:
         with refuses(f"grid {text!r}", "ROWSxCOLS", "rows first", "2x3"):
             dv.TileGrid.parse(text)

@@ -8,7 +8,7 @@ OPTIONAL = {"transformers", "timm", "open_clip", "triton", "torchvision", "PIL",
 
 
 def loaded_after(statements: str) -> set[str]:
-    """Names of the modules that a fresh interpreter holds after the statements, and did not hold after `import torch`."""
+    """Names of the modules that the statements load in a fresh interpreter, beyond those of `import torch`."""
     code = (
         "import json, sys, torch\nbefore = set(sys.modules)\n"
         f"{statements}\nprint(json.dumps(sorted(set(sys.modules) - before)))"

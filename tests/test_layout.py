@@ -53,7 +53,10 @@ def file_of(name: str) -> str | None:
     if first != "dualview":
         return None
     while True:
-        for candidate in (Path(*parts).with_suffix(".py") if parts else Path("__init__.py"), Path(*parts, "__init__.py")):
+        for candidate in (
+            Path(*parts).with_suffix(".py") if parts else Path("__init__.py"),
+            Path(*parts, "__init__.py"),
+        ):
             if (PACKAGE / candidate).is_file():
                 return candidate.as_posix()
         parts.pop()  # the last part was a name inside a module
@@ -75,7 +78,9 @@ def test_imports_come_from_lower_floors(file):
     for target in targets(file):
         same_folder = Path(target).parts[:-1][:1] == Path(file).parts[:-1][:1]
         allowed = floor_of(target) < own_floor or (floor_of(target) == own_floor and same_folder)
-        assert allowed, f"dualview/{file} (floor {own_floor}) must not import dualview/{target} (floor {floor_of(target)})"
+        assert allowed, (
+            f"dualview/{file} (floor {own_floor}) must not import dualview/{target} (floor {floor_of(target)})"
+        )
 
 
 def test_there_is_no_import_circle():

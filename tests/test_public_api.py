@@ -7,6 +7,7 @@ from types import FunctionType
 
 import pytest
 from torch import nn
+from transformers import PreTrainedModel
 
 PUBLIC = {
     "dualview": {
@@ -106,31 +107,39 @@ def test_has_a_docstring(name):
         assert inspect.getdoc(function), f"{name}.{method} has no docstring"
 
 
+def defers(doc: str) -> bool:
+    """Whether the first line points to another object, whose documentation then speaks for both."""
+    return "][dualview." in doc.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", sorted(name for name, thing in CALLABLE.items() if inspect.isfunction(thing)))
-def test_function_documents_every_argument(name):
-    doc = inspect.getdoc(CALLABLE[name])
-    parameters = inspect.signature(CALLABLE[name]).parameters
+def test_function_documents_its_arguments_and_shapes(name):
+    doc, parameters = inspect.getdoc(CALLABLE[name]), inspect.signature(CALLABLE[name]).parameters
+    if defers(doc):
+        return
     undocumented = [p for p in parameters if not re.search(rf"^    {p}: ", doc, re.MULTILINE)]
-    assert not undocumented or name.endswith(".crop"), f"{name}: Args lacks {undocumented}"
+    assert not undocumented, f"{name}: Args lacks {undocumented}"
+    takes_tensors = any(re.match(r"Tensor\b", str(p.annotation)) for p in parameters.values())
+    assert section(doc, "Shape") or not takes_tensors, f"{name} has no Shape: section"
+    assert section(doc, "Example"), f"{name} has no Example: section"
+    raises = re.search(r"^\s+raise ", inspect.getsource(CALLABLE[name]), re.MULTILINE)
+    assert section(doc, "Raises") or not raises, f"{name} raises, and has no Raises: section"
 
 
-def takes_tensors(thing: object) -> bool:
-    if inspect.isclass(thing):
-        return issubclass(thing, nn.Module)
-    return any("Tensor" in str(p.annotation) for p in inspect.signature(thing).parameters.values())
-
-
-def raises(thing: object) -> bool:
-    source = inspect.getsource(inspect.unwrap(thing.__init__ if inspect.isclass(thing) else thing))
-    return re.search(r"^\s+raise |_check|check_|\.of\(", source, re.MULTILINE) is not None
-
-
-@pytest.mark.parametrize("name", sorted(CALLABLE))
-def test_says_shapes_errors_and_shows_an_example(name):
-    print(name, takes_tensors(CALLABLE[name]), raises(CALLABLE[name]))
-    doc = inspect.getdoc(CALLABLE[name])
-    if takes_tensors(CALLABLE[name]):
-        assert section(doc, "Shape"), "no Shape: section"
-        assert section(doc, "Example"), "no Example: section"
-    if raises(CALLABLE[name]):
-        assert section(doc, "Raises"), "no Raises: section"
+@pytest.mark.parametrize("name", sorted(name for name, thing in CALLABLE.items() if inspect.isclass(thing)))
+def test_class_documents_its_shapes_and_errors(name):
+    thing = CALLABLE[name]
+    doc, members = inspect.getdoc(thing), vars(thing)
+    # The models of transformers document the shapes where the tensors are: at `forward`.
+    if issubclass(thing, nn.Module) and not issubclass(thing, PreTrainedModel):
+        assert section(doc, "Shape"), f"{name} has no Shape: section"
+        assert section(doc, "Example"), f"{name} has no Example: section"
+    if issubclass(thing, PreTrainedModel):
+        assert section(inspect.getdoc(thing.forward), "Shape"), f"{name}.forward has no Shape: section"
+    # Dataclasses generate an __init__ that has no source.
+    checks = [members[method] for method in ("__init__", "__post_init__") if method in members]
+    sources = [
+        inspect.getsource(check) for check in checks if inspect.getsourcefile(check) == inspect.getsourcefile(thing)
+    ]
+    raises = any(re.search(r"^\s+raise ", source, re.MULTILINE) for source in sources)
+    assert section(doc, "Raises") or not raises, f"{name} raises, and has no Raises: section"

@@ -36,7 +36,8 @@ def __getattr__(name: str) -> Any:
             from dualview.models import inf_llava
         except ModuleNotFoundError as error:
             raise ImportError(
-                f'dualview.models.{name} needs transformers, torchvision and pillow ({error}): pip install "dualview[hf]".'
+                f"dualview.models.{name} needs transformers, torchvision and pillow ({error}): "
+                'pip install "dualview[hf]".'
             ) from error
         return getattr(inf_llava, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -136,7 +136,14 @@ def encode_dual_view(
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     grids = [_grid_of(batch, tile, grid, resize) for batch in batches]
     plans = [
-        plan_encoder(dem, g, tile, check_size(batch.shape[2:], "image size"), low=low_res is not None or dem is None, low_pass=low_pass)
+        plan_encoder(
+            dem,
+            g,
+            tile,
+            check_size(batch.shape[2:], "image size"),
+            low=low_res is not None or dem is None,
+            low_pass=low_pass,
+        )
         for batch, g in zip(batches, grids, strict=True)
     ]
     views = [_views(*group, tile, low_pass) for group in zip(batches, grids, plans, strict=True)]

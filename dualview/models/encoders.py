@@ -33,6 +33,7 @@ class HfEncoder(nn.Module):
             size.
 
     Example:
+        >>> import torch
         >>> from transformers import CLIPVisionConfig, CLIPVisionModel
         >>> config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
         ...                           image_size=28, patch_size=14)
@@ -118,6 +119,7 @@ class TimmEncoder(nn.Module):
 
     Example:
         >>> import timm
+        >>> import torch
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
         >>> TimmEncoder(vit)(torch.randn(5, 3, 32, 32)).shape
         torch.Size([5, 2, 2, 192])
@@ -157,6 +159,7 @@ class OpenClipEncoder(nn.Module):
 
     Example:
         >>> import open_clip
+        >>> import torch
         >>> model = open_clip.create_model("ViT-S-32-alt", force_image_size=64)
         >>> OpenClipEncoder(model)(torch.randn(5, 3, 64, 64)).shape
         torch.Size([5, 2, 2, 384])

@@ -52,18 +52,18 @@ class DualPerspectiveTileBatch(NamedTuple):
 class DualPerspectiveCrop(nn.Module):
     """Cut high-resolution images into tiles from both perspectives (Eq. 2, 9-17 of arXiv 2407.16198).
 
-    The paper's Eq. 16 lets stride tiles of an image that is no multiple of the tile be floor(W / cols) wide, 366 instead
-    of 336 for 1100 pixels, which no fixed-size encoder takes. Here every tile has the encoder's size, and ``remainder``
-    says what becomes of the rest.
+    The paper's Eq. 16 lets stride tiles of an image that is no multiple of the tile be floor(W / cols) wide, 366
+    instead of 336 for 1100 pixels, which no fixed-size encoder takes. Here every tile has the encoder's size, and
+    ``remainder`` says what becomes of the rest.
 
     Args:
         tile: Size (h, w) of a tile in pixels, the encoder's input size.
         remainder: "error" refuses images that are no multiple of the tile; "pad" fills up at the bottom and the right;
-            "crop" drops rows at the bottom and columns at the right; "resize" interpolates (bicubic, antialiased) to the
-            nearest whole number of tiles per axis, at least one.
+            "crop" drops rows at the bottom and columns at the right; "resize" interpolates (bicubic, antialiased) to
+            the nearest whole number of tiles per axis, at least one.
         pad_value: What "pad" fills with: one number, or one per channel.
-        low_pass: Smooth the image before the stride crop, so that it does not alias. The stride tiles are then no longer
-            a permutation of the pixels; floating-point images only.
+        low_pass: Smooth the image before the stride crop, so that it does not alias. The stride tiles are then no
+            longer a permutation of the pixels; floating-point images only.
 
     Shape:
         (..., C, H, W), or a list of (C, H, W) images of any sizes -> see
@@ -71,8 +71,9 @@ class DualPerspectiveCrop(nn.Module):
         [`DualPerspectiveTileBatch`][dualview.DualPerspectiveTileBatch]
 
     Raises:
-        ValueError: ``remainder`` is unknown; an image is no multiple of the tile ("error") or smaller than one ("error",
-            "crop"); the list is empty or its images differ in channels.
+        ValueError: ``remainder`` is unknown; an image is no multiple of the tile ("error") or smaller than one
+            ("error", "crop"); the list is empty or its images differ in channels; ``pad_value`` has another number of
+            channels.
 
     Example:
         >>> tiles = DualPerspectiveCrop(tile=(4, 4), remainder="pad")(torch.ones(3, 7, 9))
@@ -142,6 +143,11 @@ class DualPerspectiveCrop(nn.Module):
             return _resize(images, (rows * h, cols * w)), (rows * h, cols * w)
         rows, cols = -(-height // h), -(-width // w)
         value = torch.as_tensor(self.pad_value, device=images.device).to(images.dtype)
+        if value.dim() and value.shape != images.shape[-3:-2]:
+            raise ValueError(
+                f"pad_value={self.pad_value} for images of shape {tuple(images.shape)}: give one number, or one for "
+                f"each of the {images.shape[-3]} channels."
+            )
         fill = value.reshape(-1, 1, 1) if value.dim() else value
         canvas = images.new_empty((*images.shape[:-2], rows * h, cols * w))
         canvas[:] = fill

@@ -68,7 +68,7 @@ class LoadReport(NamedTuple):
 
 
 class DualPerspectiveEnhance(nn.Module):
-    """Let the local and the global map enhance each other by cross-attention between corresponding tiles, and fuse them.
+    """Let the local and the global map enhance each other by cross-attention between their tiles, and fuse them.
 
     For each direction both maps are cut in the same way, the tiles of one ask the tiles of the other, and the result is
     put back: V_glo = softmax(G W_q (L W_k)^T / sqrt(d)) L W_v for global queries G and local keys L, and V_loc with the
@@ -175,8 +175,8 @@ class DualPerspectiveEnhance(nn.Module):
         if self.enhance != "both":
             if fusion is not None:
                 raise ValueError(
-                    f"fusion={fusion!r} with enhance={self.enhance!r}: a fusion merges two maps, and only one is computed. "
-                    'Omit fusion (the map goes through one linear layer), or use enhance="both".'
+                    f"fusion={fusion!r} with enhance={self.enhance!r}: a fusion merges two maps, and only one is "
+                    'computed. Omit fusion (the map goes through one linear layer), or use enhance="both".'
                 )
             return nn.Linear(self.dim, self.dim, bias=False, device=device, dtype=dtype)
         if isinstance(fusion, nn.Module):
@@ -373,7 +373,10 @@ class DualPerspectiveEnhance(nn.Module):
         shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
         counts = len(live.local), len(live.stride)
         if (
-            any(len(shape) != 5 or shape[1] != n or shape[4] != self.dim for shape, n in zip(shapes, counts, strict=True))
+            any(
+                len(shape) != 5 or shape[1] != n or shape[4] != self.dim
+                for shape, n in zip(shapes, counts, strict=True)
+            )
             or shapes[0][0] != shapes[1][0]
             or shapes[0][2:] != shapes[1][2:]
         ):
@@ -417,8 +420,8 @@ class DualPerspectiveEnhance(nn.Module):
             raise ValueError(
                 "the checkpoint does not fit this module, and nothing was loaded. "
                 f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong shape: {wrong}. "
-                "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the hub); "
-                "strict=False loads what fits by name."
+                "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the "
+                "hub); strict=False loads what fits by name."
             )
         with torch.no_grad():
             for name in shared:

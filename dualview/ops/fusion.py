@@ -3,9 +3,9 @@
 Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each (..., H, W, D).
 Where the paper names a fusion without a formula, our reading stands in its docstring.
 
-A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed: class
-attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module without them
-works too, with nothing skipped before it.
+A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
+class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module without
+them works too, with nothing skipped before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 class LinearConcatFusion(nn.Module):
     """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
 
-    With ``values`` the maps are still to be multiplied by W_v of the local and of the global direction, (D, D) each, and
-    these are folded into the two layers.
+    With ``values`` the maps are still to be multiplied by W_v of the local and of the global direction, (D, D) each,
+    and these are folded into the two layers.
 
     Args:
         dim: Width D, even.
@@ -40,9 +40,7 @@ class LinearConcatFusion(nn.Module):
     radius = 0
     linear = True
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _check_divides(dim, 2)
         self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
@@ -53,9 +51,7 @@ class LinearConcatFusion(nn.Module):
         self.local_proj.reset_parameters()
         self.global_proj.reset_parameters()
 
-    def forward(
-        self, v_local: Tensor, v_global: Tensor, *, values: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, v_local: Tensor, v_global: Tensor, *, values: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if values is None:
             return torch.cat([self.global_proj(v_global), self.local_proj(v_local)], dim=-1)
         of_global = F.linear(v_global, self.global_proj.weight @ values[1])
@@ -86,9 +82,7 @@ class BottleneckConcatFusion(nn.Module):
     radius = 0
     linear = False
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         _check_divides(dim, 16)
 
@@ -145,7 +139,7 @@ class AdditionFusion(_ParameterFreeFusion):
 
 
 class WeightedAdditionFusion(nn.Module):
-    """a V_glo + (1 - a) V_loc with a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
+    """a V_glo + (1 - a) V_loc, a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
 
     Args:
         dim: Width D.
@@ -163,9 +157,7 @@ class WeightedAdditionFusion(nn.Module):
     radius = 0
     linear = True
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -235,9 +227,7 @@ class Conv3x3Fusion(nn.Module):
     radius = 1
     linear = True
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
 

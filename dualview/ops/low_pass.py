@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualview.geometry import GridLike, TileGrid
-from dualview.ops.tiling import DataFormat
+from dualview.ops.tiling import DataFormat, check_rank
 
 
 def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
@@ -26,7 +26,7 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
         (..., C, H, W) or (..., H, W, D), unchanged
 
     Raises:
-        ValueError: ``x`` has fewer than three dimensions.
+        ValueError: ``x`` has fewer than three dimensions, or ``data_format`` is not one of the choices.
         TypeError: ``x`` is not a floating-point tensor.
 
     Example:
@@ -35,9 +35,10 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
     """
     grid = TileGrid.of(grid)
     if not x.is_floating_point():
-        raise TypeError(f"low_pass averages pixels, so it needs a floating-point tensor; got {x.dtype}. Convert it first.")
-    if x.dim() < 3:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} is no map: expected three or more dimensions.")
+        raise TypeError(
+            f"low_pass averages pixels, so it needs a floating-point tensor; got {x.dtype}. Convert it first."
+        )
+    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
     first = data_format == "channels_first"
     planes = x if first else x.movedim(-1, -3)
     flat = planes.reshape(-1, 1, *planes.shape[-2:])

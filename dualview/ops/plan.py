@@ -66,7 +66,7 @@ def full_computation() -> Iterator[None]:
         ...     planning()
         False
     """
-    global _planning
+    global _planning  # noqa: PLW0603 - a switch for everything that runs meanwhile
     before, _planning = _planning, False
     try:
         yield
@@ -106,7 +106,13 @@ class AxisCut:
         per_tile = max(map(len, held.values()))
         gathered = [p for found in held.values() for p in found + found[:1] * (per_tile - len(found))]
         slot = {p: i for i, p in reversed(list(enumerate(gathered)))}
-        return cls(tuple(held), tuple(gathered), per_tile, tuple(slot[p] for p in sorted(wanted)), len(wanted) == len(held) * size)
+        return cls(
+            tuple(held),
+            tuple(gathered),
+            per_tile,
+            tuple(slot[p] for p in sorted(wanted)),
+            len(wanted) == len(held) * size,
+        )
 
     def widened(self, perspective: Perspective, tiles: int, size: int) -> AxisCut:
         """The same tiles with all of their positions: the keys of the queries."""
@@ -378,9 +384,7 @@ def plan_views(
         full: Encode every view, as the equations are written.
     """
     grid = TileGrid(*pair)
-    exact = all(
-        n == 1 or (n % 2 == 1 and side % size == 0) for n, side, size in zip(grid, image, tile, strict=True)
-    )
+    exact = all(n == 1 or (n % 2 == 1 and side % size == 0) for n, side, size in zip(grid, image, tile, strict=True))
     smoothed = low_pass and grid.num_tiles > 1
 
     def samples(view: View) -> object:

@@ -41,14 +41,14 @@ def tile_attention(
     """
     if key.shape != value.shape or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key and "
-            "value must have one shape, and the query the same leading dimensions and width."
+            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key "
+            "and value must have one shape, and the query the same leading dimensions and width."
         )
-    if query.shape[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide the width {query.shape[-1]}.")
+    if num_heads < 1 or query.shape[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width {query.shape[-1]}.")
 
-    rows = [x.flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
-    mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).flatten(0, -2)[None]
+    rows = [x[None].flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
+    mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
     attended = attend_rows(*rows, mask, (query.shape[-1] / num_heads) ** -0.5)
     return attended[0].transpose(1, 2).reshape(query.shape)
 
@@ -184,8 +184,10 @@ class TileAttention(nn.Module):
             )
             per_head = attend_rows(q, k, v, key_mask, scale, pool)
         by_query: Tensor = per_head.transpose(2, 3)
-        return by_query if pool is None or pool.inside else pool.tokens(by_query.flatten(-2)).unflatten(
-            -1, by_query.shape[-2:]
+        return (
+            by_query
+            if pool is None or pool.inside
+            else pool.tokens(by_query.flatten(-2)).unflatten(-1, by_query.shape[-2:])
         )
 
     @property
@@ -207,9 +209,7 @@ class TileAttention(nn.Module):
         q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))
         return torch.einsum("btqhe,hed->bthqd", q, weight.unflatten(0, (self.num_heads, -1)))
 
-    def _project_values(
-        self, attended: Tensor, query: Tensor, key_mask: Tensor | None, pool: Pooling | None
-    ) -> Tensor:
+    def _project_values(self, attended: Tensor, query: Tensor, key_mask: Tensor | None, pool: Pooling | None) -> Tensor:
         """(P x) W_v + b_v per head, for the rows of P sum to one; where all keys are masked they sum to zero."""
         weight = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
         values = torch.einsum("btqhd,hed->btqhe", attended, weight)

@@ -72,8 +72,9 @@ class TileBatch:
         counts = [t.shape[0] for t in tiles]
         if counts != [grid.num_tiles for grid in grid_tuple] or len({tuple(t.shape[1:]) for t in tiles}) != 1:
             raise ValueError(
-                f"cannot pack tiles of shapes {[tuple(t.shape) for t in tiles]} for grids {[str(g) for g in grid_tuple]}: "
-                "give at least one image, one grid per image, rows*cols tiles each, and the same tile size throughout."
+                f"cannot pack tiles of shapes {[tuple(t.shape) for t in tiles]} for grids "
+                f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
+                "and the same tile size throughout."
             )
         return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective)
 
@@ -99,7 +100,8 @@ class TileBatch:
             not isinstance(grids, Sequence) or tuple(TileGrid.of(g) for g in grids) != self.grids
         ):
             raise ValueError(
-                f"grids {grids!r} differ from those of the TileBatch, {[str(g) for g in self.grids]}: omit the argument."
+                f"grids {grids!r} differ from those of the TileBatch, {[str(g) for g in self.grids]}: omit the "
+                "argument."
             )
         return self.grids
 
@@ -109,7 +111,7 @@ class TileBatch:
             raise ValueError('this TileBatch does not record its perspective: pass perspective="local" or "global".')
         if perspective is not None and self.perspective not in (None, perspective):
             raise ValueError(
-                f"perspective={perspective!r} was asked for, but these tiles are of the {self.perspective!r} perspective: "
-                "undoing the other one would scramble the map. Omit the argument, or pass the right tiles."
+                f"perspective={perspective!r} was asked for, but these tiles are of the {self.perspective!r} "
+                "perspective: undoing the other one would scramble the map. Omit the argument, or pass the right tiles."
             )
         return check_perspective(perspective or self.perspective or "")

@@ -80,7 +80,7 @@ def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "
 def crop(x: Tensor, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
     grid, perspective = TileGrid.of(grid), check_perspective(perspective)
-    _check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
+    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
     batch = x.dim() - 3
     plane = batch + (data_format == "channels_first")
     h, w = grid.tile_size((x.shape[plane], x.shape[plane + 1]))
@@ -167,12 +167,13 @@ def recombine(
             'must be given: recombine(tiles, (rows, cols), "local" or "global").'
         )
     grid, perspective = TileGrid.of(grid), check_perspective(perspective)  # type: ignore[arg-type]
-    _check_rank(tiles, 4, data_format, "(..., rows*cols, C, h, w)", "(..., rows*cols, h, w, D)")
+    check_rank(tiles, 4, data_format, "(..., rows*cols, C, h, w)", "(..., rows*cols, h, w, D)")
     batch = tiles.dim() - 4
     if tiles.shape[batch] != grid.num_tiles:
         raise ValueError(
-            f"recombine got {tiles.shape[batch]} tiles (dimension {batch} of {tuple(tiles.shape)}) for a grid of {grid}: "
-            f"it needs rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut with."
+            f"recombine got {tiles.shape[batch]} tiles (dimension {batch} of {tuple(tiles.shape)}) for a grid of "
+            f"{grid}: it needs rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut "
+            "with."
         )
     first = batch + 1 + (data_format == "channels_first")
     h, w = tiles.shape[first], tiles.shape[first + 1]
@@ -201,7 +202,8 @@ def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLi
     return crop(whole, grid, target, data_format="channels_last")
 
 
-def _check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
+def check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
+    """A ValueError for an unknown ``data_format``, or for fewer than ``rank`` dimensions."""
     if data_format not in get_args(DataFormat):
         raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
     if x.dim() < rank:
@@ -285,9 +287,7 @@ class SubfeatureRecombine(nn.Module):
         torch.Size([1, 8, 15, 8])
     """
 
-    def __init__(
-        self, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first"
-    ) -> None:
+    def __init__(self, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> None:
         super().__init__()
         self.grid, self.perspective = TileGrid.of(grid), check_perspective(perspective)
         self.data_format = data_format

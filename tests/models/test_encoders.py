@@ -172,10 +172,11 @@ def test_holds_the_tower_as_a_submodule() -> None:
 
 # --- timm -------------------------------------------------------------------------------------------------------------
 
+SMALL = {"depth": LAYERS, "embed_dim": 48, "num_heads": 2}
 TIMM = {
-    "class token": ("vit_tiny_patch16_224", {"depth": LAYERS}, (32, 48)),
-    "registers": ("vit_small_patch14_reg4_dinov2", {"depth": LAYERS, "embed_dim": 48, "num_heads": 2}, (28, 42)),
-    "no prefix": ("vit_base_patch16_siglip_224", {"depth": LAYERS, "embed_dim": 48, "num_heads": 2}, (32, 48)),
+    "class token": ("vit_tiny_patch16_224", SMALL, (32, 48)),
+    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"init_values": 1.0}, (28, 42)),
+    "no prefix": ("vit_base_patch16_siglip_224", SMALL, (32, 48)),
 }
 
 

@@ -73,7 +73,17 @@ def prompt(batch=1, images=1):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "<s>", "<|eot_id|>", "<unk>", "<|start_header_id|>", "<|end_header_id|>", "system", "user", "assistant"]
+    words = [
+        "<pad>",
+        "<s>",
+        "<|eot_id|>",
+        "<unk>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "system",
+        "user",
+        "assistant",
+    ]
     words += [*"abcdefghijklmnopqrstuvwxyzA'.,\n "]
     vocab = {word: i for i, word in enumerate(words)} | {"<image>": IMAGE}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -81,9 +91,7 @@ def tokenizer():
     fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>"
     )
-    fast.add_special_tokens(
-        {"additional_special_tokens": ["<image>", "<|start_header_id|>", "<|end_header_id|>"]}
-    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>", "<|start_header_id|>", "<|end_header_id|>"]})
     return fast
 
 
@@ -108,7 +116,9 @@ def test_reproduces_the_released_encoder(size):
         tower = json.loads(file.metadata()["clip_config"])
     golden = load_file(path)
     torch.manual_seed(0)
-    model = InfLlavaModel(InfLlavaConfig(vision_config=tower, text_config=dict(TINY_LLM), image_token_id=IMAGE)).double()
+    model = InfLlavaModel(
+        InfLlavaConfig(vision_config=tower, text_config=dict(TINY_LLM), image_token_id=IMAGE)
+    ).double()
     model.vision_tower.load_state_dict(
         {k.removeprefix("vision_tower."): v for k, v in golden.items() if k.startswith("vision_tower.")}
     )
@@ -120,7 +130,9 @@ def test_reproduces_the_released_encoder(size):
     y = torch.arange(size, dtype=torch.float64).view(1, 1, -1, 1)
     x = torch.arange(size, dtype=torch.float64).view(1, 1, 1, -1)
     c = torch.arange(3, dtype=torch.float64).view(1, 3, 1, 1)
-    pixels = torch.sin(0.013 * y * (c + 1)) * torch.cos(0.017 * x * (c + 1) - 0.2 * c) + 0.2 * torch.sin(0.11 * x + 0.07 * y)
+    pixels = torch.sin(0.013 * y * (c + 1)) * torch.cos(0.017 * x * (c + 1) - 0.2 * c) + 0.2 * torch.sin(
+        0.11 * x + 0.07 * y
+    )
     with torch.no_grad():
         tokens = torch.stack(model.get_image_features(pixels.float().double()).pooler_output)
     assert tokens.shape == golden["output"].shape
@@ -129,7 +141,12 @@ def test_reproduces_the_released_encoder(size):
 
 def test_default_config_is_the_released_model():
     config = InfLlavaConfig()
-    assert (config.grid, config.image_seq_length, config.low_res, config.dem) == ((3, 3), 576, "mean", {"preset": "released"})
+    assert (config.grid, config.image_seq_length, config.low_res, config.dem) == (
+        (3, 3),
+        576,
+        "mean",
+        {"preset": "released"},
+    )
     assert config.vision_feature_layer == -2
     assert config.tile == (336, 336)
     with torch.device("meta"):
@@ -180,7 +197,7 @@ def test_mixed_grids_equal_one_image_at_a_time():
         model.get_image_features(torch.cat(tiles)[:-1], grids)
 
 
-# --- the model, as transformers users use it ----------------------------------------------------------------------------
+# --- the model, as transformers users use it --------------------------------------------------------------------------
 
 
 def test_loss_is_that_of_shifted_labels_and_reaches_every_part():
@@ -197,7 +214,11 @@ def test_loss_is_that_of_shifted_labels_and_reaches_every_part():
         for name, _ in model.named_parameters()
         if name.startswith(("model.vision_tower.encoder.layers.2", "model.vision_tower.post_layernorm"))
     }
-    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name.startswith("model.dem") and "k_proj.bias" not in name)
+    assert all(
+        p.grad.abs().sum() > 0
+        for name, p in model.named_parameters()
+        if name.startswith("model.dem") and "k_proj.bias" not in name
+    )
 
 
 def test_text_alone_and_embeddings_in_place_of_ids():
@@ -240,14 +261,18 @@ def test_mismatch_of_tokens_and_features_is_refused():
         model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84), mm_encoder_outputs={"image": None})
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}]
+)
 def test_generate(options):
     """Greedy generation equals an argmax loop without a cache; images are encoded once."""
     model = tiny_model()
     pixels = torch.randn(2, 3, 56, 84)
     calls = []
     handle = model.model.multi_modal_projector.register_forward_hook(lambda *_: calls.append(1))
-    out = model.generate(input_ids=prompt(2), pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+    out = model.generate(
+        input_ids=prompt(2), pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None, **options
+    )
     handle.remove()
     assert out.shape == (2 * options.get("num_return_sequences", 1), prompt().shape[1] + 4)
     assert len(calls) == 1
@@ -299,7 +324,9 @@ def test_parameters_missing_from_a_file_start_as_they_should(tmp_path):
 def test_any_tower_and_any_language_model():
     siglip = {**TINY_TOWER, "model_type": "siglip_vision_model"}
     qwen = {**TINY_LLM, "model_type": "qwen2"}
-    model = tiny_model(vision_config=siglip, text_config=qwen, dem={"preset": "paper"}, low_res="add", vision_feature_layer=-1)
+    model = tiny_model(
+        vision_config=siglip, text_config=qwen, dem={"preset": "paper"}, low_res="add", vision_feature_layer=-1
+    )
     assert model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84)).logits.shape == (1, 8, 64)
 
 
@@ -406,7 +433,9 @@ def test_image_processor_is_clips_where_nothing_is_padded():
     """Stage 1: shortest edge to 1008, centre cut out, CLIP's normalisation."""
     picture = photograph(300, 420)
     ours = InfLlavaImageProcessor(do_pad=False)(picture, return_tensors="pt")["pixel_values"]
-    clip = CLIPImageProcessor(size={"shortest_edge": 1008}, crop_size=1008)(picture, return_tensors="pt")["pixel_values"]
+    clip = CLIPImageProcessor(size={"shortest_edge": 1008}, crop_size=1008)(picture, return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(ours, clip)
 
 
@@ -438,8 +467,12 @@ def test_image_processor_round_trip(tmp_path):
 
 
 def test_processor_writes_the_image_tokens(processor):
-    out = processor(text=["<image>ab", "c<image><image>"], images=[[photograph()], [photograph(), photograph(30, 20)]],
-                    return_tensors="pt", padding=True)
+    out = processor(
+        text=["<image>ab", "c<image><image>"],
+        images=[[photograph()], [photograph(), photograph(30, 20)]],
+        return_tensors="pt",
+        padding=True,
+    )
     assert (out["input_ids"] == IMAGE).sum(1).tolist() == [4, 8]
     assert out["pixel_values"].shape == (3, 3, 84, 84)
     counted = processor._get_num_multimodal_tokens(image_sizes=[(60, 90), (30, 20)])
@@ -476,7 +509,9 @@ def test_from_picture_to_answer(processor, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is InfLlavaProcessor
     assert (processor.image_seq_length, type(processor.image_processor)) == (4, InfLlavaImageProcessor)
-    messages = [{"role": "user", "content": [{"type": "image", "image": photograph()}, {"type": "text", "text": "what"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": photograph()}, {"type": "text", "text": "what"}]}
+    ]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

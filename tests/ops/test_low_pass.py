@@ -79,7 +79,7 @@ def test_refuses() -> None:
     for dtype in (torch.uint8, torch.int64, torch.bool):
         with refuses(str(dtype), "floating-point", "Convert it first", error=TypeError):
             dv.low_pass(torch.zeros(3, 4, 6, dtype=dtype), (2, 3))
-    with refuses("(4, 6)", "three or more"):
+    with refuses("(4, 6)", "channels_first", "(..., C, H, W)"):
         dv.low_pass(torch.zeros(4, 6), (2, 3))
     with refuses("grid=5"):
         dv.low_pass(torch.zeros(3, 4, 6), 5)

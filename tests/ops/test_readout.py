@@ -95,7 +95,8 @@ def test_gradcheck_and_compile(readout: str) -> None:
     x = torch.randn(1, 4, 6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda values: dv.read_out(values, (2, 3), readout), x)
     assert_compiles_once(
-        lambda values: dv.read_out(values, (2, 3), readout), lambda batch: (torch.arange(48.0 * batch).view(-1, 4, 6, 2),)
+        lambda values: dv.read_out(values, (2, 3), readout),
+        lambda batch: (torch.arange(48.0 * batch).view(-1, 4, 6, 2),),
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualview as dv
-from tests.checks import refuses
+from tests.checks import fresh, refuses
 from tests.strategies import channels, data_formats, grids, map_shape, numbered, perspectives
 from tests.strategies import tiles as tile_sizes
 
@@ -26,15 +26,14 @@ def batch_of(*grid_list: tuple[int, int], perspective: str | None = None) -> dv.
 def test_recombine_undoes_the_crops(
     grid_list: list[tuple[int, int]], tile: tuple[int, int], channel: int, perspective: str, data_format: str
 ) -> None:
-    images = [
-        numbered(map_shape((), channel, grid, tile, data_format)) + 10000 * k for k, grid in enumerate(grid_list)
-    ]
+    images = [numbered(map_shape((), channel, grid, tile, data_format)) + 10000 * k for k, grid in enumerate(grid_list)]
     tiles = [CROPS[perspective](x, g, data_format=data_format) for x, g in zip(images, grid_list, strict=True)]
     batch = dv.TileBatch.collate(tiles, grid_list, perspective)
     for arguments in ((), (grid_list,), (None, perspective), (grid_list, perspective)):
         back = dv.recombine(batch, *arguments, data_format=data_format)
         assert len(back) == len(images)
         assert all(torch.equal(a, b) for a, b in zip(back, images, strict=True))
+        assert all(fresh(x, batch.data) for x in back)
 
 
 @given(mixed, st.integers(-5, 5), st.integers(-5, 5))

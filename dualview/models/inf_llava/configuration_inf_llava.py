@@ -69,12 +69,12 @@ class InfLlavaConfig(PreTrainedConfig):
     model_type = "inf_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' own form
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
     grid: list[int] | tuple[int, ...] = (3, 3)
     image_token_id: int = 128257
     image_seq_length: int | None = None
-    dem: dict | None = None
+    dem: dict[str, Any] | None = None
     low_res: Literal["mean", "add"] | None = "mean"
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
@@ -90,13 +90,14 @@ class InfLlavaConfig(PreTrainedConfig):
         self.image_seq_length = tokens if self.image_seq_length is None else self.image_seq_length
         if self.image_seq_length != tokens:
             raise ValueError(
-                f"image_seq_length={self.image_seq_length}, but a tile of {self.vision_config.image_size} pixels with patches "
-                f"of {self.vision_config.patch_size} has {tokens} tokens, and the model keeps one tile's count. Omit it."
+                f"image_seq_length={self.image_seq_length}, but a tile of {self.vision_config.image_size} pixels with "
+                f"patches of {self.vision_config.patch_size} has {tokens} tokens, and the model keeps one tile's "
+                "count. Omit it."
             )
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
-                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: prefix tokens have no place on "
-                'the grid of tiles, so only "default" (drop them) is possible.'
+                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: prefix tokens have no place "
+                'on the grid of tiles, so only "default" (drop them) is possible.'
             )
         self.build_dem(device="meta")  # a wrong option fails here, not when the weights are loaded
         super().__post_init__(**kwargs)
@@ -113,26 +114,24 @@ class InfLlavaConfig(PreTrainedConfig):
         Raises:
             ValueError: The preset or an option is unknown, or the readout would not give one tile's token count.
         """
-        options = dict(self.dem)
+        options = dict(self.dem or {})
         preset = options.pop("preset", None)
         if preset not in DEM_PRESETS or options.get("readout") == "none":
             raise ValueError(
-                f"dem={self.dem}: needs a preset of {DEM_PRESETS}, and a readout that gives the token count of one tile "
-                '(not "none").'
+                f"dem={self.dem}: needs a preset of {DEM_PRESETS}, and a readout that gives the token count of one "
+                'tile (not "none").'
             )
         try:
             if preset == "none":
-                return None if not options else _refuse(options)
+                if options:
+                    raise TypeError(f"the preset 'none' has no options, got {sorted(options)}")
+                return None
             if preset == "direct":
                 return DirectReadout(**options)
             build = DualPerspectiveEnhance.released if preset == "released" else DualPerspectiveEnhance.paper
             return build(self.vision_config.hidden_size, device=device, **options)
         except TypeError as error:
             raise ValueError(f"dem={self.dem}: {error}. Options are the arguments of the preset's module.") from error
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    raise TypeError(f"the preset 'none' has no options, got {sorted(options)}")
 
 
 def _sub_config(config: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from dualview.geometry import choose_grid
 from dualview.ops.tiling import local_crop
 
 
-class InfLlavaImageProcessorKwargs(ImagesKwargs, total=False):
+class InfLlavaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """Arguments beyond those of every image processor.
 
     max_tiles (`int`, *optional*):
@@ -32,9 +32,9 @@ class InfLlavaImageProcessorKwargs(ImagesKwargs, total=False):
 class InfLlavaImageProcessor(TorchvisionBackend):
     """Pad to a square with the mean colour, resize, normalise, as the released model was trained in its second stage.
 
-    The default size is 1008 pixels, three tiles of 336 a side. The released inference code leaves CLIP's 336 and lets the
-    model enlarge the picture, which loses its detail: ``InfLlavaImageProcessor(size=336)`` reproduces that. The first
-    training stage did not pad but cut out the centre: ``do_pad=False``.
+    The default size is 1008 pixels, three tiles of 336 a side. The released inference code leaves CLIP's 336 and lets
+    the model enlarge the picture, which loses its detail: ``InfLlavaImageProcessor(size=336)`` reproduces that. The
+    first training stage did not pad but cut out the centre: ``do_pad=False``.
 
     With ``max_tiles`` every image gets a grid of its own, chosen by [`choose_grid`][dualview.choose_grid]: it is scaled
     to fit the grid with its aspect ratio kept, and the rest of the canvas, at the bottom and the right, is filled with
@@ -112,7 +112,7 @@ class InfLlavaImageProcessor(TorchvisionBackend):
 
         if max_tiles is not None and tile_size is not None:
             tile = (tile_size["height"], tile_size["width"])
-            grids = [choose_grid(tuple(image.shape[-2:]), tile, max_tiles) for image in images]
+            grids = [choose_grid((image.shape[-2], image.shape[-1]), tile, max_tiles) for image in images]
             tiles = [
                 local_crop(normalise(self._fit(image, grid.map_size(tile), resample, image_mean)), grid)
                 for image, grid in zip(images, grids, strict=True)
@@ -121,7 +121,8 @@ class InfLlavaImageProcessor(TorchvisionBackend):
             return BatchFeature(data=data, tensor_type=return_tensors)
 
         pixels = []
-        for image in images:
+        for picture in images:
+            image = picture
             if do_pad:
                 side = max(image.shape[-2:])
                 top, left = (side - image.shape[-2]) // 2, (side - image.shape[-1]) // 2
@@ -137,7 +138,9 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         """The image scaled to fit the canvas, its aspect ratio kept, the rest filled with the mean colour."""
         height, width = image.shape[-2:]
         scale = min(canvas[0] / height, canvas[1] / width)
-        scaled = tuple(min(full, max(1, round(side * scale))) for side, full in zip((height, width), canvas, strict=True))
+        scaled = tuple(
+            min(full, max(1, round(side * scale))) for side, full in zip((height, width), canvas, strict=True)
+        )
         resized = self.resize(image, SizeDict(height=scaled[0], width=scaled[1]), resample)
         return _pad(resized, canvas, (0, 0), mean)
 
@@ -147,10 +150,7 @@ def _pad(image: Tensor, size: tuple[int, int], corner: tuple[int, int], mean: tu
     (height, width), (top, left) = image.shape[-2:], corner
     if (height, width) == size:
         return image
-    if image.is_floating_point():
-        fill = list(mean)
-    else:
-        fill = [int(value * 255) for value in mean]
+    fill = list(mean) if image.is_floating_point() else [int(value * 255) for value in mean]
     padding = [left, top, size[1] - width - left, size[0] - height - top]
     padded: Tensor = tv.pad(image, padding, fill=fill)
     return padded

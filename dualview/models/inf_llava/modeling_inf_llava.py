@@ -155,14 +155,12 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         if tiles.shape[0] != sum(counts) or tuple(tiles.shape[-2:]) != self.config.tile:
             raise ValueError(
                 f"pixel_values of shape {tuple(tiles.shape)} with image_grids {image_grids.tolist()}: expected "
-                f"{sum(counts)} tiles of {self.config.tile[0]} x {self.config.tile[1]} pixels, all tiles of an image in "
-                "row-major order, as InfLlavaImageProcessor(max_tiles=...) makes them."
+                f"{sum(counts)} tiles of {self.config.tile[0]} x {self.config.tile[1]} pixels, all tiles of an image "
+                "in row-major order, as InfLlavaImageProcessor(max_tiles=...) makes them."
             )
         return [recombine(part, g, "local") for part, g in zip(tiles.split(counts), grids, strict=True)]
 
-    def get_placeholder_mask(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
-    ) -> Tensor:
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the image tokens stand, (batch, sequence, 1), checked against the number of image features."""
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -173,9 +171,11 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         torch_compilable_check(
             tokens == features,
             f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each image needs "
-            f"{self.config.image_seq_length} tokens with id {self.config.image_token_id}; InfLlavaProcessor writes them.",
+            f"{self.config.image_seq_length} tokens with id {self.config.image_token_id}; InfLlavaProcessor writes "
+            "them.",
         )
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
+        placeholder: Tensor = mask.unsqueeze(-1).to(inputs_embeds.device)
+        return placeholder
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,150 @@
+"""The demo runs a photograph through the real path, and what it reports is what happened."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualview as dv
+from dualview import demo
+from dualview.demo import DemoConfig, run_demo
+from dualview.images import CLIP_MEAN, CLIP_STD, fit_canvas, load_image
+from dualview.visualize import draw_tiles
+
+TINY = DemoConfig(tile=28, patch=14, dim=32, mlp_dim=64, layers=3, heads=2, llm_dim=32, llm_layers=1)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(2).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def run(photo, tmp_path, **options):
+    return run_demo(photo, tmp_path / "out.png", config=TINY, **options)
+
+
+def by_hand(photo, grid, preset, seed):
+    """The image tokens, by the ops alone."""
+    canvas = np.array(fit_canvas(load_image(photo), (28 * grid[0], 28 * grid[1])))
+    pixels = ((canvas / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)[None]
+    pixels = torch.from_numpy(pixels).float()
+    torch.manual_seed(seed)
+    model, projector, _ = demo._build(TINY, dv.TileGrid(*grid), preset, torch.device("cpu"))
+    assert model.dem.pairing == preset
+    low = torch.nn.functional.interpolate(pixels, (28, 28), mode="bicubic", align_corners=False)
+    with torch.inference_mode():
+        local, stride = (
+            torch.stack([model.encoder(tile[None])[0] for tile in cut(pixels, grid)[0]])[None]
+            for cut in (dv.local_crop, dv.global_stride_crop)
+        )
+        mixed = model.encoder(low) + model.dem(local, stride, grid)
+        if preset == "released":
+            mixed = mixed / 2
+        return projector(mixed.flatten(1, 2))
+
+
+@pytest.mark.parametrize("grid, preset", [((3, 3), "released"), ((2, 3), "paper"), ((3, 2), "released")])
+def test_tokens_are_those_of_the_photograph(photo, tmp_path, grid, preset):
+    report = run(photo, tmp_path, grid=grid, preset=preset, seed=5)
+    torch.testing.assert_close(report.image_tokens, by_hand(photo, grid, preset, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_stages(photo, tmp_path, capsys):
+    report = run(photo, tmp_path, grid=(2, 3))
+    text = len(demo.QUESTION.encode())
+    assert [(stage.name, stage.shape, stage.tokens) for stage in report.stages] == [
+        ("image", (50, 70, 3), 0),
+        ("scale, pad, normalise", (1, 3, 56, 84), 0),
+        ("draw the tiles", (56, 84, 3), 0),
+        ("build the models", (), 0),
+        ("cut into tiles", (13, 3, 28, 28), 0),
+        ("encoder", (13, 2, 2, 32), 52),
+        ("DEM: attention", (2, 6, 4, 32), 48),
+        ("DEM: fusion", (1, 4, 6, 32), 24),
+        ("DEM: readout", (1, 2, 2, 32), 4),
+        ("mix", (1, 2, 2, 32), 4),
+        ("projector", (1, 4, 32), 4),
+        ("language model", (1, 4 + text, 256), 4 + text),
+    ]
+    assert report.logits.shape == (1, 4 + text, 256)
+    assert all(stage.seconds >= 0 for stage in report.stages)
+    memory = [stage.memory for stage in report.stages]
+    assert memory == sorted(memory)
+    assert 2**26 < memory[-1] < 2**37
+    out, err = capsys.readouterr()
+    for stage in report.stages:
+        assert any(line.startswith(stage.name) for line in out.splitlines())
+    assert "weights     RANDOM" in out
+    assert f"Wrote {tmp_path / 'out.png'}" in out
+    assert "Next:" in out
+    assert "13/13" in err  # progress
+
+
+def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):
+    watch = demo.Stopwatch(torch.device("cpu"), last=10.0)
+    clock = iter([11.0, 13.0, 16.0, 20.0])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    for name in ("a", "b", "b", "c"):
+        watch.lap(name, (2, 3), tokens=5)
+    assert [(stage.name, stage.shape, stage.tokens, stage.seconds) for stage in watch.stages] == [
+        ("a", (2, 3), 5, 1.0),
+        ("b", (4, 3), 10, 5.0),
+        ("c", (2, 3), 5, 4.0),
+    ]
+    lines = demo.table(watch.stages, watch.device).splitlines()
+    assert lines[3].split()[:6] == ["b", "4", "x", "3", "10", "5.00"]
+    assert lines[-2].split() == ["total", "10.00"]
+
+
+def test_the_picture_is_that_of_the_canvas(photo, tmp_path):
+    run(photo, tmp_path, grid=(3, 2))
+    expected = draw_tiles(fit_canvas(load_image(photo), (84, 56)), (3, 2)).picture
+    assert np.array_equal(np.array(load_image(tmp_path / "out.png")), np.array(expected))
+
+
+def test_seed_and_photograph_matter(photo, tmp_path):
+    first = run(photo, tmp_path, seed=1).logits
+    assert torch.equal(run(photo, tmp_path, seed=1).logits, first)
+    assert not torch.equal(run(photo, tmp_path, seed=2).logits, first)
+    Image.new("RGB", (70, 50), "green").save(photo)
+    assert not torch.equal(run(photo, tmp_path, seed=1).logits, first)
+
+
+def test_a_single_tile_is_encoded_once(photo, tmp_path):
+    stages = {stage.name: stage.shape for stage in run(photo, tmp_path, grid=(1, 1)).stages}
+    assert stages["encoder"] == (1, 2, 2, 32)
+
+
+def test_default_photograph(tmp_path, capsys):
+    report = run(None, tmp_path, grid=(1, 1))
+    assert report.stages[0].shape == (600, 512, 3)
+    assert "grace_hopper.jpg (Grace Hopper, a photograph that matplotlib ships)" in capsys.readouterr().out
+
+
+def test_the_default_is_vit_l_14_336(photo, tmp_path, monkeypatch):
+    class BuiltError(Exception):
+        pass
+
+    def stop(config, *_):
+        raise BuiltError(config)
+
+    build = demo._build
+    monkeypatch.setattr(demo, "_build", stop)
+    with pytest.raises(BuiltError) as info:
+        run_demo(photo, tmp_path / "out.png")
+    model, _, _ = build(info.value.args[0], dv.TileGrid(3, 3), "released", torch.device("meta"))
+    config = model.encoder.model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (1024, 24, 16)
+    assert (config.intermediate_size, config.image_size, config.patch_size) == (4096, 336, 14)
+    assert model.encoder.layer == -2
+    assert sum(p.numel() for p in model.encoder.parameters()) == 303_507_456
+    assert sum(p.numel() for p in model.dem.parameters()) == 4_400_256
+
+
+def test_gradients_are_not_kept(photo, tmp_path):
+    report = run(photo, tmp_path)
+    assert report.image_tokens.is_inference()
+    assert report.logits.is_inference()
