@@ -212,7 +212,9 @@ def plan_encoder(
         live = LiveTiles(everything, everything)
     if not planning():
         live = LiveTiles(everything, everything) if dem is not None else live
-    return plan_views((grid.rows, grid.cols), tile, image, live, low=low, low_pass=low_pass, full=not planning())
+    return plan_views(
+        (grid.rows, grid.cols), tile, image, live.local, live.stride, low=low, low_pass=low_pass, full=not planning()
+    )
 
 
 def _views(images: Tensor, grid: TileGrid, plan: ViewPlan, tile: Size, low_pass: bool) -> Tensor:

@@ -237,7 +237,7 @@ class DualPerspectiveEnhance(nn.Module):
         maps = self._maps(local_tiles, stride_tiles, grid, live)
         tokens = check_size(local_tiles.shape[2:4], "token map")
         plan = self.plan(grid, tokens)
-        values = self._values_to_fold(plan, local_tiles.shape[0] * tokens[0] * tokens[1])
+        values = self._values_to_fold(plan, tokens[0] * tokens[1])
         enhanced = [self._direction(d, plan, maps, key_mask, grid, tokens, values is not None) for d in plan.directions]
         out = self._fuse(enhanced, plan, grid, tokens) if values is None else self.fusion(*enhanced, values=values)
         return out if self.gate is None else out * self.gate
@@ -312,9 +312,9 @@ class DualPerspectiveEnhance(nn.Module):
         pool = Pooling(d, grid, tokens) if plan.commutes else None
         attention = self._attention(d)
         if fold:
-            tiles = attention.attend(query, key, mask, absorb=True, pool=pool).flatten(-2)
+            tiles = attention.attend(query, key, mask, absorb=True, fold=d.fold, pool=pool).flatten(-2)
         else:
-            tiles = attention(query, key, mask, absorb=d.absorb, pool=pool)
+            tiles = attention(query, key, mask, absorb=d.absorb, fold=d.fold, pool=pool)
         return put_back(tiles, d.query_rows, d.query_cols, d.cut, grid) if pool is None else pool.arrange(tiles)
 
     def _values_to_fold(self, plan: EnhancePlan, pooled_tokens: int) -> tuple[Tensor, Tensor] | None:

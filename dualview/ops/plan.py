@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -132,6 +132,7 @@ class DirectionPlan:
         key_rows: Rows of the keys: the whole tiles that hold queries.
         key_cols: Columns of the keys.
         absorb: Whether projecting queries into key space costs less than projecting keys and values.
+        fold: Whether, absorbed with one head, W_q W_k^T costs less as one matrix.
         pool: Where average pooling is taken inside: over "tiles" (cut by strides, a cell's tokens lie at one place of
             all tiles), over "cells" of each tile's attention rows (cut by blocks of whole cells), on the "map" before
             the values are projected (cells lie across blocks), or nowhere.
@@ -144,6 +145,7 @@ class DirectionPlan:
     key_rows: AxisCut
     key_cols: AxisCut
     absorb: bool
+    fold: bool
     pool: Pool
 
     @property
@@ -248,7 +250,8 @@ def plan_enhance(
         keys = [q.widened(cut, n, h) for q, n, h in zip(queries, grid, tokens, strict=True)]
         pool = _pool(cut, grid, tokens) if commutes else None
         absorb = not full and _absorbing_pays(queries, keys, pool, tokens, dim, num_heads)
-        directions.append(DirectionPlan(query, cut, *queries, *keys, absorb, pool))
+        d = DirectionPlan(query, cut, *queries, *keys, absorb, False, pool)
+        directions.append(replace(d, fold=absorb and num_heads == 1 and d.num_tiles * d.queries > dim))
         everything = tuple(range(size[0])), tuple(range(size[1]))
         smoothed = low_pass and cut == "global"  # the filter reaches into every stride tile
         key_positions = everything if smoothed else tuple(tuple(sorted(set(k.positions))) for k in keys)
@@ -365,7 +368,15 @@ def view_slices(view: View, grid: TileGrid, tile: Size) -> tuple[slice, slice]:
 
 @constant
 def plan_views(
-    pair: tuple[int, int], tile: Size, image: Size, live: LiveTiles, *, low: bool, low_pass: bool, full: bool
+    pair: tuple[int, int],
+    tile: Size,
+    image: Size,
+    local_tiles: tuple[int, ...],
+    stride_tiles: tuple[int, ...],
+    *,
+    low: bool,
+    low_pass: bool,
+    full: bool,
 ) -> ViewPlan:
     """Find sub-images that are one and the same, so that each is encoded once.
 
@@ -378,7 +389,8 @@ def plan_views(
         pair: Rows and columns of tiles (a plain pair: a compiler takes it as a constant).
         tile: Tile size (h, w) in pixels.
         image: Size (H, W) of the image that both the canvas and the low-resolution view are interpolated from.
-        live: The tiles that are needed.
+        local_tiles: The local tiles that are needed.
+        stride_tiles: The stride tiles that are needed.
         low: Whether the low-resolution view is needed.
         low_pass: Whether the canvas is smoothed before the stride crop.
         full: Encode every view, as the equations are written.
@@ -405,7 +417,7 @@ def plan_views(
             views.append(view)
         return places[key]
 
-    local = tuple(place(View("local", index)) for index in live.local)
-    stride = tuple(place(View("global", index)) for index in live.stride)
+    local = tuple(place(View("local", index)) for index in local_tiles)
+    stride = tuple(place(View("global", index)) for index in stride_tiles)
     low_place = place(View("low", 0)) if low else None
-    return ViewPlan(tuple(views), live, local, stride, low_place)
+    return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_place)

@@ -151,9 +151,10 @@ class TileAttention(nn.Module):
         key_mask: Tensor | None = None,
         *,
         absorb: bool = False,
+        fold: bool = False,
         pool: Pooling | None = None,
     ) -> Tensor:
-        attended = self.attend(query, key, key_mask, absorb=absorb, pool=pool)
+        attended = self.attend(query, key, key_mask, absorb=absorb, fold=fold, pool=pool)
         if absorb:
             attended = self._project_values(attended, query, key_mask, pool)
         enhanced: Tensor = attended.flatten(-2)
@@ -164,7 +165,14 @@ class TileAttention(nn.Module):
         return enhanced if self.norm is None else self.norm(enhanced)
 
     def attend(
-        self, query: Tensor, key: Tensor, key_mask: Tensor | None, *, absorb: bool, pool: Pooling | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None,
+        *,
+        absorb: bool,
+        fold: bool,
+        pool: Pooling | None,
     ) -> Tensor:
         """What every query and head collects: of the values, or if absorbed of the keys as they are.
 
@@ -174,7 +182,7 @@ class TileAttention(nn.Module):
         scale = float((query.shape[-1] / self.num_heads) ** -0.5)
         if absorb:  # all heads ask the same keys: as many more rows of one group
             shared = key.unsqueeze(2)
-            rows = self._absorbed_queries(query).flatten(2, 3).unsqueeze(2)
+            rows = self._absorbed_queries(query, fold).flatten(2, 3).unsqueeze(2)
             attended = attend_rows(rows, shared, shared, key_mask, scale, pool)
             per_head = attended.squeeze(2).unflatten(2, (self.num_heads, -1))
         else:
@@ -197,13 +205,13 @@ class TileAttention(nn.Module):
         alone = self.num_heads == 1 and not self.residual and all(part is None for part in after)
         return self.v_proj.weight if alone else None
 
-    def _absorbed_queries(self, query: Tensor) -> Tensor:
+    def _absorbed_queries(self, query: Tensor, fold: bool) -> Tensor:
         """(q W_q + b_q) W_k^T per head, (B, T, heads, Q, D): the keys then need no projection.
 
         Their bias b_k would add one constant to all scores of a query, which the softmax drops.
         """
-        weight, dim = self.k_proj.weight, query.shape[-1]
-        if self.num_heads == 1 and query.numel() > dim**2:  # more queries than rows of W_q W_k^T: fold it
+        weight = self.k_proj.weight
+        if fold:  # one head: W_q W_k^T is one matrix
             bias = None if self.q_proj.bias is None else self.q_proj.bias @ weight
             return F.linear(query, weight.t() @ self.q_proj.weight, bias).unsqueeze(2)
         q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))
