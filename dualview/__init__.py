@@ -8,8 +8,9 @@ from dualview.explain import Explanation, explain
 from dualview.geometry import TileGrid, choose_grid
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
+from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.dual_crop import DualPerspectiveCrop, DualPerspectiveTileBatch, DualPerspectiveTiles
-from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance, EnhancedMaps, LoadReport
+from dualview.ops.enhance import DualPerspectiveEnhance, EnhancedMaps
 from dualview.ops.functional import (
     global_stride_crop,
     local_crop,
@@ -27,6 +28,8 @@ from dualview.ops.fusion import (
     MultiplicationFusion,
     WeightedAdditionFusion,
 )
+from dualview.ops.plan import full_computation
+from dualview.ops.released_weights import LoadReport
 from dualview.ops.tile_attention import TileAttention
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import GlobalStrideCrop, LocalCrop, SubfeatureRecombine
@@ -62,6 +65,7 @@ __all__ = [
     "__version__",
     "choose_grid",
     "explain",
+    "full_computation",
     "global_stride_crop",
     "local_crop",
     "low_pass",

@@ -8,7 +8,8 @@ from torch import nn
 
 from dualview.geometry import GridLike, Size, TileGrid
 from dualview.models.dual_view_encoder import DualViewEncoder
-from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance
+from dualview.ops.direct_readout import DirectReadout
+from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.plan import CROP_OF_QUERY
 
 

@@ -7,13 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_size
-from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance
+from dualview.models.view_plan import ViewPlan, cut_views, plan_encoder
+from dualview.ops.direct_readout import DirectReadout
+from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.gather import select
-from dualview.ops.low_pass import low_pass as smooth
-from dualview.ops.plan import LiveTiles, ViewPlan, plan_views, planning, view_slices
 from dualview.ops.tiling import crop, recombine
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
@@ -146,7 +145,7 @@ def encode_dual_view(
         )
         for batch, g in zip(batches, grids, strict=True)
     ]
-    views = [_views(*group, tile, low_pass) for group in zip(batches, grids, plans, strict=True)]
+    views = [cut_views(*group, tile, low_pass) for group in zip(batches, grids, plans, strict=True)]
     encoded = _encode(encoder, torch.cat([v.flatten(0, 1) for v in views]), max_tiles_per_pass)
     parts = encoded.split([v.shape[0] * v.shape[1] for v in views])
     features = [part.unflatten(0, v.shape[:2]) for part, v in zip(parts, views, strict=True)]
@@ -196,49 +195,6 @@ def _grid_of(images: Tensor, tile: Size, grid: TileGrid | None, resize: bool) ->
             "DualPerspectiveCrop pads or crops images to whole tiles; resize=True interpolates inside."
         )
     return TileGrid(*found)
-
-
-def plan_encoder(
-    dem: nn.Module | None, grid: TileGrid, tile: Size, image: Size, *, low: bool, low_pass: bool
-) -> ViewPlan:
-    """Which sub-images of an image are encoded for this dem."""
-    everything = tuple(range(grid.num_tiles))
-    if dem is None:
-        live = LiveTiles((), ())
-    elif isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
-        # The token map is not known before encoding; from (rows, cols) tokens a tile on, the live tiles are the same.
-        live = dem.plan(grid, (grid.rows, grid.cols)).live
-    else:
-        live = LiveTiles(everything, everything)
-    if not planning():
-        live = LiveTiles(everything, everything) if dem is not None else live
-    return plan_views(
-        (grid.rows, grid.cols), tile, image, live.local, live.stride, low=low, low_pass=low_pass, full=not planning()
-    )
-
-
-def _views(images: Tensor, grid: TileGrid, plan: ViewPlan, tile: Size, low_pass: bool) -> Tensor:
-    """The sub-images to encode, (B, V, 3, h, w)."""
-    canvas = smoothed = None
-    found = []
-    for view in plan.views:
-        if view.kind == "low":
-            found.append(_interpolate(images, tile))
-            continue
-        canvas = _interpolate(images, grid.map_size(tile)) if canvas is None else canvas
-        source = canvas
-        if view.kind == "global" and low_pass:
-            source = smoothed = smooth(canvas, grid) if smoothed is None else smoothed
-        rows, cols = view_slices(view, grid, tile)
-        found.append(source[..., rows, cols])
-    return torch.stack(found, dim=1)
-
-
-def _interpolate(images: Tensor, size: Size) -> Tensor:
-    if tuple(images.shape[-2:]) == size:
-        return images
-    precise = images.to(torch.promote_types(images.dtype, torch.float32))
-    return F.interpolate(precise, size, mode="bicubic", align_corners=False, antialias=False).to(images.dtype)
 
 
 def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> Tensor:

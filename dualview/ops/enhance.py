@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +30,13 @@ from dualview.ops.plan import (
     Pairing,
     Source,
     maps_of_role,
-    plan_direct,
     plan_enhance,
     planning,
 )
 from dualview.ops.readout import Readout, check_readout, read_out
+from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
 from dualview.ops.tiling import crop, recombine
-
-RELEASED_NAMES = {
-    "attention.linears.0": "attentions.0.q_proj",
-    "attention.linears.1": "attentions.0.k_proj",
-    "attention.linears.2": "attentions.0.v_proj",
-    "attention.linears.3": "attentions.0.out_proj",
-    "attention.ln": "attentions.0.norm",
-    "ffn_crop.0": "fusion.local_bottleneck.0",
-    "ffn_crop.2": "fusion.local_bottleneck.2",
-    "ffn_stride.0": "fusion.global_bottleneck.0",
-    "ffn_stride.2": "fusion.global_bottleneck.2",
-    "ln_fuse": "fusion.norm",
-}
-"""Layer names in a released checkpoint and here."""
 
 
 class EnhancedMaps(NamedTuple):
@@ -58,13 +44,6 @@ class EnhancedMaps(NamedTuple):
 
     local: Tensor | None
     stride: Tensor | None
-
-
-class LoadReport(NamedTuple):
-    """Tensors that a checkpoint lacks, and those that it has but the module does not, by their released names."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
 
 
 class DualPerspectiveEnhance(nn.Module):
@@ -362,7 +341,7 @@ class DualPerspectiveEnhance(nn.Module):
         if plan.surround == "none":
             fused = self.fusion(*enhanced)
         elif plan.surround == "windows":
-            fused = self.fusion(*(surroundings(x, plan, self.fusion.radius) for x in enhanced), windows=True)
+            fused = self.fusion(*(surroundings(x, plan, cast(int, self.fusion.radius)) for x in enhanced), windows=True)
         else:
             fused = take_read(self.fusion(*(on_full_map(x, plan, size) for x in enhanced)), plan)
         if fused.shape[1:3] == size and self.readout != "none":
@@ -381,9 +360,9 @@ class DualPerspectiveEnhance(nn.Module):
             or shapes[0][2:] != shapes[1][2:]
         ):
             raise ValueError(
-                f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: "
-                f"they must be (B, {counts[0]}, h, w, {self.dim}) and (B, {counts[1]}, h, w, {self.dim}), with rows*cols "
-                "tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w)) first."
+                f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of "
+                f"{grid}: they must be (B, {counts[0]}, h, w, {self.dim}) and (B, {counts[1]}, h, w, {self.dim}), "
+                "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w)) first."
             )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -407,26 +386,7 @@ class DualPerspectiveEnhance(nn.Module):
             >>> DualPerspectiveEnhance.released(dim=32).load_released(weights)
             LoadReport(missing=(), unexpected=())
         """
-        given = _strip_prefix(state_dict)
-        own = self.released_state_dict()
-        report = LoadReport(tuple(sorted(own.keys() - given.keys())), tuple(sorted(given.keys() - own.keys())))
-        shared = own.keys() & given.keys()
-        wrong = [
-            f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
-            for name in sorted(shared)
-            if given[name].shape != own[name].shape
-        ]
-        if wrong or (strict and any(report)):
-            raise ValueError(
-                "the checkpoint does not fit this module, and nothing was loaded. "
-                f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong shape: {wrong}. "
-                "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the "
-                "hub); strict=False loads what fits by name."
-            )
-        with torch.no_grad():
-            for name in shared:
-                own[name].copy_(given[name])
-        return report
+        return load_released(self, state_dict, strict=strict)
 
     def released_state_dict(self) -> dict[str, Tensor]:
         """This module's parameters under the names of a released checkpoint, without a prefix.
@@ -434,98 +394,13 @@ class DualPerspectiveEnhance(nn.Module):
         Raises:
             ValueError: The module has parameters that a released checkpoint has no name for.
         """
-        names = {new: old for old, new in RELEASED_NAMES.items()}
-        renamed: dict[str, Tensor] = {}
-        for name, tensor in self.named_parameters():
-            layer, _, leaf = name.rpartition(".")
-            if layer not in names:
-                raise ValueError(
-                    f"parameter {name!r} has no name in a released checkpoint: only a module built as "
-                    "DualPerspectiveEnhance.released(dim) exchanges weights with one."
-                )
-            renamed[f"{names[layer]}.{leaf}"] = tensor
-        return renamed
+        return released_state_dict(self)
 
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, pairing={self.pairing!r}, enhance={self.enhance!r}, source={self.source!r}, "
             f"readout={self.readout!r}, gate={self.gate is not None}, low_pass={self.low_pass}"
         )
-
-
-class DirectReadout(nn.Module):
-    """No enhancement: recombine, add, read out. The first reading of "DCM local / global / both" in Table 6.
-
-    Stands wherever a [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] can stand, and has no parameters.
-
-    Args:
-        source: The recombined map of the "local" or "global" perspective, or their "sum".
-        readout: "average", "bilinear", "centre" or "none".
-
-    Shape:
-        local_tiles, stride_tiles: (B, rows*cols, h, w, D) -> (B, h, w, D)
-
-    Raises:
-        ValueError: An option is none of its choices.
-
-    Example:
-        >>> DirectReadout("sum")(torch.ones(1, 6, 4, 5, 8), torch.ones(1, 6, 4, 5, 8), (2, 3)).unique().item()
-        2.0
-    """
-
-    def __init__(self, source: Literal["local", "global", "sum"] = "sum", readout: Readout = "average") -> None:
-        super().__init__()
-        if source not in ("local", "global", "sum"):
-            raise ValueError(f'source={source!r}: must be "local", "global" or "sum".')
-        self.source, self.readout = source, check_readout(readout)
-
-    def forward(
-        self,
-        local_tiles: Tensor,
-        stride_tiles: Tensor,
-        grid: GridLike,
-        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
-        *,
-        live: LiveTiles | None = None,
-    ) -> Tensor:
-        # key_mask: part of the call it stands in for; where nothing is attended to, there is no key to mask.
-        grid = TileGrid.of(grid)
-        everything = tuple(range(grid.num_tiles))
-        live = live or LiveTiles(everything, everything)
-        size = check_size(local_tiles.shape[2:4], "token map")
-        plan = self.plan(grid, size)
-        planes = []
-        given: dict[Perspective, tuple[Tensor, tuple[int, ...]]] = {
-            "local": (local_tiles, live.local),
-            "global": (stride_tiles, live.stride),
-        }
-        for perspective in maps_of_role(self.source, "local"):
-            tiles, present = given[perspective]
-            tile_map = TileMap(tiles, perspective, {tile: place for place, tile in enumerate(present)})
-            rows, cols = (AxisCut.of(perspective, p, n, s) for p, n, s in zip(plan.read, grid, size, strict=True))
-            planes.append(put_back(take_tiles(tile_map, rows, cols, perspective, grid), rows, cols, perspective, grid))
-        total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
-        if total.shape[1:3] == grid.map_size(size):
-            return read_out(total, grid, self.readout)
-        return mean_of_cells(total, size)
-
-    def plan(self, grid: GridLike, tokens: Size) -> EnhancePlan:
-        """What is computed for a grid and the token map (h, w) of one tile."""
-        return plan_direct(
-            tuple(TileGrid.of(grid)), tokens, readout=self.readout, source=self.source, full=not planning()
-        )
-
-    def extra_repr(self) -> str:
-        return f"source={self.source!r}, readout={self.readout!r}"
-
-
-def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The DEM's tensors by their bare names: those under a prefix if any is there, else all."""
-    for prefix in ("model.spatial_embed.", "spatial_embed."):
-        found = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        if found:
-            return found
-    return dict(state_dict)
 
 
 def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
@@ -545,7 +420,7 @@ def _cut_mask(mask: Tensor, batch: int, grid: TileGrid, tokens: Size, cut: Persp
     size = grid.map_size(tokens)
     if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (batch, *size)):
         raise ValueError(
-            f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of shape "
-            f"{(batch, *size)} or {size}, the token map of the whole grid."
+            f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of "
+            f"shape {(batch, *size)} or {size}, the token map of the whole grid."
         )
     return crop(mask.reshape(-1, *size, 1), grid, cut, data_format="channels_last").flatten(2)

@@ -1,11 +1,11 @@
 """Merge the locally enhanced and the globally enhanced map into one (Table 5 of arXiv 2407.16198).
 
-Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each (..., H, W, D).
-Where the paper names a fusion without a formula, our reading stands in its docstring.
+Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each
+(..., H, W, D). Where the paper names a fusion without a formula, our reading stands in its docstring.
 
 A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
-class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module without
-them works too, with nothing skipped before it.
+class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module
+without them works too, with nothing skipped before it.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
             places = [source.places[tile] for tile in wanted]
             return select(source.tiles, 1, places).flatten(2, 3)
         if len(source.places) == len(wanted) == grid.num_tiles:
-            return retile(source.tiles, source.perspective, cut, grid).flatten(2, 3)
+            whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
+            return whole.flatten(2, 3)
     h, w = check_size(source.tiles.shape[2:4], "token map")
     tile_rows, offset_rows = _locate(source.perspective, rows, grid.rows, h)
     tile_cols, offset_cols = _locate(source.perspective, cols, grid.cols, w)
@@ -49,7 +50,7 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
     place = torch.tensor([[source.places[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
     u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
     tokens = source.tiles[:, place, u, v]
-    split = tokens.unflatten(2, (len(cols.tiles), cols.per_tile)).unflatten(1, (len(rows.tiles), rows.per_tile))
+    split: Tensor = tokens.unflatten(2, (len(cols.tiles), cols.per_tile)).unflatten(1, (len(rows.tiles), rows.per_tile))
     return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -97,7 +98,7 @@ class Pooling:
         if self.direction.pool == "tiles":  # the same place of all tiles: one product over the keys of all of them
             rows, keys = weights.permute(0, 2, 3, 1, 4).flatten(3), values.transpose(1, 2).flatten(2, 3)
             return (rows @ keys).unsqueeze(1) / weights.shape[1]
-        split = weights.unflatten(-2, (-1, *self._cells))
+        split: Tensor = weights.unflatten(-2, (-1, *self._cells))
         return split.mean((-4, -2)).flatten(-4, -2) @ values
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -105,7 +106,8 @@ class Pooling:
         if self.direction.pool == "tiles":
             return x.mean(1, keepdim=True)
         if self.direction.pool == "cells":
-            return x.unflatten(2, self._cells).mean((3, 5)).flatten(2, 3)
+            cells: Tensor = x.unflatten(2, self._cells)
+            return cells.mean((3, 5)).flatten(2, 3)
         d = self.direction
         plane = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
         return mean_of_cells(plane, self.size).flatten(1, 2).unsqueeze(1)
@@ -115,7 +117,8 @@ class Pooling:
         if self.direction.pool == "cells":
             h, _, w, _ = self._cells
             return recombine(x.unflatten(2, (h, w)), self.grid, "local", data_format="channels_last")
-        return x.squeeze(1).unflatten(1, self.size)
+        pooled: Tensor = x.squeeze(1).unflatten(1, self.size)
+        return pooled
 
 
 def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
@@ -123,7 +126,8 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
     (h, w), (height, width) = size, plane.shape[-3:-1]
     if (height, width) == (h, w):
         return plane
-    return plane.unflatten(-2, (w, width // w)).unflatten(-4, (h, height // h)).mean((-4, -2))
+    cells: Tensor = plane.unflatten(-2, (w, width // w)).unflatten(-4, (h, height // h))
+    return cells.mean((-4, -2))
 
 
 def surroundings(plane: Tensor, plan: EnhancePlan, radius: int) -> Tensor:

@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
-from typing import Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from functools import lru_cache, partial, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 
-from dualview.geometry import Perspective, Size, TileGrid, position, tile_slice
+from dualview.geometry import Perspective, Size, TileGrid, position
 from dualview.ops.readout import Readout, readout_support
 
 Pairing: TypeAlias = Literal["paper", "released"]
@@ -47,7 +47,7 @@ def constant(plan: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(plan)
     def planner(*args: P.args, **kwargs: P.kwargs) -> R:
-        return remembered(*args, **kwargs)
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]  # all arguments are hashable
 
     return cast("Callable[P, R]", torch.compiler.assume_constant_result(planner))
 
@@ -234,30 +234,33 @@ def plan_enhance(
     """
     grid = TileGrid(*pair)
     size = grid.map_size(tokens)
-    read = tuple(_read_positions("none" if full else readout, n, h) for n, h in zip(grid, tokens, strict=True))
-    fused = tuple(_widened(positions, radius, length) for positions, length in zip(read, size, strict=True))
+    read = _both(lambda n, h: _read_positions("none" if full else readout, n, h), grid, tokens)
+    fused = _both(lambda positions, length: _widened(positions, radius, length), read, size)
     windows_pay = radius and len(read[0]) * len(read[1]) * (2 * radius + 1) ** 2 <= size[0] * size[1]
     averaged = readout != "none" and len(read[0]) * len(read[1]) > tokens[0] * tokens[1]
     commutes = averaged and linear and radius == 0 and not full
 
     directions = []
     needed: dict[Perspective, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {"local": [], "global": []}
-    for query in ("local", "global"):
+    queried: tuple[Perspective, ...] = ("local", "global")
+    for query in queried:
         if enhance not in ("both", query):
             continue
         cut = CROP_OF_QUERY[pairing][query]
-        queries = [AxisCut.of(cut, live, n, h) for live, n, h in zip(fused, grid, tokens, strict=True)]
-        keys = [q.widened(cut, n, h) for q, n, h in zip(queries, grid, tokens, strict=True)]
+        queries = _both(partial(AxisCut.of, cut), fused, grid, tokens)
+        keys = _both(lambda axis, n, h, cut=cut: axis.widened(cut, n, h), queries, grid, tokens)
         pool = _pool(cut, grid, tokens) if commutes else None
         absorb = not full and _absorbing_pays(queries, keys, pool, tokens, dim, num_heads)
-        d = DirectionPlan(query, cut, *queries, *keys, absorb, False, pool)
+        d = DirectionPlan(query, cut, *queries, *keys, absorb=absorb, fold=False, pool=pool)
         directions.append(replace(d, fold=absorb and num_heads == 1 and d.num_tiles * d.queries > dim))
         everything = tuple(range(size[0])), tuple(range(size[1]))
         smoothed = low_pass and cut == "global"  # the filter reaches into every stride tile
-        key_positions = everything if smoothed else tuple(tuple(sorted(set(k.positions))) for k in keys)
-        for role, positions in ((query, fused), ("global" if query == "local" else "local", key_positions)):
-            for perspective in maps_of_role(source, role):
-                needed[perspective].append(positions)
+        key_positions = everything if smoothed else (keys[0].positions, keys[1].positions)
+        key: Perspective = "global" if query == "local" else "local"
+        for perspective in maps_of_role(source, query):
+            needed[perspective].append(fused)
+        for perspective in maps_of_role(source, key):
+            needed[perspective].append(key_positions)
     return EnhancePlan(
         tuple(directions),
         read,
@@ -268,18 +271,35 @@ def plan_enhance(
     )
 
 
+@dataclass(frozen=True)
+class DirectPlan:
+    """What a readout without enhancement needs.
+
+    Attributes:
+        live: The encoded tiles that are needed.
+        cuts: The rows and columns that are read of each map that takes part, by its tiles.
+    """
+
+    live: LiveTiles
+    cuts: tuple[tuple[Perspective, AxisCut, AxisCut], ...]
+
+
 @constant
-def plan_direct(pair: tuple[int, int], tokens: Size, *, readout: Readout, source: Source, full: bool) -> EnhancePlan:
+def plan_direct(pair: tuple[int, int], tokens: Size, *, readout: Readout, source: Source, full: bool) -> DirectPlan:
     """The plan of a readout of recombined features, without enhancement; arguments as for `plan_enhance`."""
     grid = TileGrid(*pair)
-    read = tuple(_read_positions("none" if full else readout, n, h) for n, h in zip(grid, tokens, strict=True))
-    live = LiveTiles(
-        *(
-            _tiles_of(perspective, [read] if source in (perspective, "sum") else [], grid, tokens)
-            for perspective in ("local", "global")
-        )
-    )
-    return EnhancePlan((), read, read, live, commutes=False, surround="none")
+    read = _both(lambda n, h: _read_positions("none" if full else readout, n, h), grid, tokens)
+    cuts = []
+    for perspective in maps_of_role(source, "local"):
+        cuts.append((perspective, *_both(partial(AxisCut.of, perspective), read, grid, tokens)))
+    tiles = {p: tuple(i * grid.cols + j for i in rows.tiles for j in cols.tiles) for p, rows, cols in cuts}
+    return DirectPlan(LiveTiles(tiles.get("local", ()), tiles.get("global", ())), tuple(cuts))
+
+
+def _both(of_axis: Callable[..., R], *pairs: Iterable[Any]) -> tuple[R, R]:
+    """The same for rows and for columns."""
+    rows, cols = (of_axis(*axis) for axis in zip(*pairs, strict=True))
+    return rows, cols
 
 
 def _read_positions(readout: Readout, n: int, size: int) -> tuple[int, ...]:
@@ -307,15 +327,13 @@ def _tiles_of(
 ) -> tuple[int, ...]:
     live = set()
     for positions in needed:
-        rows, cols = (
-            AxisCut.of(perspective, held, n, size).tiles for held, n, size in zip(positions, grid, tokens, strict=True)
-        )
-        live |= {i * grid.cols + j for i in rows for j in cols}
+        rows, cols = _both(partial(AxisCut.of, perspective), positions, grid, tokens)
+        live |= {i * grid.cols + j for i in rows.tiles for j in cols.tiles}
     return tuple(sorted(live))
 
 
 def _absorbing_pays(
-    queries: list[AxisCut], keys: list[AxisCut], pool: Pool, tokens: Size, dim: int, num_heads: int
+    queries: tuple[AxisCut, AxisCut], keys: tuple[AxisCut, AxisCut], pool: Pool, tokens: Size, dim: int, num_heads: int
 ) -> bool:
     """Compare multiply-additions of projecting keys and values with those of projecting what depends on the query.
 
@@ -331,93 +349,3 @@ def _absorbing_pays(
     projected = 2 * k * dim**2 + (q + weighted) * per_tile * dim
     absorbed = (q + out) * dim**2 + (q + weighted) * per_tile * dim * num_heads
     return absorbed < projected
-
-
-class View(NamedTuple):
-    """A sub-image to encode: a tile of a perspective by its index, or the low-resolution view ("low", 0)."""
-
-    kind: Literal["local", "global", "low"]
-    index: int
-
-
-@dataclass(frozen=True)
-class ViewPlan:
-    """Which sub-images of one image are encoded, and which of them serve as what.
-
-    Attributes:
-        views: The distinct sub-images.
-        live: Which tiles they provide.
-        local: Places among ``views`` of the live local tiles.
-        stride: Places of the live stride tiles.
-        low: Place of the low-resolution view, None if it is not needed.
-    """
-
-    views: tuple[View, ...]
-    live: LiveTiles
-    local: tuple[int, ...]
-    stride: tuple[int, ...]
-    low: int | None
-
-
-def view_slices(view: View, grid: TileGrid, tile: Size) -> tuple[slice, slice]:
-    """The rows and columns of the canvas that a tile holds."""
-    assert view.kind != "low", "the low-resolution view is interpolated"
-    i, j = divmod(view.index, grid.cols)
-    return tile_slice(view.kind, i, grid.rows, tile[0]), tile_slice(view.kind, j, grid.cols, tile[1])
-
-
-@constant
-def plan_views(
-    pair: tuple[int, int],
-    tile: Size,
-    image: Size,
-    local_tiles: tuple[int, ...],
-    stride_tiles: tuple[int, ...],
-    *,
-    low: bool,
-    low_pass: bool,
-    full: bool,
-) -> ViewPlan:
-    """Find sub-images that are one and the same, so that each is encoded once.
-
-    Along an axis every view samples the canvas at start + step * u: a local tile i at i h + u, a stride tile i at
-    i + n u, the low-resolution view (bicubic without antialiasing) at (n - 1) / 2 + n u. Views that sample alike are
-    one. For the low-resolution view that needs positions which floating point represents: odd n, and an image that is a
-    whole multiple of the tile (or n = 1).
-
-    Args:
-        pair: Rows and columns of tiles (a plain pair: a compiler takes it as a constant).
-        tile: Tile size (h, w) in pixels.
-        image: Size (H, W) of the image that both the canvas and the low-resolution view are interpolated from.
-        local_tiles: The local tiles that are needed.
-        stride_tiles: The stride tiles that are needed.
-        low: Whether the low-resolution view is needed.
-        low_pass: Whether the canvas is smoothed before the stride crop.
-        full: Encode every view, as the equations are written.
-    """
-    grid = TileGrid(*pair)
-    exact = all(n == 1 or (n % 2 == 1 and side % size == 0) for n, side, size in zip(grid, image, tile, strict=True))
-    smoothed = low_pass and grid.num_tiles > 1
-
-    def samples(view: View) -> object:
-        if full:
-            return view
-        if view.kind != "low":
-            slices = view_slices(view, grid, tile)
-            return tuple((s.start, s.step) for s in slices), smoothed and view.kind == "global"
-        return (tuple(((n - 1) // 2, n) for n in grid), False) if exact else view
-
-    places: dict[object, int] = {}
-    views: list[View] = []
-
-    def place(view: View) -> int:
-        key = samples(view)
-        if key not in places:
-            places[key] = len(views)
-            views.append(view)
-        return places[key]
-
-    local = tuple(place(View("local", index)) for index in local_tiles)
-    stride = tuple(place(View("global", index)) for index in stride_tiles)
-    low_place = place(View("low", 0)) if low else None
-    return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_place)

@@ -68,4 +68,5 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
         return x
     rows, cols = readout_support(readout, grid.rows), readout_support(readout, grid.cols)
     cells = x.unflatten(-2, (w, grid.cols)).unflatten(-4, (h, grid.rows))
-    return cells[..., :, rows.start : rows.stop, :, cols.start : cols.stop, :].mean((-4, -2))
+    read: Tensor = cells[..., :, rows.start : rows.stop, :, cols.start : cols.stop, :]
+    return read.mean((-4, -2))

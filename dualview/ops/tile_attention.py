@@ -49,7 +49,8 @@ def tile_attention(
 
     rows = [x[None].flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
     mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
-    attended = attend_rows(*rows, mask, (query.shape[-1] / num_heads) ** -0.5)
+    scale = float((query.shape[-1] / num_heads) ** -0.5)
+    attended = attend_rows(rows[0], rows[1], rows[2], mask, scale)
     return attended[0].transpose(1, 2).reshape(query.shape)
 
 
@@ -72,9 +73,11 @@ def attend_rows(
         weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
         return pool.attend(weights if alive is None else weights.masked_fill(~alive, 0.0), v)
     flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(*flat, flat_mask, scale=scale).unflatten(0, q.shape[:2])
-    return attended if alive is None else attended.masked_fill(~alive, 0.0)
+    attended = F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=flat_mask, scale=scale
+    )
+    tiles: Tensor = attended.unflatten(0, q.shape[:2])
+    return tiles if alive is None else tiles.masked_fill(~alive, 0.0)
 
 
 class TileAttention(nn.Module):
@@ -93,7 +96,7 @@ class TileAttention(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        query: (B, T, Q, D), key: (B, T, K, D), key_mask: (B or 1, T, K) -> (B, T, Q, D)
+        query: (..., Q, D), key: (..., K, D), key_mask: broadcastable to (..., K) -> (..., Q, D)
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or ``init`` is unknown.
@@ -154,6 +157,11 @@ class TileAttention(nn.Module):
         fold: bool = False,
         pool: Pooling | None = None,
     ) -> Tensor:
+        if query.dim() != 4:  # any leading dimensions count as tiles
+            flat = (x[None].flatten(0, -3)[None] for x in (query, key))
+            mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
+            tiles: Tensor = self(*flat, mask, absorb=absorb, fold=fold)
+            return tiles.reshape(query.shape)
         attended = self.attend(query, key, key_mask, absorb=absorb, fold=fold, pool=pool)
         if absorb:
             attended = self._project_values(attended, query, key_mask, pool)
@@ -223,7 +231,7 @@ class TileAttention(nn.Module):
         values = torch.einsum("btqhd,hed->btqhe", attended, weight)
         if self.v_proj.bias is None:
             return values
-        bias = self.v_proj.bias.unflatten(0, (self.num_heads, -1))
+        bias: Tensor = self.v_proj.bias.unflatten(0, (self.num_heads, -1))
         if key_mask is None:
             return values + bias
         sums = key_mask.any(-1)[:, :, None, None].to(values.dtype).expand(*query.shape[:3], 1)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from dualview.geometry import TileGrid
-from dualview.ops.enhance import DirectReadout, DualPerspectiveEnhance
+from dualview.ops.direct_readout import DirectReadout
+from dualview.ops.enhance import DualPerspectiveEnhance
 
 LLAMA_3_8B: dict[str, Any] = {
     "model_type": "llama",

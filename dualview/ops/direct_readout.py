@@ -1,0 +1,79 @@
+"""A readout of recombined features without enhancement, to stand where an enhancement module can."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dualview.geometry import GridLike, Size, TileGrid, check_size
+from dualview.ops.gather import TileMap, mean_of_cells, put_back, take_tiles
+from dualview.ops.plan import DirectPlan, LiveTiles, plan_direct, planning
+from dualview.ops.readout import Readout, check_readout, read_out
+
+
+class DirectReadout(nn.Module):
+    """No enhancement: recombine, add, read out. The first reading of "DCM local / global / both" in Table 6.
+
+    Stands wherever a [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] can stand, and has no parameters.
+
+    Args:
+        source: The recombined map of the "local" or "global" perspective, or their "sum".
+        readout: "average", "bilinear", "centre" or "none".
+
+    Shape:
+        local_tiles, stride_tiles: (B, rows*cols, h, w, D) -> (B, h, w, D)
+
+    Raises:
+        ValueError: An option is none of its choices.
+
+    Example:
+        >>> DirectReadout("sum")(torch.ones(1, 6, 4, 5, 8), torch.ones(1, 6, 4, 5, 8), (2, 3)).unique().item()
+        2.0
+    """
+
+    def __init__(self, source: Literal["local", "global", "sum"] = "sum", readout: Readout = "average") -> None:
+        super().__init__()
+        if source not in ("local", "global", "sum"):
+            raise ValueError(f'source={source!r}: must be "local", "global" or "sum".')
+        self.source, self.readout = source, check_readout(readout)
+
+    def forward(
+        self,
+        local_tiles: Tensor,
+        stride_tiles: Tensor,
+        grid: GridLike,
+        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        live: LiveTiles | None = None,
+    ) -> Tensor:
+        # key_mask: part of the call it stands in for; where nothing is attended to, there is no key to mask.
+        grid = TileGrid.of(grid)
+        everything = tuple(range(grid.num_tiles))
+        live = live or LiveTiles(everything, everything)
+        size = check_size(local_tiles.shape[2:4], "token map")
+        given = {"local": (local_tiles, live.local), "global": (stride_tiles, live.stride)}
+        planes = []
+        for perspective, rows, cols in self.plan(grid, size).cuts:
+            tiles, present = given[perspective]
+            if tiles.dim() != 5 or tiles.shape[1] != len(present):
+                raise ValueError(
+                    f"DirectReadout got {perspective} tiles of shape {tuple(tiles.shape)} for a grid of {grid}: they "
+                    f"must be (B, {len(present)}, h, w, D). Flattened tokens need .unflatten(2, (h, w)) first."
+                )
+            tile_map = TileMap(tiles, perspective, {tile: place for place, tile in enumerate(present)})
+            planes.append(put_back(take_tiles(tile_map, rows, cols, perspective, grid), rows, cols, perspective, grid))
+        total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
+        if total.shape[1:3] == grid.map_size(size):
+            return read_out(total, grid, self.readout)
+        return mean_of_cells(total, size)
+
+    def plan(self, grid: GridLike, tokens: Size) -> DirectPlan:
+        """What is computed for a grid and the token map (h, w) of one tile."""
+        grid = TileGrid.of(grid)
+        return plan_direct(
+            (grid.rows, grid.cols), tokens, readout=self.readout, source=self.source, full=not planning()
+        )
+
+    def extra_repr(self) -> str:
+        return f"source={self.source!r}, readout={self.readout!r}"

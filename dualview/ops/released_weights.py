@@ -1,0 +1,78 @@
+"""The enhancement module's weights under the names that a released checkpoint has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+RELEASED_NAMES = {
+    "attention.linears.0": "attentions.0.q_proj",
+    "attention.linears.1": "attentions.0.k_proj",
+    "attention.linears.2": "attentions.0.v_proj",
+    "attention.linears.3": "attentions.0.out_proj",
+    "attention.ln": "attentions.0.norm",
+    "ffn_crop.0": "fusion.local_bottleneck.0",
+    "ffn_crop.2": "fusion.local_bottleneck.2",
+    "ffn_stride.0": "fusion.global_bottleneck.0",
+    "ffn_stride.2": "fusion.global_bottleneck.2",
+    "ln_fuse": "fusion.norm",
+}
+"""Layer names in a released checkpoint and here."""
+
+
+class LoadReport(NamedTuple):
+    """Tensors that a checkpoint lacks, and those that it has but the module does not, by their released names."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load_released(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool) -> LoadReport:
+    """What `DualPerspectiveEnhance.load_released` does; its arguments and errors."""
+    given = _strip_prefix(state_dict)
+    own = released_state_dict(module)
+    report = LoadReport(tuple(sorted(own.keys() - given.keys())), tuple(sorted(given.keys() - own.keys())))
+    shared = own.keys() & given.keys()
+    wrong = [
+        f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
+        for name in sorted(shared)
+        if given[name].shape != own[name].shape
+    ]
+    if wrong or (strict and any(report)):
+        raise ValueError(
+            "the checkpoint does not fit this module, and nothing was loaded. "
+            f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong shape: {wrong}. "
+            "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the "
+            "hub); strict=False loads what fits by name."
+        )
+    with torch.no_grad():
+        for name in shared:
+            own[name].copy_(given[name])
+    return report
+
+
+def released_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """What `DualPerspectiveEnhance.released_state_dict` gives; its errors."""
+    names = {new: old for old, new in RELEASED_NAMES.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in module.named_parameters():
+        layer, _, leaf = name.rpartition(".")
+        if layer not in names:
+            raise ValueError(
+                f"parameter {name!r} has no name in a released checkpoint: only a module built as "
+                "DualPerspectiveEnhance.released(dim) exchanges weights with one."
+            )
+        renamed[f"{names[layer]}.{leaf}"] = tensor
+    return renamed
+
+
+def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The DEM's tensors by their bare names: those under a prefix if any is there, else all."""
+    for prefix in ("model.spatial_embed.", "spatial_embed."):
+        found = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return dict(state_dict)
