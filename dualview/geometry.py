@@ -229,11 +229,9 @@ def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
     Each candidate grid with at most ``max_tiles`` tiles is judged by fitting the image into it with its aspect ratio
     kept. The rule, in order:
 
-    1. most source pixels kept (an image is never credited for being enlarged);
-    2. least canvas left empty or spent on enlargement;
-    3. fewest rows (a tie between an upright and a lying grid goes to the lying one).
-
-    All comparisons are in exact rational arithmetic.
+    1. most source pixels kept (an image is never credited for being enlarged), compared in exact rational arithmetic;
+    2. among equals, fewest tiles. (Two grids of as many tiles that keep as much cannot both be best: the smaller grid
+       that fits in both keeps as much, too.)
 
     Args:
         size: Image size (H, W) in pixels.
@@ -251,13 +249,12 @@ def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
     if max_tiles < 1:
         raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed.")
 
-    def cost(grid: TileGrid) -> tuple[Fraction, Fraction, int]:
+    def cost(grid: TileGrid) -> tuple[Fraction, int]:
         canvas_height, canvas_width = grid.map_size((h, w))
         scale = min(Fraction(canvas_height, height), Fraction(canvas_width, width), Fraction(1))
-        kept = scale * scale * height * width
-        return -kept, canvas_height * canvas_width - kept, grid.rows
+        return -scale, grid.num_tiles
 
-    # Rows or columns beyond what the image fills at full size keep no more and waste more.
+    # Rows or columns beyond what the image fills at full size keep no more.
     most_rows, most_cols = -(-height // h), -(-width // w)
     candidates = (
         TileGrid(rows, cols)

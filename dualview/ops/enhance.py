@@ -199,7 +199,8 @@ class DualPerspectiveEnhance(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew; a gate goes back to zero."""
         for module in (*self.attentions, self.fusion):
-            cast(TileAttention, module).reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):  # a fusion of the user's own may have none
+                reset()
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
@@ -362,7 +363,7 @@ class DualPerspectiveEnhance(nn.Module):
             raise ValueError(
                 f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of "
                 f"{grid}: they must be (B, {counts[0]}, h, w, {self.dim}) and (B, {counts[1]}, h, w, {self.dim}), "
-                "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w)) first."
+                "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w))."
             )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
