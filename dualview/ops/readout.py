@@ -54,7 +54,7 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
     if readout == "centre":
         return x[..., grid.rows // 2 :: grid.rows, grid.cols // 2 :: grid.cols, :]
     if readout == "bilinear":
-        precise = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -4) if x.dim() > 3 else x[None]
+        precise = x[None].flatten(0, -4).to(torch.promote_types(x.dtype, torch.float32))
         small = F.interpolate(precise.movedim(-1, 1), (h, w), mode="bilinear", align_corners=False, antialias=False)
         return small.movedim(1, -1).reshape(*x.shape[:-3], h, w, x.shape[-1]).to(x.dtype)
     return x
