@@ -58,6 +58,23 @@ def test_a_row_without_keys_is_zero_forward_and_backward() -> None:
     assert torch.autograd.gradcheck(lambda *x: dv.tile_attention(*x, num_heads=2, key_mask=mask), (q, k, v))
 
 
+def test_a_row_without_keys_never_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels differ in what they make of such a row, zeros or NaN: ours does not depend on it."""
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~attn_mask, float("-inf"))
+        return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", naive)
+    q, k, v = (x.requires_grad_() for x in tensors((2,), 3, 5, 8))
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5])
+    out = dv.tile_attention(q, k, v, num_heads=2, key_mask=mask)
+    out.sum().backward()
+    assert (out[1] == 0).all()
+    for x in (out, q.grad, k.grad, v.grad):
+        assert x.isfinite().all()
+
+
 def test_masked_keys_do_not_matter() -> None:
     q, k, v = tensors((2,), 3, 5, 8)
     mask = torch.tensor([True, False, True, True, False])
