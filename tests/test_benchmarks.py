@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-
 from benchmarks import measure, peers, report, results, runner, work
 from benchmarks.cases import OURS, registry
 from benchmarks.measure import Limits, Place
@@ -182,9 +181,8 @@ def test_sides_are_timed_in_turn():
 
 
 def test_work_of_the_loop_is_counted_as_by_hand():
-    from dualview.ops.plan import full_computation
-
     from dualview import DualPerspectiveEnhance
+    from dualview.ops.plan import full_computation
 
     d, n, tokens = 32, 3, 16
     dem = DualPerspectiveEnhance.released(d)

@@ -58,8 +58,9 @@ class DirectReadout(nn.Module):
             tiles, present = given[perspective]
             if tiles.dim() != 5 or tiles.shape[1] != len(present):
                 raise ValueError(
-                    f"DirectReadout got {perspective} tiles {tuple(tiles.shape)} for a grid of {grid}: they must be "
-                    f"(B, {len(present)}, h, w, D), {len(present)} tiles. Flattened tokens need .unflatten(2, (h, w))."
+                    f"DirectReadout got {perspective} features {tuple(tiles.shape)}, {tiles.shape[1]} tiles for a "
+                    f"grid of {grid}: they must be (B, {len(present)}, h, w, D). Flattened tokens need "
+                    ".unflatten(2, (h, w)) first."
                 )
             tile_map = TileMap(tiles, perspective, {tile: place for place, tile in enumerate(present)})
             planes.append(put_back(take_tiles(tile_map, rows, cols, perspective, grid), rows, cols, perspective, grid))

@@ -61,8 +61,8 @@ def test_a_row_without_keys_is_zero_forward_and_backward() -> None:
 def test_a_row_without_keys_never_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels differ in what they make of such a row, zeros or NaN: ours does not depend on it."""
 
-    def naive(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~attn_mask, float("-inf"))
+    def naive(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+        scores = (q @ k.mT * scale).masked_fill(~attn_mask, float("-inf"))
         return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", naive)

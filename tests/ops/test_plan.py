@@ -1,0 +1,222 @@
+"""The plan: what it leaves out changes nothing, and what it leaves out is what can be left out."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dualview as dv
+from dualview.geometry import position
+from dualview.ops.plan import AxisCut, planning
+
+GRIDS = [(1, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 3), (3, 2), (4, 2), (4, 4), (5, 5), (5, 3), (1, 5), (6, 3)]
+FUSIONS = [
+    "linear_concat", "bottleneck_concat", "addition", "weighted_addition", "multiplication", "max_pool", "conv3x3"
+]  # fmt: skip
+READOUTS = ["average", "bilinear", "centre", "none"]
+DIM = 16
+
+
+class Neighbours(nn.Module):
+    """A fusion that declares nothing: it may look anywhere, and looks two tokens to the right."""
+
+    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+        return v_global + v_local.roll(-2, dims=2)
+
+
+def inputs(grid, tokens, dtype=torch.float64, batch=2):
+    shape = (batch, grid[0] * grid[1], *tokens, DIM)
+    return torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def build(preset="released", dtype=torch.float64, **options):
+    dem = getattr(dv.DualPerspectiveEnhance, preset)(DIM, dtype=dtype, **options)
+    with torch.no_grad():
+        for parameter in dem.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return dem
+
+
+def run(dem, tiles, grid, mask, direction):
+    """Output and all gradients, zeros where there is none."""
+    out = dem(*tiles, grid, mask)
+    targets = [*tiles, *dem.parameters()]
+    grads = torch.autograd.grad((out * direction[: out.shape[1], : out.shape[2]]).sum(), targets, allow_unused=True)
+    return out, [torch.zeros_like(x) if g is None else g for x, g in zip(targets, grads, strict=True)]
+
+
+options = st.fixed_dictionaries(
+    {
+        "num_heads": st.sampled_from([1, 2, 8]),
+        "pairing": st.sampled_from(["paper", "released"]),
+        "share_weights": st.booleans(),
+        "bias": st.booleans(),
+        "out_proj": st.booleans(),
+        "residual": st.booleans(),
+        "norm": st.booleans(),
+        "readout": st.sampled_from(READOUTS),
+        "enhance": st.sampled_from(["both", "both", "global", "local"]),
+        "source": st.sampled_from(["dual", "dual", "local", "global", "sum"]),
+        "gate": st.booleans(),
+        "low_pass": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=150)
+@given(
+    options,
+    st.sampled_from([*FUSIONS, "custom"]),
+    st.sampled_from(GRIDS),
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.sampled_from([None, "one", "pair"]),
+    st.integers(0, 999),
+)
+def test_planned_equals_full_in_outputs_and_gradients(chosen, fusion, grid, tokens, masked, seed):
+    torch.manual_seed(seed)
+    if chosen["enhance"] == "both":
+        chosen = chosen | {"fusion": Neighbours() if fusion == "custom" else fusion}
+    dem = build("paper", **chosen)
+    tiles = inputs(grid, tokens)
+    size = grid[0] * tokens[0], grid[1] * tokens[1]
+    mask = None if masked is None else torch.rand(2, *size) < 0.6
+    mask = (mask, torch.rand(*size) < 0.6) if masked == "pair" else mask
+    direction = torch.randn(*size, DIM, dtype=torch.float64)
+    with dv.full_computation():
+        expected = run(dem, tiles, grid, mask, direction)
+    got = run(dem, tiles, grid, mask, direction)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+    # The live tiles alone are enough.
+    live = dem.plan(grid, tokens).live
+    alone = dem(tiles[0][:, list(live.local)], tiles[1][:, list(live.stride)], grid, mask, live=live)
+    torch.testing.assert_close(alone, got[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("readout", ["bilinear", "centre"])
+@pytest.mark.parametrize("fusion", ["bottleneck_concat", "conv3x3"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_dead_tiles_neither_act_nor_learn(grid, fusion, readout):
+    """Noise in a dead tile leaves the output bit-equal; its gradient is exactly zero; every live tile acts."""
+    torch.manual_seed(0)
+    dem = build(fusion=fusion, readout=readout)
+    tokens = (6, 5)
+    tiles = inputs(grid, tokens, batch=1)
+    out = dem(*tiles, grid)
+    (out * torch.randn_like(out)).sum().backward()
+    live = dem.plan(grid, tokens).live
+    for map_, present in zip(tiles, live, strict=True):
+        for tile in range(grid[0] * grid[1]):
+            assert (map_.grad[:, tile].abs().max() > 0) == (tile in present)
+    noisy = [map_.detach().clone() for map_ in tiles]
+    for map_, present in zip(noisy, live, strict=True):
+        for tile in set(range(grid[0] * grid[1])) - set(present):
+            map_[:, tile] = torch.randn_like(map_[:, tile]) * 1e6
+    assert torch.equal(dem(*noisy, grid), out)
+
+
+@pytest.mark.parametrize("n, stride", [(1, (0,)), (2, (0, 1, 2, 3)), (3, (4,)), (4, (5, 6, 9, 10)), (5, (12,))])
+def test_live_tiles_of_the_released_module(n, stride):
+    """The table of the released readout: all local tiles, and the central offsets of the stride tiles."""
+    live = dv.DualPerspectiveEnhance.released(1024).plan((n, n), (24, 24)).live
+    assert live == (tuple(range(n * n)), stride)
+
+
+def test_convolution_widens_what_is_read():
+    dem = dv.DualPerspectiveEnhance.released(DIM, fusion="conv3x3")
+    assert dem.plan((3, 3), (24, 24)).live.stride == tuple(range(9))
+    assert dem.plan((5, 5), (24, 24)).live.stride == (6, 7, 8, 11, 12, 13, 16, 17, 18)
+
+
+@pytest.mark.parametrize("grid, tokens", [((3, 3), (24, 24)), ((5, 5), (24, 24)), ((3, 2), (7, 4)), ((1, 4), (3, 8))])
+def test_as_many_queries_as_the_readout_reads(grid, tokens):
+    plan = dv.DualPerspectiveEnhance.released(1024).plan(grid, tokens)
+    per_axis = [(1 if n % 2 else 2) * size for n, size in zip(grid, tokens, strict=True)]
+    assert [len(positions) for positions in plan.read] == per_axis
+    for d in plan.directions:
+        assert d.keys == tokens[0] * tokens[1]
+        assert d.num_tiles * d.queries >= per_axis[0] * per_axis[1]
+    if all(n % 2 and size % n == 0 for n, size in zip(grid, tokens, strict=True)):
+        assert [(d.num_tiles, d.queries) for d in plan.directions] == [(1, 576), (9, 64)]
+
+
+def test_absorbing_is_chosen_by_the_count_of_operations():
+    """Few queries against many keys: absorb. As many queries as keys, eight heads: project."""
+    local, of_global = dv.DualPerspectiveEnhance.released(1024).plan((3, 3), (24, 24)).directions
+    assert (local.queries, local.absorb) == (576, False)
+    assert (of_global.queries, of_global.absorb) == (64, True)
+    # 144 queries of 8 heads: 2 * 576 * 1024 for keys and values, against (2 * 144 + 2 * 7 * 144 * 576 / 1024) * 1024
+    assert not dv.DualPerspectiveEnhance.released(1024).plan((4, 4), (24, 24)).directions[1].absorb
+
+
+def test_pooling_moves_inside_where_it_may():
+    def pools(**options):
+        plan = dv.DualPerspectiveEnhance.paper(64, **options).plan((3, 3), (6, 6))
+        return plan.commutes, [d.pool for d in plan.directions]
+
+    assert pools() == (True, ["cells", "tiles"])
+    assert pools(fusion="addition", residual=True, out_proj=True, bias=True) == (True, ["cells", "tiles"])
+    assert pools(norm=True) == (False, [None, None])
+    assert pools(fusion="multiplication") == (False, [None, None])
+    assert pools(fusion="conv3x3") == (False, [None, None])
+    assert pools(readout="none") == (False, [None, None])
+    assert pools(readout="centre") == (False, [None, None])
+    plan = dv.DualPerspectiveEnhance.paper(64).plan((3, 3), (5, 6))
+    assert [d.pool for d in plan.directions] == ["map", "tiles"], "cells of 3 rows lie across blocks of 5"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 3)])
+def test_error_is_at_most_twice_that_of_the_full_computation(grid, preset, dtype):
+    torch.manual_seed(0)
+    dem = build(preset)
+    tiles = [x.detach() for x in inputs(grid, (6, 6))]
+    with torch.no_grad(), dv.full_computation():
+        exact = dem(*tiles, grid)
+    dem = dem.to(dtype)
+    tiles = [x.to(dtype) for x in tiles]
+    with torch.no_grad():
+        planned = (dem(*tiles, grid).double() - exact).abs().square().mean().sqrt()
+        with dv.full_computation():
+            full = (dem(*tiles, grid).double() - exact).abs().square().mean().sqrt()
+    assert planned <= 2 * full + 1e-9
+
+
+def test_the_switch_is_restored_after_an_error():
+    assert planning()
+    dem = build()
+    with pytest.raises(ValueError), dv.full_computation():  # noqa: PT011 - any error
+        dem(*inputs((2, 2), (2, 2)), (3, 3))
+    assert planning()
+
+
+def test_only_live_keys_are_projected():
+    """Seen from outside, the tokens that meet W_k: one stride tile and all nine blocks, against all of both maps."""
+    dem, tiles = build(), inputs((3, 3), (6, 6), batch=1)
+    seen = []
+    dem.attentions[0].k_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[:-1].numel()))
+    dem(*tiles, (3, 3))
+    planned, seen[:] = sum(seen), []
+    with dv.full_computation():
+        dem(*tiles, (3, 3))
+    assert (planned, sum(seen)) == (36 + 9 * 36, 2 * 324)
+
+
+@given(st.sampled_from(["local", "global"]), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_axis_cut_sorts_positions_into_tiles(perspective, tiles, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(tiles * size, generator=generator) < 0.5
+    live = sorted({*keep.nonzero().flatten().tolist(), 0})
+    cut = AxisCut.of(perspective, live, tiles, size)
+    assert [cut.positions[slot] for slot in cut.slots] == live
+    owner = {position(perspective, t, u, tiles, size): t for t, u in itertools.product(range(tiles), range(size))}
+    groups = [cut.positions[i : i + cut.per_tile] for i in range(0, len(cut.positions), cut.per_tile)]
+    assert [{owner[p] for p in group} for group in groups] == [{t} for t in cut.tiles]
+    assert set(cut.positions) == set(live)
+    whole = cut.widened(perspective, tiles, size)
+    assert whole.whole
+    assert set(whole.positions) == {p for p, t in owner.items() if t in cut.tiles}
