@@ -153,7 +153,7 @@ def run_demo(
     watch.lap("build the models", ())
 
     with torch.inference_mode():
-        views = 2 * grid.num_tiles + 1 if grid.num_tiles > 1 else 1
+        views = len(model.plan(grid.map_size((config.tile, config.tile))).views)
         with _watched(model, watch, views):
             features = model(pixels)
         image_tokens = projector(features.flatten(1, 2))

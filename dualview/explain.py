@@ -1,44 +1,76 @@
-"""What a given module computes, as a table."""
+"""What a module computes, and what it leaves out, as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import nn
 
+from dualview.cost import Cost, cost_of
 from dualview.geometry import GridLike, Size, TileGrid
 from dualview.models.dual_view_encoder import DualViewEncoder
+from dualview.models.view_plan import ViewPlan
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
-from dualview.ops.plan import CROP_OF_QUERY
+from dualview.ops.plan import DirectionPlan, EnhancePlan, full_computation
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: the stage, what it does, how many items it computes, and the shape it gives (per image)."""
+    """One row of the table, for one image.
+
+    Attributes:
+        name: The stage.
+        planned: What is computed.
+        full: What the equations, computed in full, would compute.
+        planned_cost: Operations and bytes of what is computed; None where they cannot be counted.
+        full_cost: Those of the full computation.
+    """
 
     name: str
-    what: str
-    count: str
-    shape: str
+    planned: str
+    full: str
+    planned_cost: Cost | None = None
+    full_cost: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows of a table; ``print`` shows them aligned."""
+    """Rows of a table; ``print`` shows them aligned.
+
+    Attributes:
+        stages: The rows, in the order of computation; the last is the sum of those whose cost is known.
+    """
 
     stages: tuple[Stage, ...]
 
     def __str__(self) -> str:
-        rows = [("stage", "what", "count", "shape per image")]
-        rows += [(s.name, s.what, s.count, s.shape) for s in self.stages]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows = [("stage", "computed", "in full", "GFLOP", "in full", "MB moved", "in full")]
+        for s in self.stages:
+            costs = [_figures(s.planned_cost), _figures(s.full_cost)]
+            rows.append((s.name, s.planned, s.full, costs[0][0], costs[1][0], costs[0][1], costs[1][1]))
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        lines = [
+            "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def _figures(cost: Cost | None) -> tuple[str, str]:
+    return ("", "") if cost is None else (f"{cost.operations / 1e9:.2f}", f"{cost.bytes / 1e6:.1f}")
+
+
 def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (24, 24)) -> Explanation:
-    """Which sub-images and tokens a DEM or a dual-view encoder computes for one image.
+    """Which sub-images and tokens a DEM or a dual-view encoder computes for one image, and at what cost.
+
+    Beside each figure stands that of the full computation, which gives the same output. Operations count matrix
+    products, convolutions and attention, two for a multiply-addition; bytes are read and written by every operation as
+    if nothing stayed in a cache. They are found by running the stages on tensors without contents.
 
     Args:
         module: A [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance],
@@ -51,82 +83,127 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         TypeError: ``module`` is something else.
 
     Example:
-        >>> print(explain(DualPerspectiveEnhance.released(1024), grid=(3, 3)).stages[0].what)
-        heads 8, local queries, both maps cut by strides
+        >>> stages = {stage.name: stage for stage in explain(DualPerspectiveEnhance.released(64), grid=(3, 3)).stages}
+        >>> stages["V_glo"].planned, stages["V_glo"].full
+        ('9 blocks x 64 queries x 576 keys, absorbed', '9 blocks x 576 queries x 576 keys')
     """
     if not isinstance(module, (DualPerspectiveEnhance, DirectReadout, DualViewEncoder)):
         raise TypeError(
             f"explain knows DualPerspectiveEnhance, DirectReadout and DualViewEncoder; got {type(module).__name__}."
         )
     fixed = module.grid if isinstance(module, DualViewEncoder) else None
-    chosen = fixed if grid is None else TileGrid.of(grid)
-    if chosen is None:
+    if grid is None and fixed is None:
         raise ValueError("explain needs a grid: pass grid=(rows, cols).")
-    if fixed not in (None, chosen):
+    chosen = TileGrid.of(fixed if grid is None else grid)  # type: ignore[arg-type]  # one of them is given
+    if fixed is not None and chosen != fixed:
         raise ValueError(
             f"grid={chosen} was asked for, but this encoder has a fixed grid of {fixed}: omit the argument."
         )
     if isinstance(module, DualViewEncoder):
-        return Explanation(tuple(_encoder_stages(module, chosen, tokens)))
-    return Explanation(tuple(_dem_stages(module, chosen, tokens)))
+        stages = _encoder_stages(module, chosen, tokens)
+    elif isinstance(module, DualPerspectiveEnhance):
+        stages = _dem_stages(module, chosen, tokens)
+    else:
+        stages = _direct_stages(module, chosen, tokens)
+    known = [s for s in stages if s.planned_cost and s.full_cost]
+    total = Stage("total", "", "", _sum([s.planned_cost for s in known]), _sum([s.full_cost for s in known]))
+    return Explanation((*stages, total))
+
+
+def _sum(costs: list[Cost | None]) -> Cost:
+    counted = [cost for cost in costs if cost is not None]
+    return Cost(sum(cost.operations for cost in counted), sum(cost.bytes for cost in counted))
 
 
 def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> list[Stage]:
-    n, (h, w) = grid.num_tiles, module.tile
-    high = 2 * n if module.dem is not None and n > 1 else 0
-    low = 1 if module.low_res is not None or module.dem is None or n == 1 else 0
-    stages = []
-    if high:
-        stages += [
-            Stage("local crop", "contiguous blocks", f"{n} sub-images", f"{n} x 3 x {h} x {w}"),
-            Stage("stride crop", "interleaved strides", f"{n} sub-images", f"{n} x 3 x {h} x {w}"),
-        ]
-    if low:
-        stages.append(Stage("low resolution", f"image reduced to {h} x {w}", "1 sub-image", f"1 x 3 x {h} x {w}"))
+    size = grid.map_size(module.tile)
+    planned = module.plan(size, grid)
+    with full_computation():
+        full = module.plan(size, grid)
+    stages = [
+        Stage("local tiles", str(len(planned.local)), str(len(full.local))),
+        Stage("stride tiles", str(len(planned.stride)), str(len(full.stride))),
+        Stage("low resolution", _low_view(planned, module.low_res), _low_view(full, module.low_res)),
+    ]
+    one = _cost_of_encoder(module)
+    counts = len(planned.views), len(full.views)
     stages.append(
         Stage(
             "encoder",
-            type(module.encoder).__name__,
-            f"{high + low} sub-images",
-            f"{high + low} x {tokens[0]} x {tokens[1]}",
+            f"{counts[0]} sub-images",
+            f"{counts[1]} sub-images",
+            *(None if one is None else one.times(count) for count in counts),
         )
     )
-    if isinstance(module.dem, (DualPerspectiveEnhance, DirectReadout)):
+    if isinstance(module.dem, DualPerspectiveEnhance):
         stages += _dem_stages(module.dem, grid, tokens)
-    if module.dem is not None and module.low_res is not None:
-        stages.append(Stage("mix", f"{module.low_res} with the low-resolution view", _tokens(tokens), _shape(tokens)))
+    elif isinstance(module.dem, DirectReadout):
+        stages += _direct_stages(module.dem, grid, tokens)
     return stages
 
 
-def _dem_stages(module: DualPerspectiveEnhance | DirectReadout, grid: TileGrid, tokens: Size) -> list[Stage]:
-    size = grid.map_size(tokens)
-    stages = []
-    if isinstance(module, DualPerspectiveEnhance):
-        cell = tokens[0] * tokens[1]
-        for query, other in (("local", "global"), ("global", "local")):
-            if module.enhance == other:
-                continue
-            cut = "blocks" if CROP_OF_QUERY[module.pairing][query] == "local" else "strides"  # type: ignore[index]
-            heads = module.attentions[0].num_heads
-            stages.append(
-                Stage(
-                    f"V_{'loc' if query == 'local' else 'glo'}",
-                    f"heads {heads}, {query} queries, both maps cut by {cut}",
-                    f"{grid.num_tiles} x {cell} queries x {cell} keys",
-                    _shape(size, module.dim),
-                )
-            )
-        stages.append(Stage("fusion", type(module.fusion).__name__, _tokens(size), _shape(size, module.dim)))
-    else:
-        stages.append(Stage("recombine", f"{module.source} features, no enhancement", _tokens(size), _shape(size)))
-    out = size if module.readout == "none" else tokens
-    stages.append(Stage("readout", module.readout, _tokens(out), _shape(out)))
-    return stages
+def _cost_of_encoder(module: DualViewEncoder) -> Cost | None:
+    encoder = module.encoder
+    inside = encoder if isinstance(encoder, nn.Module) else None
+    dtype = torch.float32 if inside is None else next((p.dtype for p in inside.parameters()), torch.float32)
+    try:
+        return cost_of(lambda: encoder(torch.empty(1, 3, *module.tile, dtype=dtype)), inside)
+    except Exception:
+        return None
 
 
-def _tokens(size: Size) -> str:
-    return f"{size[0] * size[1]} tokens"
+def _low_view(plan: ViewPlan, mix: str | None) -> str:
+    if plan.low is None:
+        return "not used"
+    view = plan.views[plan.low]
+    what = "1" if view.kind == "low" else f"is {'stride' if view.kind == 'global' else 'local'} tile {view.tile}"
+    return f"{what}, mixed by {mix}" if mix else what
 
 
-def _shape(size: Size, dim: int | None = None) -> str:
-    return f"{size[0]} x {size[1]}" + (f" x {dim}" if dim else "")
+def _dem_stages(dem: DualPerspectiveEnhance, grid: TileGrid, tokens: Size) -> list[Stage]:
+    dtype = next(dem.parameters()).dtype
+
+    def map_of_tiles() -> torch.Tensor:
+        return torch.empty(1, grid.num_tiles, *tokens, dem.dim, dtype=dtype)
+
+    def costs(plan: EnhancePlan) -> list[Cost]:
+        """Of each direction, and of what follows them."""
+        parts = []
+        for d in plan.directions:
+            call = partial(dem.compute_direction, d, plan, map_of_tiles, grid)
+            parts.append(cost_of(call, dem))
+        whole = cost_of(lambda: dem(map_of_tiles(), map_of_tiles(), grid), dem)
+        rest = Cost(*(w - sum(part[i] for part in parts) for i, w in enumerate(whole)))
+        return [*parts, rest]
+
+    plan = dem.plan(grid, tokens)
+    planned = costs(plan)
+    with full_computation():
+        full_plan = dem.plan(grid, tokens)
+        full = costs(full_plan)
+    stages = [
+        Stage("V_loc" if d.query == "local" else "V_glo", _direction(d), _direction(f), p, c)
+        for d, f, p, c in zip(plan.directions, full_plan.directions, planned, full, strict=False)
+    ]
+    read = "pooled before W_v" if plan.commutes else f"{len(plan.read[0]) * len(plan.read[1])} tokens"
+    everything = f"{grid.num_tiles * tokens[0] * tokens[1]} tokens"
+    name = "fusion, readout"
+    return [
+        *stages,
+        Stage(name, f"{type(dem.fusion).__name__}, {read}, {dem.readout}", everything, planned[-1], full[-1]),
+    ]
+
+
+def _direction(d: DirectionPlan) -> str:
+    cut = "block" if d.cut == "local" else "stride"
+    text = f"{d.num_tiles} {cut}{'s' if d.num_tiles > 1 else ''} x {d.queries} queries x {d.keys} keys"
+    text += ", absorbed" if d.absorb else ""
+    return text + (f", pooled over {d.pool}" if d.pool else "")
+
+
+def _direct_stages(direct: DirectReadout, grid: TileGrid, tokens: Size) -> list[Stage]:
+    live = direct.plan(grid, tokens).live
+    with full_computation():
+        full = direct.plan(grid, tokens).live
+    computed, everything = (f"{len(tiles.local) + len(tiles.stride)} tiles" for tiles in (live, full))
+    return [Stage("readout", f"{computed}, {direct.source}, {direct.readout}", everything)]

@@ -100,7 +100,7 @@ def test_document_round_trip(document, tmp_path):
 def test_schema_refuses(document, damage):
     damaged = copy.deepcopy(document)
     damage(damaged)
-    with pytest.raises(ValueError, match="schema_version|document|rows"):
+    with pytest.raises(ValueError, match=r"schema_version|document|rows"):
         results.check(damaged)
 
 

@@ -161,9 +161,9 @@ def test_explain_prints_what_explain_says(capsys):
 
 
 def test_explain_mixes_as_the_preset_does(capsys):
-    assert "mean with the low-resolution view" in printed_by(capsys)
-    assert "add with the low-resolution view" in printed_by(capsys, "--preset", "paper")
-    assert "add with the low-resolution view" in printed_by(capsys, "--low-res", "add")
+    assert "mixed by mean" in printed_by(capsys)
+    assert "mixed by add" in printed_by(capsys, "--preset", "paper")
+    assert "mixed by add" in printed_by(capsys, "--low-res", "add")
 
 
 @pytest.mark.parametrize(

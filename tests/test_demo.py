@@ -60,10 +60,10 @@ def test_stages(photo, tmp_path, capsys):
         ("scale, pad, normalise", (1, 3, 56, 84), 0),
         ("draw the tiles", (56, 84, 3), 0),
         ("build the models", (), 0),
-        ("cut into tiles", (13, 3, 28, 28), 0),
-        ("encoder", (13, 2, 2, 32), 52),
-        ("DEM: attention", (2, 6, 4, 32), 48),
-        ("DEM: fusion", (1, 4, 6, 32), 24),
+        ("cut into tiles", (9, 3, 28, 28), 0),
+        ("encoder", (9, 2, 2, 32), 36),
+        ("DEM: attention", (2, 4, 2, 32), 16),
+        ("DEM: fusion", (1, 4, 2, 32), 8),
         ("DEM: readout", (1, 2, 2, 32), 4),
         ("mix", (1, 2, 2, 32), 4),
         ("projector", (1, 4, 32), 4),
@@ -80,7 +80,7 @@ def test_stages(photo, tmp_path, capsys):
     assert "weights     RANDOM" in out
     assert f"Wrote {tmp_path / 'out.png'}" in out
     assert "Next:" in out
-    assert "13/13" in err  # progress
+    assert "9/9" in err  # progress
 
 
 def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):

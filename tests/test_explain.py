@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualview import DirectReadout, DualPerspectiveEnhance, DualViewEncoder, Explanation, explain
+from dualview import DirectReadout, DualPerspectiveEnhance, DualViewEncoder, Explanation, explain, full_computation
+from dualview.cost import cost_of
 from tests.checks import refuses
 
 TILE, TOKENS, DIM = (4, 9), (2, 3), 16
@@ -25,120 +26,104 @@ class Patches(nn.Module):
         return out
 
 
-def rows_of(explanation: Explanation) -> dict[str, tuple[str, str, str]]:
-    rows = {stage.name: (stage.what, stage.count, stage.shape) for stage in explanation.stages}
+def rows_of(explanation: Explanation) -> dict[str, tuple[str, str]]:
+    rows = {stage.name: (stage.planned, stage.full) for stage in explanation.stages}
     assert len(rows) == len(explanation.stages)
     return rows
 
 
-def written(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(side) for side in shape)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [*GRIDS, (3, 3), (5, 3)])
 @pytest.mark.parametrize("low_res", ["mean", "add", None])
 @pytest.mark.parametrize(
-    "dem", [DualPerspectiveEnhance.paper(DIM), DirectReadout("local"), None], ids=["paper", "direct", "none"]
+    "dem",
+    [DualPerspectiveEnhance.paper(DIM), DualPerspectiveEnhance.released(DIM), DirectReadout("local"), None],
+    ids=["paper", "released", "direct", "none"],
 )
 def test_encoder_rows_are_what_is_encoded(grid: tuple[int, int], low_res: str | None, dem: nn.Module | None) -> None:
     model = DualViewEncoder(Patches(), dem, tile=TILE, low_res=low_res, max_tiles_per_pass=1000)
     rows = rows_of(explain(model, grid=grid, tokens=TOKENS))
-    out = model(torch.randn(1, 3, grid[0] * TILE[0], grid[1] * TILE[1]))
-    ((given, encoded),) = model.encoder.shapes
-
-    what, count, shape = rows["encoder"]
-    assert (what, count, shape) == ("Patches", f"{given[0]} sub-images", written(encoded[:3]))
-    views = [name for name in ("local crop", "stride crop", "low resolution") if name in rows]
-    assert sum(int(rows[name][1].split()[0]) for name in views) == given[0]
-    for name in views:
-        assert rows[name][2] == written((int(rows[name][1].split()[0]), *given[1:]))
-    n = grid[0] * grid[1]
-    high = dem is not None and n > 1
-    assert [name in rows for name in ("local crop", "stride crop")] == [high, high]
-    if high:
-        assert rows["local crop"] == ("contiguous blocks", f"{n} sub-images", f"{n} x 3 x 4 x 9")
-        assert rows["stride crop"] == ("interleaved strides", f"{n} sub-images", f"{n} x 3 x 4 x 9")
-    if "low resolution" in rows:
-        assert rows["low resolution"] == ("image reduced to 4 x 9", "1 sub-image", "1 x 3 x 4 x 9")
-
-    assert ("mix" in rows) == (dem is not None and low_res is not None)
-    if "mix" in rows:
-        tokens = out.shape[1] * out.shape[2]
-        assert rows["mix"] == (f"{low_res} with the low-resolution view", f"{tokens} tokens", written(out.shape[1:3]))
-    assert ("readout" in rows) == (dem is not None)
-    order = ["local crop", "stride crop", "low resolution", "encoder", "V_loc", "V_glo"]
-    order += ["fusion", "recombine", "readout", "mix"]
-    assert list(rows) == [name for name in order if name in rows]
+    model.encoder.shapes.clear()
+    image = torch.randn(1, 3, grid[0] * TILE[0], grid[1] * TILE[1])
+    model(image)
+    with full_computation():
+        model(image)
+    planned, full = (given[0] for given, _ in model.encoder.shapes)
+    assert rows["encoder"] == (f"{planned} sub-images", f"{full} sub-images")
+    tiles = [int(rows[name][1]) for name in ("local tiles", "stride tiles")]
+    assert sum(tiles) + rows["low resolution"][1].startswith("1") == full
+    assert list(rows)[:4] == ["local tiles", "stride tiles", "low resolution", "encoder"]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [(2, 3), (3, 3), (1, 1)])
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("enhance", ["both", "local", "global"])
-@pytest.mark.parametrize("readout", ["average", "none"])
-def test_dem_rows_are_what_is_attended(grid: tuple[int, int], preset: str, enhance: str, readout: str) -> None:
-    dem = getattr(DualPerspectiveEnhance, preset)(DIM, enhance=enhance, readout=readout, num_heads=4)
-    rows = rows_of(explain(dem, grid=grid, tokens=TOKENS))
-    attended: list[tuple[Tensor, Tensor]] = []
-    dem.attentions[0].register_forward_hook(lambda _, given, __: attended.append((given[0], given[1])))
-    tiles = torch.randn(2, 1, grid[0] * grid[1], *TOKENS, DIM)
-    out = dem(*tiles, grid)
-
-    directions = {"both": ["V_loc", "V_glo"], "local": ["V_loc"], "global": ["V_glo"]}[enhance]
-    assert list(rows) == [*directions, "fusion", "readout"]
-    maps = dem.enhanced_maps(*tiles, grid)
-    for name, full, (query, key) in zip(
-        directions, [m for m in maps if m is not None], attended[: len(directions)], strict=True
-    ):
-        _, count, queries, _ = query.shape
-        asking = {"V_loc": "local", "V_glo": "global"}[name]
-        cut = {"paper": {"local": "blocks", "global": "strides"}, "released": {"local": "strides", "global": "blocks"}}
-        assert rows[name] == (
-            f"heads 4, {asking} queries, both maps cut by {cut[preset][asking]}",
-            f"{count} x {queries} queries x {key.shape[2]} keys",
-            written(full.shape[1:]),
-        )
-    fused = maps.local if maps.local is not None else maps.stride
-    fusion = {"both": {"paper": "LinearConcatFusion", "released": "BottleneckConcatFusion"}[preset]}
-    assert rows["fusion"] == (
-        fusion.get(enhance, "Linear"),
-        f"{fused.shape[1] * fused.shape[2]} tokens",
-        written(fused.shape[1:]),
+def test_dem_rows_are_what_is_attended(grid: tuple[int, int], preset: str, enhance: str) -> None:
+    tokens = (6, 6)
+    dem = getattr(DualPerspectiveEnhance, preset)(DIM, enhance=enhance, num_heads=4)
+    rows = rows_of(explain(dem, grid=grid, tokens=tokens))
+    attended: list[tuple[int, int, int]] = []
+    dem.attentions[0].register_forward_hook(
+        lambda _, given, __: attended.append((given[0].shape[1], given[0].shape[2], given[1].shape[2]))
     )
-    assert rows["readout"] == (readout, f"{out.shape[1] * out.shape[2]} tokens", written(out.shape[1:3]))
+    tiles = torch.randn(2, 1, grid[0] * grid[1], *tokens, DIM)
+    dem(*tiles, grid)
+    with full_computation():
+        dem(*tiles, grid)
+    directions = {"both": ["V_loc", "V_glo"], "local": ["V_loc"], "global": ["V_glo"]}[enhance]
+    assert list(rows) == [*directions, "fusion, readout", "total"]
+    cut = {"paper": {"V_loc": "block", "V_glo": "stride"}, "released": {"V_loc": "stride", "V_glo": "block"}}[preset]
+    for name, planned, full in zip(directions, attended[: len(directions)], attended[len(directions) :], strict=True):
+        for text, (count, queries, keys) in zip(rows[name], (planned, full), strict=True):
+            plural = "s" if count > 1 else ""
+            assert text.startswith(f"{count} {cut[name]}{plural} x {queries} queries x {keys} keys")
 
 
-@pytest.mark.parametrize("readout", ["bilinear", "none"])
-def test_direct_readout(readout: str) -> None:
-    direct = DirectReadout("sum", readout)
-    rows = rows_of(explain(direct, grid=(2, 3), tokens=TOKENS))
-    out = direct(torch.zeros(1, 6, *TOKENS, DIM), torch.zeros(1, 6, *TOKENS, DIM), (2, 3))
-    assert rows == {
-        "recombine": ("sum features, no enhancement", "36 tokens", "4 x 9"),
-        "readout": (readout, f"{out.shape[1] * out.shape[2]} tokens", written(out.shape[1:3])),
-    }
+def test_costs_are_those_of_the_calls() -> None:
+    """The parts add up to the whole, and the whole is counted from the very call."""
+    dem = DualPerspectiveEnhance.released(32)
+    stages = explain(dem, grid=(3, 3), tokens=(6, 6)).stages
+    assert stages[-1].planned_cost == cost_of(lambda: dem(*torch.empty(2, 1, 9, 6, 6, 32), (3, 3)), dem)
+    with full_computation():
+        assert stages[-1].full_cost == cost_of(lambda: dem(*torch.empty(2, 1, 9, 6, 6, 32), (3, 3)), dem)
+    for kind in ("planned_cost", "full_cost"):
+        parts = [getattr(stage, kind) for stage in stages]
+        assert sum(part.operations for part in parts[:-1]) == parts[-1].operations
+        assert sum(part.bytes for part in parts[:-1]) == parts[-1].bytes
 
 
-def test_released_encoder_at_1008_pixels() -> None:
-    """The 19 sub-images, 5184 tokens and 576 output tokens of the released model, with the default token map."""
-    encoder = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(1024), grid=(3, 3))
-    text = str(explain(encoder))
-    for line in (
-        ("encoder", "Patches", "19 sub-images", "19 x 24 x 24"),
-        ("V_glo", "heads 8, global queries, both maps cut by blocks", "9 x 576 queries x 576 keys", "72 x 72 x 1024"),
-        ("fusion", "BottleneckConcatFusion", "5184 tokens", "72 x 72 x 1024"),
-        ("readout", "bilinear", "576 tokens", "24 x 24"),
-    ):
-        assert any(all(cell in row for cell in line) for row in text.splitlines()), line
+def test_released_module_at_1008_pixels() -> None:
+    """22 billion operations of 113; ten sub-images of nineteen, one of them in two roles."""
+    encoder = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(1024, device="meta"), grid=(3, 3))
+    stages = {stage.name: stage for stage in explain(encoder).stages}
+    assert stages["low resolution"].planned == "is stride tile 4, mixed by mean"
+    assert stages["encoder"].planned == "10 sub-images"
+    # d = 1024, 576 keys a tile; two operations a multiply-addition
+    d, k = 1024, 576
+    projected = 2 * (4 * 576 * d * d + 2 * 576 * k * d)
+    absorbed = 2 * 9 * (4 * 64 * d * d + 2 * 8 * 64 * k * d)
+    assert stages["V_loc"].planned_cost.operations == projected
+    assert stages["V_glo"].planned_cost.operations == absorbed
+    assert stages["V_glo"].full_cost.operations == 9 * projected
+    assert stages["encoder"].full_cost.operations * 10 == stages["encoder"].planned_cost.operations * 19
+
+
+def test_an_encoder_that_cannot_be_counted_has_no_cost() -> None:
+    def values_matter(pixels: Tensor) -> Tensor:
+        return pixels.movedim(1, -1) if pixels.sum().item() > 0 else pixels.movedim(1, -1) + 1
+
+    stages = {s.name: s for s in explain(DualViewEncoder(values_matter, None, tile=TILE, grid=(2, 3))).stages}
+    assert stages["encoder"].planned_cost is None
+    assert stages["total"].planned_cost == (0, 0)
 
 
 def test_table_is_aligned() -> None:
     lines = str(explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))).splitlines()
-    assert lines[0].split() == ["stage", "what", "count", "shape", "per", "image"]
+    assert lines[0].split() == ["stage", "computed", "in", "full", "GFLOP", "in", "full", "MB", "moved", "in", "full"]
     assert set(lines[1]) == {"-", " "}
     assert len(lines) == 2 + 4
-    for title in ("what", "count", "shape"):
-        column = lines[0].index(title)
-        assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    ends = [i for i, c in enumerate(lines[1] + " ") if c == " " and lines[1][i - 1] == "-"]
+    for line in lines[2:]:
+        assert all(len(line) <= end or line[end] == " " for end in ends)
     assert all(line == line.rstrip() for line in lines)
 
 
@@ -147,7 +132,7 @@ def test_a_dem_of_another_kind_has_no_rows_of_its_own() -> None:
         """Called as a DEM is."""
 
     rows = rows_of(explain(DualViewEncoder(Patches(), Other(), tile=TILE, grid=(2, 3)), tokens=TOKENS))
-    assert list(rows) == ["local crop", "stride crop", "low resolution", "encoder", "mix"]
+    assert list(rows) == ["local tiles", "stride tiles", "low resolution", "encoder", "total"]
 
 
 def test_refuses_what_it_cannot_explain() -> None:

@@ -39,6 +39,7 @@ PUBLIC = {
         "__version__",
         "choose_grid",
         "explain",
+        "full_computation",
         "global_stride_crop",
         "local_crop",
         "low_pass",

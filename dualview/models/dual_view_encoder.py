@@ -108,6 +108,22 @@ class DualViewEncoder(nn.Module):
             valid=valid,
         )
 
+    def plan(self, size: Size, grid: GridLike | None = None) -> ViewPlan:
+        """Which sub-images of an image of ``size`` = (H, W) pixels are encoded.
+
+        Args:
+            size: Image size in pixels.
+            grid: Rows and columns of tiles, where neither the encoder nor the size says them.
+
+        Example:
+            >>> model = DualViewEncoder(lambda x: x, DualPerspectiveEnhance.released(16), grid=(3, 3))
+            >>> len(model.plan((1008, 1008)).views)
+            10
+        """
+        chosen = TileGrid.of(grid) if grid is not None else self.grid or TileGrid.for_image(size, self.tile)
+        low = self.low_res is not None or self.dem is None
+        return plan_encoder(self.dem, chosen, self.tile, size, low=low, low_pass=self.low_pass)
+
     def extra_repr(self) -> str:
         return (
             f"tile={self.tile}, grid={self.grid and tuple(self.grid)}, low_res={self.low_res!r}, resize={self.resize}, "

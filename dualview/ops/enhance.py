@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -264,6 +264,15 @@ class DualPerspectiveEnhance(nn.Module):
         found = {d.query: self._direction(d, plan, maps, key_mask, grid, tokens) for d in plan.directions}
         return EnhancedMaps(found.get("local"), found.get("global"))
 
+    def compute_direction(
+        self, d: DirectionPlan, plan: EnhancePlan, make_tiles: Callable[[], Tensor], grid: TileGrid
+    ) -> Tensor:
+        """One direction of a plan on its own, as the call of the module computes it, on tiles that are made for it."""
+        local_tiles, stride_tiles = make_tiles(), make_tiles()
+        tokens = check_size(local_tiles.shape[2:4], "token map")
+        fold = self._values_to_fold(plan, tokens[0] * tokens[1]) is not None
+        return self._direction(d, plan, self._maps(local_tiles, stride_tiles, grid, None), None, grid, tokens, fold)
+
     def _maps(
         self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles | None
     ) -> dict[Perspective, list[TileMap]]:
@@ -291,10 +300,7 @@ class DualPerspectiveEnhance(nn.Module):
         query, key, mask = self._operands(d, maps, key_mask, grid, tokens)
         pool = Pooling(d, grid, tokens) if plan.commutes else None
         attention = self._attention(d)
-        if fold:
-            tiles = attention.attend(query, key, mask, absorb=True, fold=d.fold, pool=pool).flatten(-2)
-        else:
-            tiles = attention(query, key, mask, absorb=d.absorb, fold=d.fold, pool=pool)
+        tiles = attention(query, key, mask, absorb=d.absorb, fold=d.fold, pool=pool, project=not fold)
         return put_back(tiles, d.query_rows, d.query_cols, d.cut, grid) if pool is None else pool.arrange(tiles)
 
     def _values_to_fold(self, plan: EnhancePlan, pooled_tokens: int) -> tuple[Tensor, Tensor] | None:

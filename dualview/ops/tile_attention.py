@@ -83,6 +83,10 @@ def attend_rows(
 class TileAttention(nn.Module):
     """Projections, [`tile_attention`][dualview.tile_attention], and what follows it up to the enhanced tile.
 
+    The call takes what a plan decides, none of which changes the result: ``absorb`` projects the queries into key space
+    in place of the keys, ``fold`` does that with one matrix, ``pool`` averages inside. ``project=False`` stops before
+    W_v, for one head and where nothing else follows.
+
     Args:
         dim: Width D of the tokens.
         num_heads: Number of heads.
@@ -156,14 +160,15 @@ class TileAttention(nn.Module):
         absorb: bool = False,
         fold: bool = False,
         pool: Pooling | None = None,
+        project: bool = True,
     ) -> Tensor:
         if query.dim() != 4:  # any leading dimensions count as tiles
             flat = (x[None].flatten(0, -3)[None] for x in (query, key))
             mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
             tiles: Tensor = self(*flat, mask, absorb=absorb, fold=fold)
             return tiles.reshape(query.shape)
-        attended = self.attend(query, key, key_mask, absorb=absorb, fold=fold, pool=pool)
-        if absorb:
+        attended = self._attend(query, key, key_mask, absorb=absorb, fold=fold, pool=pool)
+        if absorb and project:
             attended = self._project_values(attended, query, key_mask, pool)
         enhanced: Tensor = attended.flatten(-2)
         if self.out_proj is not None:
@@ -172,7 +177,7 @@ class TileAttention(nn.Module):
             enhanced = enhanced + (query if pool is None else pool.tokens(query))
         return enhanced if self.norm is None else self.norm(enhanced)
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
