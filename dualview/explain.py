@@ -83,7 +83,8 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         TypeError: ``module`` is something else.
 
     Example:
-        >>> stages = {stage.name: stage for stage in explain(DualPerspectiveEnhance.released(64), grid=(3, 3)).stages}
+        >>> dem = DualPerspectiveEnhance.released(1024, device="meta")
+        >>> stages = {stage.name: stage for stage in explain(dem, grid=(3, 3)).stages}
         >>> stages["V_glo"].planned, stages["V_glo"].full
         ('9 blocks x 64 queries x 576 keys, absorbed', '9 blocks x 576 queries x 576 keys')
     """

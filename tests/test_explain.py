@@ -82,9 +82,13 @@ def test_costs_are_those_of_the_calls() -> None:
     """The parts add up to the whole, and the whole is counted from the very call."""
     dem = DualPerspectiveEnhance.released(32)
     stages = explain(dem, grid=(3, 3), tokens=(6, 6)).stages
-    assert stages[-1].planned_cost == cost_of(lambda: dem(*torch.empty(2, 1, 9, 6, 6, 32), (3, 3)), dem)
+    assert stages[-1].planned_cost == cost_of(
+        lambda: dem(torch.empty(1, 9, 6, 6, 32), torch.empty(1, 9, 6, 6, 32), (3, 3)), dem
+    )
     with full_computation():
-        assert stages[-1].full_cost == cost_of(lambda: dem(*torch.empty(2, 1, 9, 6, 6, 32), (3, 3)), dem)
+        assert stages[-1].full_cost == cost_of(
+            lambda: dem(torch.empty(1, 9, 6, 6, 32), torch.empty(1, 9, 6, 6, 32), (3, 3)), dem
+        )
     for kind in ("planned_cost", "full_cost"):
         parts = [getattr(stage, kind) for stage in stages]
         assert sum(part.operations for part in parts[:-1]) == parts[-1].operations
