@@ -15,6 +15,7 @@ from dualview.models.view_plan import ViewPlan
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.plan import DirectionPlan, EnhancePlan, full_computation
+from dualview.ops.tile_attention import TileAttention
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,13 @@ def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> li
     planned = module.plan(size, grid)
     with full_computation():
         full = module.plan(size, grid)
+    resized = ", interpolated inside" if module.resize else ""
+    filtered = ", low-pass filtered" if module.low_pass else ""
+    passes = module.max_tiles_per_pass
     stages = [
+        Stage("canvas", f"{size[0]} x {size[1]} pixels{resized}", ""),
         Stage("local tiles", str(len(planned.local)), str(len(full.local))),
-        Stage("stride tiles", str(len(planned.stride)), str(len(full.stride))),
+        Stage("stride tiles", f"{len(planned.stride)}{filtered}", str(len(full.stride))),
         Stage("low resolution", _low_view(planned, module.low_res), _low_view(full, module.low_res)),
     ]
     one = _cost_of_encoder(module)
@@ -131,7 +136,7 @@ def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> li
     stages.append(
         Stage(
             "encoder",
-            f"{counts[0]} sub-images",
+            f"{counts[0]} sub-images" + (f", at most {passes} in one pass" if passes else ""),
             f"{counts[1]} sub-images",
             *(None if one is None else one.times(count) for count in counts),
         )
@@ -163,6 +168,7 @@ def _low_view(plan: ViewPlan, mix: str | None) -> str:
 
 def _dem_stages(dem: DualPerspectiveEnhance, grid: TileGrid, tokens: Size) -> list[Stage]:
     dtype = next(dem.parameters()).dtype
+    options = Stage("DEM", ", ".join(_options(dem)), "")
 
     def map_of_tiles() -> torch.Tensor:
         return torch.empty(1, grid.num_tiles, *tokens, dem.dim, dtype=dtype)
@@ -190,9 +196,28 @@ def _dem_stages(dem: DualPerspectiveEnhance, grid: TileGrid, tokens: Size) -> li
     everything = f"{grid.num_tiles * tokens[0] * tokens[1]} tokens"
     name = "fusion, readout"
     return [
+        options,
         *stages,
         Stage(name, f"{type(dem.fusion).__name__}, {read}, {dem.readout}", everything, planned[-1], full[-1]),
     ]
+
+
+def _options(dem: DualPerspectiveEnhance) -> list[str]:
+    """Every option of the module that a row of its own does not show."""
+    attention = dem.attentions[0]
+    assert isinstance(attention, TileAttention)
+    both = "separate weights" if len(dem.attentions) > 1 else "shared weights"
+    present = {
+        both: dem.enhance == "both",
+        "biases": attention.q_proj.bias is not None,
+        "output projection": attention.out_proj is not None,
+        "residual": attention.residual,
+        "norm": attention.norm is not None,
+        f"both roles played by the {dem.source} map": dem.source != "dual",
+        "keys low-pass filtered": dem.low_pass,
+        "gate": dem.gate is not None,
+    }
+    return [f"width {dem.dim}", f"heads {attention.num_heads}", *(name for name, there in present.items() if there)]
 
 
 def _direction(d: DirectionPlan) -> str:

@@ -49,11 +49,13 @@ class TileGrid:
 
     def __post_init__(self) -> None:
         for name, count in (("rows", self.rows), ("cols", self.cols)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if isinstance(count, bool) or not hasattr(count, "__index__") or count < 1:
                 raise ValueError(
                     f"TileGrid(rows={self.rows!r}, cols={self.cols!r}): {name} must be a positive integer. "
                     "Give the number of tiles along the height first, then along the width."
                 )
+            if type(count) is not int:  # NumPy's integers
+                object.__setattr__(self, name, operator.index(count))
 
     def __iter__(self) -> Iterator[int]:
         return iter((self.rows, self.cols))
@@ -246,8 +248,8 @@ def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
         TileGrid(rows=3, cols=2)
     """
     (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
-    if max_tiles < 1:
-        raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed.")
+    if not hasattr(max_tiles, "__index__") or max_tiles < 1:
+        raise ValueError(f"max_tiles={max_tiles!r}: give a positive integer, at least one tile is needed.")
 
     def cost(grid: TileGrid) -> tuple[Fraction, int]:
         canvas_height, canvas_width = grid.map_size((h, w))

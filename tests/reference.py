@@ -232,8 +232,11 @@ def enhanced_maps(
     f_loc, f_glo = join(local_tiles, grid, "local"), join(stride_tiles, grid, "global")
     if options["source"] == "sum":
         f_loc = f_glo = f_loc + f_glo
+        if masks[0] is not None and masks[1] is not None:
+            masks = (masks[0] | masks[1],) * 2
     elif options["source"] != "dual":
         f_loc = f_glo = {"local": f_loc, "global": f_glo}[options["source"]]
+        masks = (masks[{"local": 0, "global": 1}[options["source"]]],) * 2
 
     def direction(query: Tensor, key: Tensor, mask: Tensor | None, perspective: str, prefix: str) -> Tensor:
         own = _under(weights, prefix)

@@ -48,10 +48,10 @@ def test_encoder_rows_are_what_is_encoded(grid: tuple[int, int], low_res: str | 
     with full_computation():
         model(image)
     planned, full = (given[0] for given, _ in model.encoder.shapes)
-    assert rows["encoder"] == (f"{planned} sub-images", f"{full} sub-images")
+    assert rows["encoder"] == (f"{planned} sub-images, at most 1000 in one pass", f"{full} sub-images")
     tiles = [int(rows[name][1]) for name in ("local tiles", "stride tiles")]
     assert sum(tiles) + rows["low resolution"][1].startswith("1") == full
-    assert list(rows)[:4] == ["local tiles", "stride tiles", "low resolution", "encoder"]
+    assert list(rows)[:5] == ["canvas", "local tiles", "stride tiles", "low resolution", "encoder"]
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 3), (1, 1)])
@@ -70,7 +70,7 @@ def test_dem_rows_are_what_is_attended(grid: tuple[int, int], preset: str, enhan
     with full_computation():
         dem(*tiles, grid)
     directions = {"both": ["V_loc", "V_glo"], "local": ["V_loc"], "global": ["V_glo"]}[enhance]
-    assert list(rows) == [*directions, "fusion, readout", "total"]
+    assert list(rows) == ["DEM", *directions, "fusion, readout", "total"]
     cut = {"paper": {"V_loc": "block", "V_glo": "stride"}, "released": {"V_loc": "stride", "V_glo": "block"}}[preset]
     for name, planned, full in zip(directions, attended[: len(directions)], attended[len(directions) :], strict=True):
         for text, (count, queries, keys) in zip(rows[name], (planned, full), strict=True):
@@ -90,7 +90,7 @@ def test_costs_are_those_of_the_calls() -> None:
             lambda: dem(torch.empty(1, 9, 6, 6, 32), torch.empty(1, 9, 6, 6, 32), (3, 3)), dem
         )
     for kind in ("planned_cost", "full_cost"):
-        parts = [getattr(stage, kind) for stage in stages]
+        parts = [getattr(stage, kind) for stage in stages[1:]]
         assert sum(part.operations for part in parts[:-1]) == parts[-1].operations
         assert sum(part.bytes for part in parts[:-1]) == parts[-1].bytes
 
@@ -124,7 +124,7 @@ def test_table_is_aligned() -> None:
     lines = str(explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))).splitlines()
     assert lines[0].split() == ["stage", "computed", "in", "full", "GFLOP", "in", "full", "MB", "moved", "in", "full"]
     assert set(lines[1]) == {"-", " "}
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 5
     ends = [i for i, c in enumerate(lines[1] + " ") if c == " " and lines[1][i - 1] == "-"]
     for line in lines[2:]:
         assert all(len(line) <= end or line[end] == " " for end in ends)
@@ -136,7 +136,7 @@ def test_a_dem_of_another_kind_has_no_rows_of_its_own() -> None:
         """Called as a DEM is."""
 
     rows = rows_of(explain(DualViewEncoder(Patches(), Other(), tile=TILE, grid=(2, 3)), tokens=TOKENS))
-    assert list(rows) == ["local tiles", "stride tiles", "low resolution", "encoder", "total"]
+    assert list(rows) == ["canvas", "local tiles", "stride tiles", "low resolution", "encoder", "total"]
 
 
 def test_refuses_what_it_cannot_explain() -> None:
@@ -150,3 +150,28 @@ def test_refuses_what_it_cannot_explain() -> None:
     with refuses("grid=3x2", "fixed grid of 2x3", "omit"):
         explain(fixed, grid=(3, 2))
     assert explain(fixed, grid=(2, 3)) == explain(fixed)
+
+
+def test_every_option_shows() -> None:
+    def text(**options: object) -> str:
+        return str(explain(DualPerspectiveEnhance(DIM, **options), grid=(2, 3)))
+
+    plain = {"num_heads": 1}
+    changes = {
+        "num_heads": 2, "pairing": "released", "share_weights": False, "bias": True, "out_proj": True, "residual": True,
+        "norm": True, "fusion": "addition", "readout": "centre", "enhance": "local", "source": "sum", "gate": True,
+        "low_pass": True,
+    }  # fmt: skip
+    texts = [text(**plain), *(text(**plain | {name: value}) for name, value in changes.items())]
+    assert len(set(texts)) == len(texts)
+
+    def encoder(**options: object) -> str:
+        model = DualViewEncoder(Patches(), DirectReadout(), **{"tile": TILE, "grid": (2, 3), **options})
+        return str(explain(model, tokens=TOKENS))
+
+    others: list[dict[str, object]] = [
+        {"low_res": "add"}, {"low_res": None}, {"resize": True}, {"low_pass": True}, {"max_tiles_per_pass": 4},
+        {"grid": (3, 2)}, {"tile": (8, 9)},
+    ]  # fmt: skip
+    texts = [encoder(), *(encoder(**change) for change in others)]
+    assert len(set(texts)) == len(texts)

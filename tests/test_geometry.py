@@ -236,3 +236,11 @@ class TestChooseGrid:
             dv.choose_grid((5, 5), tile=(1, -2), max_tiles=3)
         with refuses("max_tiles=0", "at least one tile"):
             dv.choose_grid((5, 5), tile=(1, 1), max_tiles=0)
+
+
+def test_numpy_integers_are_integers() -> None:
+    grid = dv.TileGrid(*np.array([2, 3]))
+    assert grid == dv.TileGrid(2, 3)
+    assert type(grid.rows) is int
+    with refuses("max_tiles=2.5", "positive integer"):
+        dv.choose_grid((10, 10), tile=(4, 4), max_tiles=2.5)

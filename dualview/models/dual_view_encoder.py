@@ -13,6 +13,7 @@ from dualview.models.view_plan import ViewPlan, cut_views, plan_encoder
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.gather import select
+from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
@@ -37,7 +38,8 @@ class DualViewEncoder(nn.Module):
         tile: The encoder's input size (h, w) in pixels.
         grid: Rows and columns of tiles. None: each image's size must be a whole number of tiles and gives its grid.
         low_res: How the low-resolution view is mixed in: "mean" (the released model), "add" (the paper), None (not at
-            all: the single-resolution rows of Table 3).
+            all: the single-resolution rows of Table 3). A ``dem`` with a gate moves from the features of that view
+            alone (gate 0, the encoder as it was) to the mixed ones (gate 1).
         resize: Accept images of any size and interpolate them (bicubic, no antialiasing, in at least float32) to the
             grid's canvas and to the low-resolution view, each from the image as given. The released model does this.
             Needs ``grid``.
@@ -47,7 +49,8 @@ class DualViewEncoder(nn.Module):
             sizes, give a number that holds a whole batch: passes are unrolled.
 
     Shape:
-        - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own
+        - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own, or the local tiles
+          of such images as a [`TileBatch`][dualview.TileBatch]
         - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding. The dem then attends
           to no token of padding alone. Images must already have the size of the grid's canvas.
         - result: (B, h', w', D); with readout "none" of a uniform batch, (B, rows*h', cols*w', D)
@@ -78,6 +81,11 @@ class DualViewEncoder(nn.Module):
         max_tiles_per_pass: int | None = None,
     ) -> None:
         super().__init__()
+        if not callable(encoder) or not (dem is None or callable(dem)):
+            raise TypeError(
+                f"encoder={encoder!r}, dem={dem!r}: the encoder must be callable, and the dem a module such as "
+                "DualPerspectiveEnhance.released(dim), or None."
+            )
         if low_res not in ("mean", "add", None):
             raise ValueError(f'low_res={low_res!r}: must be "mean", "add" or None.')
         if resize and grid is None:
@@ -94,7 +102,9 @@ class DualViewEncoder(nn.Module):
         self.low_res, self.resize, self.low_pass = low_res, resize, low_pass
         self.max_tiles_per_pass = max_tiles_per_pass
 
-    def forward(self, pixels: Tensor | Sequence[Tensor], valid: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, pixels: Tensor | Sequence[Tensor] | TileBatch, valid: Tensor | Sequence[Tensor] | None = None
+    ) -> Tensor:
         return encode_dual_view(
             pixels,
             self.encoder,
@@ -121,7 +131,7 @@ class DualViewEncoder(nn.Module):
             10
         """
         chosen = TileGrid.of(grid) if grid is not None else self.grid or TileGrid.for_image(size, self.tile)
-        low = self.low_res is not None or self.dem is None
+        low = uses_low_view(self.dem, self.low_res)
         return plan_encoder(self.dem, chosen, self.tile, size, low=low, low_pass=self.low_pass)
 
     def extra_repr(self) -> str:
@@ -132,7 +142,7 @@ class DualViewEncoder(nn.Module):
 
 
 def encode_dual_view(
-    pixels: Tensor | Sequence[Tensor],
+    pixels: Tensor | Sequence[Tensor] | TileBatch,
     encoder: Encoder,
     dem: nn.Module | None,
     *,
@@ -145,6 +155,8 @@ def encode_dual_view(
     valid: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; its arguments, shapes and errors."""
+    if isinstance(pixels, TileBatch):
+        pixels = recombine(pixels, perspective="local")
     batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
     if not batches:
         raise ValueError("a list of images must hold at least one.")
@@ -156,7 +168,7 @@ def encode_dual_view(
             g,
             tile,
             check_size(batch.shape[2:], "image size"),
-            low=low_res is not None or dem is None,
+            low=uses_low_view(dem, low_res),
             low_pass=low_pass,
         )
         for batch, g in zip(batches, grids, strict=True)
@@ -179,6 +191,11 @@ def encode_dual_view(
             'and cannot be one batch: use a readout other than "none", or one grid per call.'
         )
     return torch.cat([outputs[i] for i in range(len(batches))])
+
+
+def uses_low_view(dem: nn.Module | None, low_res: LowRes) -> bool:
+    """Whether the features of the low-resolution view take part."""
+    return low_res is not None or dem is None or getattr(dem, "gate", None) is not None
 
 
 def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:
@@ -246,8 +263,13 @@ def _fuse(
     if valid is not None:
         options["key_mask"] = _token_masks(valid, grid, tile, (features.shape[2], features.shape[3]))
     enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
-    if low_res is None or low is None:
+    gate: Tensor | None = getattr(dem, "gate", None)
+    if low is None:
         return enhanced
+    if (
+        gate is not None and low_res != "add"
+    ):  # low + gate * (mixed - low): at gate 0 the encoder's features as they are
+        return low + (enhanced - gate * low) * (0.5 if low_res == "mean" else 1.0)
     total = low + enhanced
     return total / 2 if low_res == "mean" else total
 

@@ -28,6 +28,7 @@ class DirectReadout(nn.Module):
         ValueError: An option is none of its choices.
 
     Example:
+        >>> import torch
         >>> DirectReadout("sum")(torch.ones(1, 6, 4, 5, 8), torch.ones(1, 6, 4, 5, 8), (2, 3)).unique().item()
         2.0
     """

@@ -154,16 +154,25 @@ class DualPerspectiveCrop(nn.Module):
         canvas[..., :height, :width] = images
         return canvas, (height, width)
 
-    def inverse(self, tiles: DualPerspectiveTiles, perspective: Perspective = "local") -> Tensor:
+    @overload
+    def inverse(self, tiles: DualPerspectiveTiles, perspective: Perspective = ...) -> Tensor: ...
+    @overload
+    def inverse(self, tiles: DualPerspectiveTileBatch, perspective: Perspective = ...) -> list[Tensor]: ...
+    def inverse(
+        self, tiles: DualPerspectiveTiles | DualPerspectiveTileBatch, perspective: Perspective = "local"
+    ) -> Tensor | list[Tensor]:
         """The images that the tiles were cut from, padding removed. (..., rows*cols, C, h, w) -> (..., C, H, W)
 
-        What "crop" dropped is gone, and "resize" gives the resized image.
+        Of a list of images, a list. What "crop" dropped is gone, and "resize" gives the resized image.
 
         Raises:
             ValueError: The stride tiles were low-pass filtered: they do not hold the original pixels.
         """
         if perspective == "global" and self.low_pass:
             raise ValueError('low-pass filtered stride tiles do not hold the original pixels: use perspective="local".')
+        if isinstance(tiles, DualPerspectiveTileBatch):
+            images = zip(tiles.local.split(), tiles.stride.split(), tiles.grid, tiles.valid, strict=True)
+            return [self.inverse(DualPerspectiveTiles(*image), perspective) for image in images]
         source = tiles.local if perspective == "local" else tiles.stride
         canvas = recombine(source, tiles.grid, perspective, size=tiles.grid.map_size(self.tile))
         height, width = int(tiles.valid[:, 0].sum()), int(tiles.valid[0].sum())

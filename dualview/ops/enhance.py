@@ -42,8 +42,8 @@ from dualview.ops.tiling import crop, recombine
 class EnhancedMaps(NamedTuple):
     """The maps V_loc and V_glo, (B, rows*h, cols*w, D) each; None for one that is not computed."""
 
-    local: Tensor | None
-    stride: Tensor | None
+    v_loc: Tensor | None
+    v_glo: Tensor | None
 
 
 class DualPerspectiveEnhance(nn.Module):
@@ -84,7 +84,8 @@ class DualPerspectiveEnhance(nn.Module):
     Shape:
         - local_tiles, stride_tiles: (B, rows*cols, h, w, D), the encoded sub-images of either perspective
         - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w), True for cells that may be attended to; or a pair of them,
-          for keys from the local and from the global map
+          for keys from the local and from the global map (a key that is a sum of both counts if either does). What a
+          masked cell holds must still be finite
         - result: (B, h, w, D), or (B, rows*h, cols*w, D) with readout "none"
 
     Raises:
@@ -333,10 +334,14 @@ class DualPerspectiveEnhance(nn.Module):
             key_maps = [_smooth(tile_map, grid) for tile_map in key_maps]
         query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
         key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
-        raster = key_mask[0 if key_role == "local" else 1] if isinstance(key_mask, tuple) else key_mask
-        if raster is None:
+        if key_mask is None:
             return query, key, None
-        cut_mask = _cut_mask(raster, query.shape[0], grid, tokens, d.cut)
+        pair = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
+        of_maps = [
+            _cut_mask(pair[0 if tile_map.perspective == "local" else 1], query.shape[0], grid, tokens, d.cut)
+            for tile_map in maps[key_role]
+        ]
+        cut_mask = of_maps[0] if len(of_maps) == 1 else of_maps[0] | of_maps[1]
         live = torch.tensor(
             [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles], device=cut_mask.device
         )
@@ -384,8 +389,8 @@ class DualPerspectiveEnhance(nn.Module):
             What is missing and what is unexpected, by released names; both empty unless ``strict`` is False.
 
         Raises:
-            ValueError: Tensors are missing, unexpected or of another shape, or this module is not built as
-                [`released`][dualview.DualPerspectiveEnhance.released] is. Nothing has been loaded then.
+            ValueError: Tensors are missing, unexpected or of another shape, or this module has parameters that no
+                released checkpoint has (a gate excepted), or none in memory. Nothing has been loaded then.
 
         Example:
             >>> dem = DualPerspectiveEnhance.released(dim=32)

@@ -1,6 +1,6 @@
 """Merge the locally enhanced and the globally enhanced map into one (Table 5 of arXiv 2407.16198).
 
-Every fusion is built from the width D alone and called with two maps, ``fusion(v_local, v_global)``, each
+Every fusion is built from the width D alone and called with two maps, ``fusion(v_loc, v_glo)``, each
 (..., H, W, D). Where the paper names a fusion without a formula, our reading stands in its docstring.
 
 A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
@@ -27,7 +27,7 @@ class LinearConcatFusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Raises:
         ValueError: ``dim`` is odd.
@@ -51,11 +51,11 @@ class LinearConcatFusion(nn.Module):
         self.local_proj.reset_parameters()
         self.global_proj.reset_parameters()
 
-    def forward(self, v_local: Tensor, v_global: Tensor, *, values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor, *, values: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if values is None:
-            return torch.cat([self.global_proj(v_global), self.local_proj(v_local)], dim=-1)
-        of_global = F.linear(v_global, self.global_proj.weight @ values[1])
-        return torch.cat([of_global, F.linear(v_local, self.local_proj.weight @ values[0])], dim=-1)
+            return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
+        of_global = F.linear(v_glo, self.global_proj.weight @ values[1])
+        return torch.cat([of_global, F.linear(v_loc, self.local_proj.weight @ values[0])], dim=-1)
 
 
 class BottleneckConcatFusion(nn.Module):
@@ -69,7 +69,7 @@ class BottleneckConcatFusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Raises:
         ValueError: ``dim`` is no multiple of 16.
@@ -102,9 +102,9 @@ class BottleneckConcatFusion(nn.Module):
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        concatenated = torch.cat([self.local_bottleneck(v_local), self.global_bottleneck(v_global)], dim=-1)
-        fused: Tensor = self.norm(concatenated + v_global + v_local)
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        concatenated = torch.cat([self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)], dim=-1)
+        fused: Tensor = self.norm(concatenated + v_glo + v_loc)
         return fused
 
 
@@ -124,7 +124,7 @@ class AdditionFusion(_ParameterFreeFusion):
     """V_glo + V_loc.
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Example:
         >>> AdditionFusion()(torch.ones(2), torch.ones(2)).tolist()
@@ -134,8 +134,8 @@ class AdditionFusion(_ParameterFreeFusion):
     radius = 0
     linear = True
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        return v_global + v_local
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return v_glo + v_loc
 
 
 class WeightedAdditionFusion(nn.Module):
@@ -147,7 +147,7 @@ class WeightedAdditionFusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Example:
         >>> WeightedAdditionFusion(2)(torch.zeros(2), torch.ones(2)).tolist()
@@ -166,16 +166,16 @@ class WeightedAdditionFusion(nn.Module):
         """Weigh both maps equally."""
         nn.init.zeros_(self.logit)
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         a = self.logit.sigmoid()
-        return a * v_global + (1 - a) * v_local
+        return a * v_glo + (1 - a) * v_loc
 
 
 class MultiplicationFusion(_ParameterFreeFusion):
     """The element-wise product of V_glo and V_loc (our reading).
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Example:
         >>> MultiplicationFusion()(torch.tensor([2.0]), torch.tensor([3.0])).tolist()
@@ -185,15 +185,15 @@ class MultiplicationFusion(_ParameterFreeFusion):
     radius = 0
     linear = False
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        return v_global * v_local
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return v_glo * v_loc
 
 
 class MaxPoolFusion(_ParameterFreeFusion):
     """The element-wise maximum of V_glo and V_loc (our reading).
 
     Shape:
-        v_local, v_global: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Example:
         >>> MaxPoolFusion()(torch.tensor([2.0]), torch.tensor([3.0])).tolist()
@@ -203,8 +203,8 @@ class MaxPoolFusion(_ParameterFreeFusion):
     radius = 0
     linear = False
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        return torch.maximum(v_global, v_local)
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return torch.maximum(v_glo, v_loc)
 
 
 class Conv3x3Fusion(nn.Module):
@@ -216,7 +216,7 @@ class Conv3x3Fusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_local, v_global: (B, H, W, D) -> (B, H, W, D); with ``windows``, maps of side by side 3 x 3 surroundings
+        v_loc, v_glo: (B, H, W, D) -> (B, H, W, D); with ``windows``, maps of side by side 3 x 3 surroundings
         (B, 3H, 3W, D) -> (B, H, W, D)
 
     Example:
@@ -235,8 +235,8 @@ class Conv3x3Fusion(nn.Module):
         """Draw the weights anew."""
         self.conv.reset_parameters()
 
-    def forward(self, v_local: Tensor, v_global: Tensor, *, windows: bool = False) -> Tensor:
-        channels_first = torch.cat([v_global, v_local], dim=-1).movedim(-1, -3)
+    def forward(self, v_loc: Tensor, v_glo: Tensor, *, windows: bool = False) -> Tensor:
+        channels_first = torch.cat([v_glo, v_loc], dim=-1).movedim(-1, -3)
         if windows:
             fused = F.conv2d(channels_first, self.conv.weight, self.conv.bias, stride=3)
         else:

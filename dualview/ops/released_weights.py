@@ -35,6 +35,10 @@ def load_released(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict
     given = _strip_prefix(state_dict)
     own = released_state_dict(module)
     report = LoadReport(tuple(sorted(own.keys() - given.keys())), tuple(sorted(given.keys() - own.keys())))
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            "this module is on the meta device and holds no memory to load into: call to_empty(device=...)."
+        )
     shared = own.keys() & given.keys()
     wrong = [
         f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
@@ -59,6 +63,8 @@ def released_state_dict(module: nn.Module) -> dict[str, Tensor]:
     names = {new: old for old, new in RELEASED_NAMES.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in module.named_parameters():
+        if name == "gate":  # for use inside another model: not part of what was released
+            continue
         layer, _, leaf = name.rpartition(".")
         if layer not in names:
             raise ValueError(

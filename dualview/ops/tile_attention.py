@@ -124,8 +124,8 @@ class TileAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must be a positive divisor of dim={dim}.")
+        if dim < 1 or num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must be a positive divisor of dim={dim}, and that at least 1.")
         if init not in ("xavier", "identical"):
             raise ValueError(f'init={init!r}: must be "xavier" or "identical".')
         self.num_heads, self.residual, self.init = num_heads, residual, init

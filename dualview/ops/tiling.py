@@ -202,10 +202,16 @@ def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLi
     return crop(whole, grid, target, data_format="channels_last")
 
 
-def check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
-    """A ValueError for an unknown ``data_format``, or for fewer than ``rank`` dimensions."""
+def check_data_format(data_format: str) -> DataFormat:
+    """``data_format`` if it is one of the two, else a ValueError."""
     if data_format not in get_args(DataFormat):
         raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
+    return data_format  # type: ignore[return-value]  # narrowed by the check above
+
+
+def check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
+    """A ValueError for an unknown ``data_format``, or for fewer than ``rank`` dimensions."""
+    check_data_format(data_format)
     if x.dim() < rank:
         raise ValueError(
             f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
@@ -220,7 +226,7 @@ class _Crop(nn.Module):
 
     def __init__(self, grid: GridLike, *, data_format: DataFormat = "channels_first") -> None:
         super().__init__()
-        self.grid, self.data_format = TileGrid.of(grid), data_format
+        self.grid, self.data_format = TileGrid.of(grid), check_data_format(data_format)
 
     def forward(self, x: Tensor) -> Tensor:
         return crop(x, self.grid, self.perspective, data_format=self.data_format)
@@ -290,7 +296,7 @@ class SubfeatureRecombine(nn.Module):
     def __init__(self, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> None:
         super().__init__()
         self.grid, self.perspective = TileGrid.of(grid), check_perspective(perspective)
-        self.data_format = data_format
+        self.data_format = check_data_format(data_format)
 
     def forward(self, tiles: Tensor) -> Tensor:
         return recombine(tiles, self.grid, self.perspective, data_format=self.data_format)

@@ -632,3 +632,34 @@ def test_refuses_what_an_encoder_should_not_return() -> None:
     ]:
         with refuses(f"the encoder returned {got} for 1 sub-images", "(1, h', w', D)", ".unflatten(1, (h', w'))"):
             DualViewEncoder(wrong, DualPerspectiveEnhance.paper(DIM), tile=TILE)(images)
+
+
+@pytest.mark.parametrize("low_res", ["mean", "add", None])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_a_gate_moves_from_the_host_to_the_mix(low_res: str | None, preset: str) -> None:
+    """Bit-equal to the low-resolution features at gate 0, whatever the mix, and to the ungated mix at gate 1."""
+    dem = getattr(DualPerspectiveEnhance, preset)(DIM, gate=True)
+    model = DualViewEncoder(Patches(), dem, tile=TILE, low_res=low_res).double()
+    image = image_for((3, 3))[None]
+    host = DualViewEncoder(model.encoder, None, tile=TILE)(image)
+    assert torch.equal(model(image), host)
+    with torch.no_grad():
+        dem.gate.fill_(1.0)
+    plain = getattr(DualPerspectiveEnhance, preset)(DIM).double()
+    plain.load_state_dict({name: x for name, x in dem.state_dict().items() if name != "gate"})
+    expected = DualViewEncoder(model.encoder, plain, tile=TILE, low_res=low_res)(image)
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_tiles_of_mixed_grids_are_images() -> None:
+    images = [image_for(grid) for grid in [(2, 3), (3, 1)]]
+    model = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(DIM), tile=TILE).double()
+    batch = DualPerspectiveCrop(TILE)(images).local
+    torch.testing.assert_close(model(batch), model(images))
+
+
+def test_refuses_what_cannot_be_called() -> None:
+    with refuses("released", "or None", error=TypeError):
+        DualViewEncoder(Patches(), "released")
+    with refuses("encoder", "callable", error=TypeError):
+        DualViewEncoder("clip", None)

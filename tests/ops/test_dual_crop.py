@@ -284,3 +284,11 @@ class TestRefusals:
             dcm.inverse(out._replace(local=out.local[:5]))
         with refuses("4 x 4", "size=(8, 15)"):
             dcm.inverse(out._replace(local=out.local[..., :4]))
+
+
+def test_inverse_of_a_list() -> None:
+    crop = dv.DualPerspectiveCrop((4, 5), remainder="pad")
+    images = [torch.randn(3, 7, 9), torch.randn(3, 4, 11)]
+    for perspective in ("local", "global"):
+        for image, back in zip(images, crop.inverse(crop(images), perspective), strict=True):
+            assert torch.equal(image, back)

@@ -139,7 +139,7 @@ class TestAgainstTheEquations:
         maps = dem.enhanced_maps(local, stride, (2, 3))
         weights = dict(dem.named_parameters())
         v_loc, v_glo = reference.enhanced_maps(reference.PAPER | options, weights, local[0], stride[0], (2, 3))
-        for ours, theirs, other in ((maps.local, v_loc, "global"), (maps.stride, v_glo, "local")):
+        for ours, theirs, other in ((maps.v_loc, v_loc, "global"), (maps.v_glo, v_glo, "local")):
             assert (ours is None) == (enhance == other)
             if ours is not None:
                 torch.testing.assert_close(ours[0], theirs, rtol=1e-10, atol=1e-10)
@@ -165,8 +165,8 @@ class TestAgainstTheEquations:
             dv.global_stride_crop(f_loc, grid, data_format="channels_last"),
             grid,
         )
-        assert torch.equal(plain.stride, exchanged.local)
-        assert torch.equal(plain.local, exchanged.stride)
+        assert torch.equal(plain.v_glo, exchanged.v_loc)
+        assert torch.equal(plain.v_loc, exchanged.v_glo)
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_gradcheck(self, preset: str) -> None:
@@ -279,12 +279,12 @@ class TestPresets:
 
     def test_own_fusion_module(self) -> None:
         class First(nn.Module):
-            def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-                return v_local
+            def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+                return v_loc
 
         dem = dv.DualPerspectiveEnhance.paper(DIM, fusion=First(), readout="none", dtype=torch.float64)
         local, stride = tiles(1, (2, 3), (2, 2))
-        assert torch.equal(dem(local, stride, (2, 3)), dem.enhanced_maps(local, stride, (2, 3)).local)
+        assert torch.equal(dem(local, stride, (2, 3)), dem.enhanced_maps(local, stride, (2, 3)).v_loc)
 
 
 class TestWhatLives:
@@ -359,9 +359,23 @@ class TestKeyMask:
         full = dv.recombine(local, grid, "local", data_format="channels_last")
         full[:, ~mask] = 1e4
         after = dem.enhanced_maps(dv.local_crop(full, grid, data_format="channels_last"), stride, grid, mask)
-        assert torch.equal(after.stride, before.stride)  # the local map as keys
-        assert torch.equal(after.local[:, mask], before.local[:, mask])  # as queries, token by token
-        assert not torch.equal(dem.enhanced_maps(local, stride, grid).stride, before.stride)
+        assert torch.equal(after.v_glo, before.v_glo)  # the local map as keys
+        assert torch.equal(after.v_loc[:, mask], before.v_loc[:, mask])  # as queries, token by token
+        assert not torch.equal(dem.enhanced_maps(local, stride, grid).v_glo, before.v_glo)
+
+    @pytest.mark.parametrize("source", ["local", "global", "sum"])
+    def test_masks_belong_to_maps_not_to_roles(self, source: str) -> None:
+        """With one map in both roles its own mask holds in both directions, and the other's in none."""
+        dem = randomised(dv.DualPerspectiveEnhance.paper(DIM, source=source, dtype=torch.float64))
+        local, stride = tiles(1, (2, 3), (2, 2))
+        masked, free = torch.zeros(4, 6, dtype=torch.bool), torch.ones(4, 6, dtype=torch.bool)
+        plain = dem.enhanced_maps(local, stride, (2, 3))
+        for pair, own in (((masked, free), "local"), ((free, masked), "global")):
+            for got, unmasked in zip(dem.enhanced_maps(local, stride, (2, 3), pair), plain, strict=True):
+                if source == own:
+                    assert (got == 0).all()
+                else:
+                    torch.testing.assert_close(got, unmasked)
 
     def test_a_pair_of_masks_is_local_keys_then_global_keys(self) -> None:
         dem = randomised(dv.DualPerspectiveEnhance.paper(DIM, dtype=torch.float64))
@@ -370,10 +384,10 @@ class TestKeyMask:
         plain = dem.enhanced_maps(local, stride, (2, 3))
         first = dem.enhanced_maps(local, stride, (2, 3), (masked, free))
         second = dem.enhanced_maps(local, stride, (2, 3), (free, masked))
-        torch.testing.assert_close(first.local, plain.local)
-        assert not torch.allclose(first.stride, plain.stride)
-        torch.testing.assert_close(second.stride, plain.stride)
-        assert not torch.allclose(second.local, plain.local)
+        torch.testing.assert_close(first.v_loc, plain.v_loc)
+        assert not torch.allclose(first.v_glo, plain.v_glo)
+        torch.testing.assert_close(second.v_glo, plain.v_glo)
+        assert not torch.allclose(second.v_loc, plain.v_loc)
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_fully_masked_rows(self, preset: str) -> None:
@@ -386,11 +400,11 @@ class TestKeyMask:
         mask[1] = False  # one image altogether
         maps = dem.enhanced_maps(local, stride, grid, mask)
         if preset == "paper":
-            assert (maps.local[0, :2, :2] == 0).all()  # blocks: that block has no key
-            assert (maps.local[0, 2:] != 0).all()
-            assert (maps.local[1] == 0).all()
-            assert (maps.stride[1] == 0).all()
-            assert (maps.stride[0] != 0).all()  # strides: every tile still has keys
+            assert (maps.v_loc[0, :2, :2] == 0).all()  # blocks: that block has no key
+            assert (maps.v_loc[0, 2:] != 0).all()
+            assert (maps.v_loc[1] == 0).all()
+            assert (maps.v_glo[1] == 0).all()
+            assert (maps.v_glo[0] != 0).all()  # strides: every tile still has keys
         out = dem(local, stride, grid, mask)
         (out * torch.randn_like(out)).sum().backward()
         for x in (out, local.grad, stride.grad, *(p.grad for p in dem.parameters())):
@@ -544,10 +558,20 @@ class TestLoadReleased:
         self.unchanged(dem, lambda: dem.load_released(other), "Unexpected: ['model.layers.0.weight']", "ln_fuse.bias")
         self.unchanged(dem, lambda: dem.load_released({}), "Missing: ['attention.linears.0.bias'")
 
-    @pytest.mark.parametrize("options", [{"share_weights": False}, {"gate": True}, {"fusion": "linear_concat"}])
+    @pytest.mark.parametrize("options", [{"share_weights": False}, {"fusion": "linear_concat"}])
     def test_a_module_of_another_kind(self, options: dict[str, Any]) -> None:
         dem = dv.DualPerspectiveEnhance.released(DIM, **options)
         with refuses("has no name in a released checkpoint", "DualPerspectiveEnhance.released(dim)"):
+            dem.load_released(self.weights())
+
+    def test_a_gate_is_not_part_of_a_checkpoint(self) -> None:
+        dem = dv.DualPerspectiveEnhance.released(DIM, gate=True)
+        assert dem.load_released(self.weights()) == dv.LoadReport((), ())
+        assert (dem.gate == 0).all()
+
+    def test_a_module_without_memory(self) -> None:
+        dem = dv.DualPerspectiveEnhance.released(DIM, device="meta")
+        with refuses("meta device", "to_empty"):
             dem.load_released(self.weights())
 
     def test_round_trip(self) -> None:

@@ -49,11 +49,11 @@ def test_names() -> None:
 def test_equals_the_formula(name: str, dim: int, batch: int, size: tuple[int, int], seed: int) -> None:
     torch.manual_seed(seed)
     fusion = randomised(CLASSES[name](dim, dtype=torch.float64))
-    v_local, v_global = maps(batch, *size, dim)
-    fused = fusion(v_local, v_global)
-    assert fused.shape == v_local.shape
+    v_loc, v_glo = maps(batch, *size, dim)
+    fused = fusion(v_loc, v_glo)
+    assert fused.shape == v_loc.shape
     weights = dict(fusion.named_parameters())
-    for one, loc, glo in zip(fused, v_local, v_global, strict=True):
+    for one, loc, glo in zip(fused, v_loc, v_glo, strict=True):
         torch.testing.assert_close(one, reference.fuse(name, loc, glo, weights), rtol=1e-10, atol=1e-10)
 
 
@@ -61,17 +61,17 @@ def test_equals_the_formula(name: str, dim: int, batch: int, size: tuple[int, in
 def test_token_by_token(name: str) -> None:
     """Any leading dimensions will do, and no token sees its neighbour."""
     fusion = randomised(CLASSES[name](16, dtype=torch.float64))
-    v_local, v_global = maps(2, 3, 4, 16)
-    fused = fusion(v_local, v_global)
-    torch.testing.assert_close(fusion(v_local[1, 2, 3], v_global[1, 2, 3]), fused[1, 2, 3])
+    v_loc, v_glo = maps(2, 3, 4, 16)
+    fused = fusion(v_loc, v_glo)
+    torch.testing.assert_close(fusion(v_loc[1, 2, 3], v_glo[1, 2, 3]), fused[1, 2, 3])
 
 
 def test_conv_sees_its_neighbours() -> None:
     fusion = dv.Conv3x3Fusion(2, dtype=torch.float64)
-    v_local, v_global = maps(1, 5, 6, 2)
-    v_local.requires_grad_()
-    fusion(v_local, v_global)[0, 2, 3].sum().backward()
-    seen = v_local.grad[0].abs().sum(-1) > 0
+    v_loc, v_glo = maps(1, 5, 6, 2)
+    v_loc.requires_grad_()
+    fusion(v_loc, v_glo)[0, 2, 3].sum().backward()
+    seen = v_loc.grad[0].abs().sum(-1) > 0
     expected = torch.zeros(5, 6, dtype=torch.bool)
     expected[1:4, 2:5] = True
     assert torch.equal(seen, expected)
@@ -120,15 +120,15 @@ def test_weighted_addition_starts_in_the_middle_and_stays_between() -> None:
 
 @pytest.mark.parametrize("name", ["addition", "multiplication", "max_pool"])
 def test_the_width_is_optional_where_nothing_is_learnt(name: str) -> None:
-    v_local, v_global = maps(3, 4)
-    assert torch.equal(CLASSES[name]()(v_local, v_global), CLASSES[name](4)(v_local, v_global))
+    v_loc, v_glo = maps(3, 4)
+    assert torch.equal(CLASSES[name]()(v_loc, v_glo), CLASSES[name](4)(v_loc, v_glo))
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_gradcheck(name: str) -> None:
     fusion = randomised(CLASSES[name](16, dtype=torch.float64))
-    v_local, v_global = (x.requires_grad_() for x in maps(1, 2, 3, 16))
-    assert torch.autograd.gradcheck(fusion, (v_local, v_global), fast_mode=True)
+    v_loc, v_glo = (x.requires_grad_() for x in maps(1, 2, 3, 16))
+    assert torch.autograd.gradcheck(fusion, (v_loc, v_glo), fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ DIM = 16
 class Neighbours(nn.Module):
     """A fusion that declares nothing: it may look anywhere, and looks two tokens to the right."""
 
-    def forward(self, v_local: Tensor, v_global: Tensor) -> Tensor:
-        return v_global + v_local.roll(-2, dims=2)
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return v_glo + v_loc.roll(-2, dims=2)
 
 
 def inputs(grid, tokens, dtype=torch.float64, batch=2):
