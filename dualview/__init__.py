@@ -28,6 +28,7 @@ from dualview.ops.fusion import (
     MultiplicationFusion,
     WeightedAdditionFusion,
 )
+from dualview.ops.normalized_crop import NormalizedTiles, normalized_crop
 from dualview.ops.plan import full_computation
 from dualview.ops.released_weights import LoadReport
 from dualview.ops.tile_attention import TileAttention
@@ -55,6 +56,7 @@ __all__ = [
     "LocalCrop",
     "MaxPoolFusion",
     "MultiplicationFusion",
+    "NormalizedTiles",
     "OpenClipEncoder",
     "SubfeatureRecombine",
     "TileAttention",
@@ -69,6 +71,7 @@ __all__ = [
     "global_stride_crop",
     "local_crop",
     "low_pass",
+    "normalized_crop",
     "read_out",
     "recombine",
     "testing",

@@ -352,7 +352,7 @@ class DualPerspectiveEnhance(nn.Module):
         size = grid.map_size(tokens)
         if plan.surround == "none":
             fused = self.fusion(*enhanced)
-        elif plan.surround == "windows":
+        elif plan.surround == "windows" and getattr(self.fusion, "windows", False):
             fused = self.fusion(*(surroundings(x, plan, cast(int, self.fusion.radius)) for x in enhanced), windows=True)
         else:
             fused = take_read(self.fusion(*(on_full_map(x, plan, size) for x in enhanced)), plan)

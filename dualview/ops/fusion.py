@@ -4,8 +4,9 @@ Every fusion is built from the width D alone and called with two maps, ``fusion(
 (..., H, W, D). Where the paper names a fusion without a formula, our reading stands in its docstring.
 
 A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
-class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together). A module
-without them works too, with nothing skipped before it.
+class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together); ``windows``,
+if it can be called with ``windows=True`` on the surroundings of each token, side by side. A module without them works
+too, with nothing skipped before it.
 """
 
 from __future__ import annotations
@@ -226,6 +227,7 @@ class Conv3x3Fusion(nn.Module):
 
     radius = 1
     linear = True
+    windows = True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
-
-import torch
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 from dualview.geometry import Perspective, Size, TileGrid, position
 from dualview.ops.readout import Readout, readout_support
@@ -49,7 +47,9 @@ def constant(plan: Callable[P, R]) -> Callable[P, R]:
     def planner(*args: P.args, **kwargs: P.kwargs) -> R:
         return remembered(*args, **kwargs)  # type: ignore[arg-type]  # all arguments are hashable
 
-    return cast("Callable[P, R]", torch.compiler.assume_constant_result(planner))
+    # This is all that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
+    planner._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return planner
 
 
 _planning = True

@@ -79,16 +79,24 @@ def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "
 
 def crop(x: Tensor, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
-    grid, perspective = TileGrid.of(grid), check_perspective(perspective)
+    tiles = tile_view(x, TileGrid.of(grid), check_perspective(perspective), data_format)
+    return tiles.clone(memory_format=torch.contiguous_format).flatten(x.dim() - 3, x.dim() - 2)
+
+
+def tile_view(x: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> Tensor:
+    """The tiles of a map as a view of it: splitting a dimension and permuting copy nothing.
+
+    Shape:
+        (..., C, H, W) -> (..., rows, cols, C, h, w), or (..., H, W, D) -> (..., rows, cols, h, w, D)
+    """
     check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
     batch = x.dim() - 3
     plane = batch + (data_format == "channels_first")
     h, w = grid.tile_size((x.shape[plane], x.shape[plane + 1]))
-    # Splitting a dimension and permuting are views; the clone is the only copy.
     split = x.unflatten(plane + 1, split_axis(perspective, grid.cols, w).factors)
     split = split.unflatten(plane, split_axis(perspective, grid.rows, h).factors)
     tiles: Tensor = split.permute(_tile_order(batch, perspective, data_format))
-    return tiles.clone(memory_format=torch.contiguous_format).flatten(batch, batch + 1)
+    return tiles
 
 
 def _tile_order(batch: int, perspective: Perspective, data_format: DataFormat) -> list[int]:
