@@ -179,11 +179,12 @@ def encode_dual_view(
     features = [part.unflatten(0, v.shape[:2]) for part, v in zip(parts, views, strict=True)]
 
     outputs: dict[int, Tensor] = {}
-    kinds = list(zip(grids, plans, strict=True))
-    for kind in dict.fromkeys(kinds):  # images of one grid share one call of the DEM
-        members = [i for i, other in enumerate(kinds) if other == kind]
+    sizes = [(g.rows, g.cols, *batch.shape[2:]) for g, batch in zip(grids, batches, strict=True)]
+    for size in dict.fromkeys(sizes):  # images of one grid and size share one plan and one call of the DEM
+        members = [i for i, other in enumerate(sizes) if other == size]
+        g, plan = grids[members[0]], plans[members[0]]
         mask = None if masks is None else torch.cat([masks[i] for i in members])
-        fused = _fuse(torch.cat([features[i] for i in members]), *kind, tile, dem, low_res, mask)
+        fused = _fuse(torch.cat([features[i] for i in members]), g, plan, tile, dem, low_res, mask)
         outputs.update(zip(members, fused.split([batches[i].shape[0] for i in members]), strict=True))
     if len({out.shape[1:] for out in outputs.values()}) > 1:
         raise ValueError(
@@ -281,15 +282,17 @@ def _token_masks(valid: Tensor, grid: TileGrid, tile: Size, tokens: Size) -> tup
             f"valid marks images of {tuple(valid.shape[-2:])}, which are interpolated to {grid.map_size(tile)}: that "
             "blends padding into real pixels. Pad images to the canvas of the grid instead."
         )
-    if tile[0] % tokens[0] or tile[1] % tokens[1]:
+    patch_height, patch_width = tile[0] // tokens[0], tile[1] // tokens[1]  # pixels beyond whole patches are not seen
+    if (tile[0] // patch_height, tile[1] // patch_width) != tokens:
         raise ValueError(
-            f"a tile of {tile} pixels is no whole multiple of {tokens} tokens, so a pixel mask has no exact token "
-            "mask: give the DEM its key_mask directly."
+            f"a tile of {tile} pixels does not split into {tokens} patches, so a pixel mask has no exact token mask: give "
+            "the DEM its key_mask directly."
         )
 
     def pooled(perspective: Perspective) -> Tensor:
         tiles = crop(valid[:, None], grid, perspective)[:, :, 0]
-        patches = tiles.unflatten(3, (tokens[1], -1)).unflatten(2, (tokens[0], -1))
+        whole = tiles[:, :, : tokens[0] * patch_height, : tokens[1] * patch_width]
+        patches = whole.unflatten(3, (tokens[1], -1)).unflatten(2, (tokens[0], -1))
         seen = patches.any(5).any(3)
         return recombine(seen[..., None], grid, perspective, data_format="channels_last")[..., 0]
 

@@ -43,12 +43,7 @@ class HfEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int | None = -2) -> None:
         super().__init__()
-        layers = hf_layers(model)
-        if layer is not None and not -len(layers) - 1 <= layer <= len(layers):
-            raise ValueError(
-                f"layer={layer} does not exist: {type(model).__name__} has {len(layers)} layers, so hidden_states has "
-                f"indices {-len(layers) - 1} to {len(layers)}."
-            )
+        hf_layers(model, layer)
         self.model, self.layer = model, layer
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -58,18 +53,30 @@ class HfEncoder(nn.Module):
         return f"layer={self.layer}"
 
 
-def hf_layers(model: nn.Module) -> nn.ModuleList:
-    """The transformer layers of a vision tower, or a ValueError that says what is expected."""
+def hf_layers(model: nn.Module, layer: int | None) -> nn.ModuleList:
+    """The transformer layers of a vision tower that ``hidden_states[layer]`` needs; all of them for None.
+
+    Raises:
+        ValueError: The model has not the expected parts, or ``layer`` does not exist.
+    """
     encoder, config = getattr(model, "encoder", None), getattr(model, "config", None)
-    for name in ("layers", "layer"):
-        layers = getattr(encoder, name, None)
-        if hasattr(model, "embeddings") and hasattr(config, "patch_size") and isinstance(layers, nn.ModuleList):
-            return layers
-    raise ValueError(
-        f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings`, `encoder.layers` "
-        "(or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and Dinov2Model have. Of "
-        "a two-tower model pass its `vision_model`; wrap any other tower in a function (T, 3, h, w) -> (T, h', w', D)."
-    )
+    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
+    if not (hasattr(model, "embeddings") and hasattr(config, "patch_size") and isinstance(layers, nn.ModuleList)):
+        raise ValueError(
+            f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings`, "
+            "`encoder.layers` (or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and "
+            "Dinov2Model have. Of a two-tower model pass its `vision_model`; wrap any other tower in a function "
+            "(T, 3, h, w) -> (T, h', w', D)."
+        )
+    count = len(layers)
+    if layer is None:
+        return layers
+    if not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"layer={layer} does not exist: {type(model).__name__} has {count} layers, so hidden_states has "
+            f"indices {-count - 1} to {count}."
+        )
+    return layers[: layer % (count + 1)]
 
 
 def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
@@ -85,11 +92,10 @@ def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
     if layer is None:
         tokens = cast(Tensor, tower(pixel_values=pixels).last_hidden_state)
     else:
-        layers = hf_layers(model)
         tokens = tower.embeddings(pixels)
         if hasattr(tower, "pre_layrnorm"):  # CLIP's own spelling
             tokens = tower.pre_layrnorm(tokens)
-        for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        for block in hf_layers(model, layer):
             out = block(tokens, None)
             tokens = out[0] if isinstance(out, tuple) else out
     patch_height, patch_width = _pair(tower.config.patch_size)

@@ -88,8 +88,11 @@ def normalized_crop(
         tiles = torch.empty(*batch, len(where), *view.shape[-3:], dtype=dtype)
         for place, index in enumerate(where):
             for channel, (factor, offset) in enumerate(scales):  # a block at a time stays in the processor's cache
-                block = view[index][..., channel, :, :].to(wide) * factor
-                tiles[..., place, channel, :, :] = block.add_(offset)
+                out = tiles[..., place, channel, :, :]
+                block = out if dtype == wide else torch.empty(out.shape, dtype=wide)
+                block.copy_(view[index][..., channel, :, :]).mul_(factor).add_(offset)
+                if block is not out:
+                    out.copy_(block)
         return tiles
 
     return NormalizedTiles(cut("local", live and live.local), cut("global", live and live.stride))

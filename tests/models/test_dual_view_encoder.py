@@ -623,6 +623,22 @@ def test_refuses_masks_that_do_not_fit() -> None:
         uneven(images, valid=torch.ones(2, 8, 27, dtype=torch.bool))
 
 
+def test_pixels_beyond_whole_patches_do_not_count() -> None:
+    """Patches of 2 on a side of 5: the last row and column are not seen by the encoder, and not by the mask."""
+    model = DualViewEncoder(
+        lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).movedim(1, -1).repeat(1, 1, 1, 6)[..., :DIM],
+        DualPerspectiveEnhance.paper(DIM, readout="none"),
+        tile=(5, 5),
+        low_res=None,
+    )
+    image, valid = torch.randn(1, 3, 5, 10), torch.ones(1, 5, 10, dtype=torch.bool)
+    masked = valid.clone()
+    masked[:, 4] = False  # the last row
+    assert torch.equal(model(image, valid=masked), model(image, valid=valid))
+    masked[:, :2, :2] = False  # a whole patch of the first local tile
+    assert not torch.equal(model(image, valid=masked), model(image, valid=valid))
+
+
 def test_refuses_what_an_encoder_should_not_return() -> None:
     images = torch.zeros(1, 3, 8, 27)
     for wrong, got in [

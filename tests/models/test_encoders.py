@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from dualview import DualViewEncoder, HfEncoder, OpenClipEncoder, TimmEncoder
+from dualview.models.encoders import hf_token_map
 from tests.checks import refuses
 
 LAYERS = 3
@@ -161,6 +162,8 @@ def test_refuses_a_layer_that_does_not_exist(kind: str) -> None:
     for layer in (LAYERS + 1, -LAYERS - 2):
         with refuses(f"layer={layer}", f"{LAYERS} layers", f"{-LAYERS - 1} to {LAYERS}"):
             HfEncoder(model, layer)
+        with refuses(f"layer={layer}", f"{-LAYERS - 1} to {LAYERS}"):
+            hf_token_map(model, torch.randn(1, 3, 28, 28), layer)
 
 
 def test_holds_the_tower_as_a_submodule() -> None:

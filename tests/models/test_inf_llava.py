@@ -11,13 +11,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -30,6 +34,7 @@ from dualview.models import (
     InfLlavaModel,
     InfLlavaProcessor,
 )
+from tests.checks import refuses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY_TOWER = {
@@ -159,15 +164,84 @@ def test_default_config_is_the_released_model():
     assert counts["vision_tower"] == 303_507_456
 
 
-def test_image_path_agrees_with_the_dual_view_encoder():
-    model = tiny_model()
-    encoder = dv.DualViewEncoder(dv.HfEncoder(model.model.vision_tower), model.model.dem, tile=(28, 28), grid=(2, 3))
+def test_default_parts_are_those_that_were_published():
+    """The configurations of Llama-3-8B-Instruct and of CLIP ViT-L/14-336, value by value."""
+    config = InfLlavaConfig()
+    llama = {
+        "vocab_size": 128320,  # 128256 published, a padding and an image token, 62 rows to a multiple of 64
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128009,
+        "pad_token_id": 128256,
+    }
+    clip = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 768,
+    }
+    assert isinstance(config.text_config, LlamaConfig)
+    assert isinstance(config.vision_config, CLIPVisionConfig)
+    assert {key: getattr(config.text_config, key) for key in llama} == llama
+    assert {key: getattr(config.vision_config, key) for key in clip} == clip
+    assert (config.image_token_id, config.projector_hidden_act) == (128257, "gelu")
+
+
+@pytest.mark.parametrize("layer", [0, 1, -2, -1])
+@pytest.mark.parametrize("low_res", ["mean", "add", None])
+@pytest.mark.parametrize("preset", ["released", "paper", "direct"])
+def test_image_path_agrees_with_the_dual_view_encoder(layer, low_res, preset):
+    model = tiny_model(vision_feature_layer=layer, low_res=low_res, dem={"preset": preset})
+    encoder = dv.DualViewEncoder(
+        dv.HfEncoder(model.model.vision_tower, layer), model.model.dem, tile=(28, 28), grid=(2, 3), low_res=low_res
+    )
     pixels = torch.randn(2, 3, 56, 84)
     with torch.no_grad():
         out = model.get_image_features(pixels)
         expected = encoder(pixels).flatten(1, 2)
     assert torch.equal(out.last_hidden_state, expected)
     assert torch.equal(torch.stack(out.pooler_output), model.model.multi_modal_projector(expected))
+
+
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("relu", F.relu), ("silu", F.silu)])
+def test_projector_uses_the_configured_activation(name, function):
+    projector = tiny_model(projector_hidden_act=name).model.multi_modal_projector
+    features = torch.randn(2, 4, 32)
+    expected = projector.linear_2(function(projector.linear_1(features)))
+    torch.testing.assert_close(projector(features), expected)
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_tower_is_called_with_at_most_max_tiles_per_pass(most):
+    model, pixels, sizes = tiny_model(), torch.randn(2, 3, 56, 84), []
+    expected = model.get_image_features(pixels).last_hidden_state
+    model.model.max_tiles_per_pass = most
+    model.model.vision_tower.embeddings.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[0]))
+    torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected)
+    assert all(size == most for size in sizes[:-1])
+    assert 0 < sizes[-1] <= most
+
+
+def test_layers_that_do_not_exist_are_refused():
+    for layer in (4, -5):
+        with refuses(f"layer={layer} does not exist", "-4 to 3"):
+            tiny_model(vision_feature_layer=layer)
 
 
 def test_layers_after_the_chosen_one_are_not_run():
@@ -197,6 +271,64 @@ def test_mixed_grids_equal_one_image_at_a_time():
         model.get_image_features(torch.cat(tiles)[:-1], grids)
 
 
+def test_mixed_grids_do_not_attend_to_padding():
+    """As a `DualViewEncoder` that is told which pixels are real; sizes that fill their canvas change nothing."""
+    model = tiny_model()
+    encoder = dv.DualViewEncoder(dv.HfEncoder(model.model.vision_tower), model.model.dem, tile=(28, 28))
+    images, sizes = [torch.randn(3, 56, 84), torch.randn(3, 28, 56)], [(40, 84), (28, 29)]
+    grids = [(2, 3), (1, 2)]
+    tiles = torch.cat([dv.local_crop(image, grid) for image, grid in zip(images, grids, strict=True)])
+    valid = [torch.zeros(image.shape[1:], dtype=torch.bool) for image in images]
+    for mask, (height, width) in zip(valid, sizes, strict=True):
+        mask[:height, :width] = True
+
+    def tokens(image_sizes=None):
+        image_sizes = None if image_sizes is None else torch.tensor(image_sizes)
+        return model.get_image_features(tiles, torch.tensor(grids), image_sizes).last_hidden_state
+
+    with torch.no_grad():
+        torch.testing.assert_close(tokens(sizes), encoder(images, valid).flatten(1, 2))
+        assert not torch.allclose(tokens(sizes), tokens(), atol=1e-4)
+        assert torch.equal(tokens([(56, 84), (28, 56)]), tokens())
+        ids, pixels = prompt(2), {"pixel_values": tiles, "image_grids": torch.tensor(grids)}
+        logits = model(input_ids=ids, image_sizes=torch.tensor(sizes), **pixels).logits
+        by_hand = model(
+            input_ids=ids,
+            mm_encoder_outputs={"image": model.get_image_features(**pixels, image_sizes=torch.tensor(sizes))},
+        ).logits
+        assert torch.equal(logits, by_hand)
+    for wrong in ([(57, 84), (28, 56)], [(0, 84), (28, 56)], [(56, 84)]):
+        with refuses("image_sizes", "(56, 84)", "size of the picture on its canvas"):
+            tokens(wrong)
+    with refuses("image_sizes", "omit it"):
+        model.get_image_features(torch.randn(1, 3, 56, 84), image_sizes=torch.tensor([[56, 84]]))
+
+
+def test_sizes_that_fill_their_canvas_need_no_mask():
+    """So that a tower whose tile is no whole number of tokens, as SigLIP's of 384 pixels, takes them."""
+    model = tiny_model(vision_config=TINY_TOWER | {"image_size": 31})
+    tiles, grids = torch.randn(2, 3, 31, 31), torch.tensor([[1, 2]])
+    full = model.get_image_features(tiles, grids, torch.tensor([[31, 62]])).last_hidden_state
+    assert torch.equal(full, model.get_image_features(tiles, grids).last_hidden_state)
+
+
+def test_noise_in_padding_reaches_no_key():
+    """A query at a real token gives the same result whatever lies in cells of padding alone."""
+    model = tiny_model(low_res=None, vision_feature_layer=0)  # a tower that looks at one patch at a time
+    noise = torch.zeros(1, 3, 56, 84)
+    noise[..., 28:, :] = 3  # the lower row of tiles
+    pixels = torch.randn(1, 3, 56, 84)
+    for sizes in (torch.tensor([[28, 84]]), None):
+        with torch.no_grad():
+            before, after = (
+                model.get_image_features(dv.local_crop(x, (2, 3)).flatten(0, 1), torch.tensor([[2, 3]]), sizes)
+                for x in (pixels, pixels + noise)
+            )
+        same = torch.isclose(before.last_hidden_state, after.last_hidden_state, atol=1e-5).all(-1)
+        # One tile of 2 x 2 tokens: the upper tokens are read at the picture, the lower ones at the padding.
+        assert same.tolist() == [[sizes is not None] * 2 + [False] * 2]
+
+
 # --- the model, as transformers users use it --------------------------------------------------------------------------
 
 
@@ -219,6 +351,14 @@ def test_loss_is_that_of_shifted_labels_and_reaches_every_part():
         for name, p in model.named_parameters()
         if name.startswith("model.dem") and "k_proj.bias" not in name
     )
+
+
+def test_loss_is_divided_by_the_items_of_the_whole_batch():
+    """As `Trainer` asks for when it accumulates gradients."""
+    model, ids = tiny_model(), torch.tensor([[1, 5, 6, 7]])
+    out = model(input_ids=ids, labels=ids, num_items_in_batch=7)
+    expected = F.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="sum") / 7
+    torch.testing.assert_close(out.loss, expected)
 
 
 def test_text_alone_and_embeddings_in_place_of_ids():
@@ -285,14 +425,22 @@ def test_generate(options):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generate_with_mixed_grids(beams):
+@pytest.mark.parametrize("sizes", [None, torch.tensor([[40, 84], [28, 29]])])
+def test_generate_with_mixed_grids(beams, sizes):
     model = tiny_model()
     grids = torch.tensor([[2, 3], [1, 2]])
     tiles = torch.randn(8, 3, 28, 28)
     arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "num_beams": beams}
-    out = model.generate(input_ids=prompt(2), pixel_values=tiles, image_grids=grids, **arguments)
-    second = model.generate(input_ids=prompt(), pixel_values=tiles[6:], image_grids=grids[1:], **arguments)
+    both, last = ({}, {}) if sizes is None else ({"image_sizes": sizes}, {"image_sizes": sizes[1:]})
+    out = model.generate(input_ids=prompt(2), pixel_values=tiles, image_grids=grids, **both, **arguments)
+    second = model.generate(input_ids=prompt(), pixel_values=tiles[6:], image_grids=grids[1:], **last, **arguments)
     assert torch.equal(out[1], second[0])
+    if beams == 1:
+        ids = prompt(2)
+        for _ in range(3):
+            logits = model(input_ids=ids, pixel_values=tiles, image_grids=grids, **both).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(out, ids)
 
 
 def test_save_and_load(tmp_path):
@@ -312,11 +460,22 @@ def test_save_and_load(tmp_path):
     assert isinstance(AutoModel.from_pretrained(tmp_path), InfLlavaModel)
 
 
+@pytest.mark.parametrize("low_res", ["mean", "add", None])
+def test_a_zero_gate_starts_as_the_tower_alone(low_res):
+    pixels = torch.randn(1, 3, 28, 42)
+    gated = tiny_model(dem={"preset": "released", "gate": True}, low_res=low_res)
+    plain = tiny_model(dem={"preset": "none"})
+    plain.model.vision_tower.load_state_dict(gated.model.vision_tower.state_dict())
+    with torch.no_grad():
+        ours, tower = (m.model.get_image_features(pixels).last_hidden_state for m in (gated, plain))
+    assert torch.equal(ours, tower)
+
+
 def test_parameters_missing_from_a_file_start_as_they_should(tmp_path):
     """A gate or a fusion weight that a checkpoint lacks must not be left as uninitialised memory."""
     tiny_model().save_pretrained(tmp_path)
     for dem in ({"preset": "released", "gate": True}, {"preset": "paper", "fusion": "weighted_addition"}):
-        model = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, config=tiny_config(dem=dem))
+        model = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, config=tiny_config(dem=dem, low_res="add"))
         start = model.model.dem.gate if "gate" in dem else model.model.dem.fusion.logit
         assert torch.equal(start, torch.zeros_like(start))
 
@@ -330,10 +489,75 @@ def test_any_tower_and_any_language_model():
     assert model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84)).logits.shape == (1, 8, 64)
 
 
+GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {
+    "hidden_size": 48,
+    "word_embed_proj_dim": 24,  # narrower than the layers, as in OPT-350m
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLMS = {
+    "gpt2": GPT2,
+    "opt": OPT,
+    "mistral": TINY_LLM,
+    "qwen3": TINY_LLM,
+    "phi": TINY_LLM,  # its head has a bias
+    "granite": TINY_LLM | {"logits_scaling": 8.0},
+    "granitemoe": TINY_LLM | {"logits_scaling": 8.0},
+    "cohere": TINY_LLM | {"logit_scale": 0.25},
+    "cohere2": TINY_LLM | {"logit_scale": 0.25},
+    "gemma2": TINY_LLM | {"head_dim": 12, "final_logit_softcapping": 0.3},
+    "gemma3_text": TINY_LLM | {"head_dim": 12, "final_logit_softcapping": 0.3},
+}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", LLMS)
+def test_text_alone_gives_the_logits_of_the_language_model_itself(kind, tie, tmp_path):
+    model = tiny_model(text_config={"model_type": kind, **LLMS[kind]}, tie_word_embeddings=tie)
+    own = AutoModelForCausalLM.from_config(copy.deepcopy(model.config.text_config)).eval()
+    model.model.language_model.load_state_dict(own.base_model.state_dict())
+    if tie:
+        own.get_output_embeddings().weight = own.get_input_embeddings().weight
+    else:
+        model.lm_head.weight = torch.nn.Parameter(own.get_output_embeddings().weight.detach().clone())
+    assert (model.lm_head.bias is not None) == (kind == "phi")
+    if kind == "phi":
+        own.get_output_embeddings().bias = torch.nn.Parameter(torch.randn(64))
+        model.lm_head.bias = own.get_output_embeddings().bias
+    ids, pixels = torch.tensor([[1, 5, 6, 7, 8]]), torch.randn(1, 3, 56, 84)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, own(input_ids=ids).logits)
+        expected = model(input_ids=prompt(), pixel_values=pixels).logits
+        model.save_pretrained(tmp_path)
+        again, report = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(again.eval()(input_ids=prompt(), pixel_values=pixels).logits, expected)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tie
+    saved = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    assert ("lm_head.weight" in saved) == (not tie)
+
+
+def test_language_models_whose_logits_are_not_known_are_refused():
+    for kind, change in (("hyperclovax", {"logits_scaling": 2.0}), ("falcon_h1", {"lm_head_multiplier": 0.5})):
+        with refuses(kind, str(change), "'granite'", "without it"):
+            tiny_model(text_config={"model_type": kind, **TINY_LLM, **change})
+    with refuses("BertLMHeadModel is more than a linear layer"):
+        tiny_model(text_config={"model_type": "bert", **TINY_LLM})
+
+
 def test_tied_embeddings():
     model = tiny_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.get_encoder(modality="image") is model.model.vision_tower
+    model.resize_token_embeddings(70)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert model(input_ids=prompt()).logits.shape == (1, 8, 70)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -406,6 +630,12 @@ def test_config_survives_json(tmp_path):
         ({"dem": {"preset": "none", "fusion": "addition"}}, "has no options"),
         ({"dem": {"preset": "paper", "num_heads": 5}}, "num_heads=5"),
         ({"low_res": "median"}, "low_res"),
+        ({"image_token_id": 64}, "image_token_id=64 is no token.*vocab_size of 64"),
+        ({"image_token_id": -1}, "image_token_id=-1 is no token"),
+        ({"vision_config": {"model_type": "clip"}}, "vision_config of model_type='clip' has.*'clip_vision_model'"),
+        ({"vision_config": {"model_type": "eye"}}, "vision_config has model_type='eye'.*'clip_vision_model'"),
+        ({"text_config": {"model_type": "tongue"}}, "text_config has model_type='tongue'.*'llama'"),
+        ({"text_config": {"model_type": "clip"}}, "text_config of model_type='clip' has.*'llama'"),
     ],
 )
 def test_wrong_configs_are_refused_at_once(changes, message):
@@ -439,8 +669,28 @@ def test_image_processor_is_clips_where_nothing_is_padded():
     torch.testing.assert_close(ours, clip)
 
 
-def test_image_processor_at_the_released_inference_size():
-    assert InfLlavaImageProcessor(size=336)(photograph(), return_tensors="pt")["pixel_values"].shape == (1, 3, 336, 336)
+@pytest.mark.parametrize("size", [336, {"shortest_edge": 336}, {"height": 336, "width": 336}])
+@pytest.mark.parametrize("when", ["made", "called", "loaded", "loaded by Auto"])
+def test_image_processor_at_the_released_inference_size(size, when, tmp_path):
+    """The square that is cut out follows the size, wherever that is given: no black frame."""
+    picture = photograph(300, 420)
+    expected = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336)
+    InfLlavaImageProcessor().save_pretrained(tmp_path)
+    processor, options = {
+        "made": lambda: (InfLlavaImageProcessor(size=size), {}),
+        "called": lambda: (InfLlavaImageProcessor(), {"size": size}),
+        "loaded": lambda: (InfLlavaImageProcessor.from_pretrained(tmp_path, size=size), {}),
+        "loaded by Auto": lambda: (AutoImageProcessor.from_pretrained(tmp_path, size=size), {}),
+    }[when]()
+    pixels = processor(picture, return_tensors="pt", **options)["pixel_values"]
+    assert pixels.shape == (1, 3, 336, 336)
+    black = -torch.tensor(expected.image_mean) / torch.tensor(expected.image_std)
+    frame = torch.cat([pixels[0, :, :4].flatten(1), pixels[0, :, :, :4].flatten(1)], dim=1)
+    assert (frame.mT - black).abs().max(1).values.min() > 0.5
+    if not (isinstance(size, dict) and "height" in size):
+        cut = processor(picture, return_tensors="pt", do_pad=False, **options)["pixel_values"]
+        torch.testing.assert_close(cut, expected(picture, return_tensors="pt")["pixel_values"])
+    assert processor(picture, return_tensors="pt", crop_size=320, **options)["pixel_values"].shape[-2:] == (320, 320)
 
 
 def test_image_processor_with_a_grid_per_image():
@@ -452,6 +702,29 @@ def test_image_processor_with_a_grid_per_image():
     whole = InfLlavaImageProcessor(do_pad=False, do_resize=False, do_center_crop=False)(picture, return_tensors="pt")
     restored = dv.recombine(out["pixel_values"][:6], (2, 3), "local")
     torch.testing.assert_close(restored, whole["pixel_values"][0])
+
+
+@pytest.mark.parametrize(("height", "width"), [(45, 84), (84, 45), (300, 200), (20, 21), (100, 7)])
+def test_image_processor_with_a_grid_is_a_picture_on_the_mean_colour(height, width):
+    """Pixel by pixel: what PIL makes of it, in the top left corner of a canvas of the mean colour."""
+    picture, tile = photograph(height, width), (28, 28)
+    out = InfLlavaImageProcessor(max_tiles=6, tile_size=28)(picture, return_tensors="pt")
+    grid = dv.choose_grid((height, width), tile, 6)
+    canvas = grid.map_size(tile)
+    scale = min(canvas[0] / height, canvas[1] / width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    mean, std = (np.array(getattr(InfLlavaImageProcessor, name)) for name in ("image_mean", "image_std"))
+    assert out["image_grids"].tolist() == [list(grid)]
+    assert out["image_sizes"].tolist() == [list(size)]
+    pixels = dv.recombine(out["pixel_values"], grid, "local").movedim(0, -1).double().numpy() * std + mean
+    found = pixels * 255
+    expected = np.empty((*canvas, 3))
+    expected[:] = [122, 116, 104]  # 255 times the mean, cut off as the released code does
+    expected[: size[0], : size[1]] = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    real = np.zeros(canvas, dtype=bool)
+    real[: size[0], : size[1]] = True
+    np.testing.assert_allclose(found[~real], expected[~real], atol=1e-3)
+    np.testing.assert_allclose(found[real], expected[real], atol=1.01)  # both round to whole steps
 
 
 def test_image_processor_round_trip(tmp_path):
@@ -499,6 +772,29 @@ def test_chat_template_is_llama_3_with_the_image_first(processor):
     )
     own = processor.apply_chat_template([{"role": "system", "content": "a"}, *messages])
     assert system not in own
+    parts = [{"type": "text", "text": "ab"}, {"type": "image"}, {"type": "text", "text": "cd"}, {"type": "image"}]
+    joined = processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert joined.endswith("<|end_header_id|>\n\n<image>\n<image>\nabcd<|eot_id|>")
+
+
+def test_chat_template_marks_what_the_assistant_says(processor):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bc"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": [{"type": "text", "text": "e"}]},
+    ]
+    out = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = (torch.tensor(out[name]).flatten() for name in ("input_ids", "assistant_masks"))
+    said = processor.tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
+    assert said == ["b", "c", "<|eot_id|>", "e", "<|eot_id|>"]
+
+
+def test_own_chat_template_takes_the_place_of_the_released_one(processor, tmp_path):
+    own = InfLlavaProcessor(processor.image_processor, processor.tokenizer, chat_template="{{ messages | length }}")
+    own.save_pretrained(tmp_path)
+    for each in (own, AutoProcessor.from_pretrained(tmp_path)):
+        assert each.apply_chat_template([{"role": "user", "content": "a"}]) == "1"
 
 
 def test_from_picture_to_answer(processor, tmp_path):
@@ -528,3 +824,17 @@ def test_tokenizer_without_the_image_token_is_refused(tokenizer):
     bare = copy.deepcopy(tokenizer)
     with pytest.raises(ValueError, match="add_special_tokens"):
         InfLlavaProcessor(InfLlavaImageProcessor(), bare, image_token="<picture>")
+
+
+def test_unknown_token_is_no_image_token(tokenizer):
+    """A tokenizer that gives one id to all it does not know would put images in the place of other words."""
+    words = {"<unk>": 0, "a": 1}
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")), unk_token="<unk>")
+    with refuses("'<image>'", "['<unk>']", "add_special_tokens"):
+        InfLlavaProcessor(InfLlavaImageProcessor(), bare)
+    assert InfLlavaProcessor(InfLlavaImageProcessor(), bare, image_token="<unk>").image_token_id == 0
+
+
+def test_processor_needs_a_tokenizer():
+    with refuses("tokenizer=None", "InfLlavaImageProcessor"):
+        InfLlavaProcessor(InfLlavaImageProcessor())

@@ -37,6 +37,8 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
     "projection_dim": 768,
 }
 DEM_PRESETS = ("released", "paper", "direct", "none")
+VISION_FIELDS = ("hidden_size", "image_size", "patch_size")
+TEXT_FIELDS = ("hidden_size", "vocab_size")
 
 
 @strict
@@ -47,11 +49,11 @@ class InfLlavaConfig(PreTrainedConfig):
         vision_config: Configuration (or dict with ``model_type``) of a CLIP or SigLIP vision tower.
         text_config: Configuration (or dict with ``model_type``) of any causal language model.
         grid: Rows and columns of tiles; an image of another size is resized to it inside the model.
-        image_token_id: Token that stands for one image token in ``input_ids``.
+        image_token_id: Token that stands for one image token in ``input_ids``; below the vocabulary's size.
         image_seq_length: Image tokens per image; must be the token count of one tile. None: worked out.
         dem: ``{"preset": "released" | "paper"}`` and any argument of `DualPerspectiveEnhance` in place of the preset's;
             ``{"preset": "direct"}`` and the arguments of `DirectReadout`; or ``{"preset": "none"}`` for the vision
-            tower alone. None: released.
+            tower alone. None: released. With ``gate=True`` the model starts as the tower alone.
         low_res: How the low-resolution view is mixed in: "mean" (released), "add" (paper), None (not at all).
         vision_feature_layer: Index into the vision tower's hidden states. No layer after it is run.
         vision_feature_select_strategy: Only "default": prefix tokens are dropped, for the DEM needs a token map.
@@ -83,8 +85,14 @@ class InfLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vision_config = _sub_config(self.vision_config, CLIP_VIT_L_14_336)
-        self.text_config = _sub_config(self.text_config, LLAMA_3_8B)
+        self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336, VISION_FIELDS)
+        self.text_config = _sub_config("text_config", self.text_config, LLAMA_3_8B, TEXT_FIELDS)
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is no token of text_config, which has a vocab_size of "
+                f"{self.text_config.vocab_size}: give the id that the tokenizer has for the image token, and a "
+                "vocab_size that holds it."
+            )
         self.dem = {"preset": "released"} if self.dem is None else self.dem
         self.grid = tuple(TileGrid.of(self.grid))
         tokens = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
@@ -135,9 +143,23 @@ class InfLlavaConfig(PreTrainedConfig):
             raise ValueError(f"dem={self.dem}: {error}. Options are the arguments of the preset's module.") from error
 
 
-def _sub_config(config: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> Any:
+def _sub_config(
+    name: str, config: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any], fields: tuple[str, ...]
+) -> Any:
     """A configuration object from a dict (of the default's model type unless it names one), or the default itself."""
-    if isinstance(config, PreTrainedConfig):
-        return config
-    values = {"model_type": default["model_type"], **config} if config is not None else dict(default)
-    return CONFIG_MAPPING[values.pop("model_type")](**values)
+    if not isinstance(config, PreTrainedConfig):
+        values = {"model_type": default["model_type"], **config} if config is not None else dict(default)
+        model_type = values.pop("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name} has model_type={model_type!r}, which this version of transformers does not know: give the "
+                f"model_type of a configuration of transformers, as {default['model_type']!r}."
+            )
+        config = CONFIG_MAPPING[model_type](**values)
+    wrong = {field: value for field in fields if not isinstance(value := getattr(config, field, None), int)}
+    if wrong:
+        raise ValueError(
+            f"{name} of model_type={config.model_type!r} has {wrong}, where integers are needed: give the "
+            f"configuration of a single tower or language model, as {default['model_type']!r}."
+        )
+    return config

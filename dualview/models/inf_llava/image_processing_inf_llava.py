@@ -38,15 +38,17 @@ class InfLlavaImageProcessor(TorchvisionBackend):
 
     With ``max_tiles`` every image gets a grid of its own, chosen by [`choose_grid`][dualview.choose_grid]: it is scaled
     to fit the grid with its aspect ratio kept, and the rest of the canvas, at the bottom and the right, is filled with
-    the mean colour. The result then holds the local tiles of all images and ``image_grids``.
+    the mean colour. The result then holds the local tiles of all images, ``image_grids`` and ``image_sizes``.
 
     Args:
         **kwargs: Any argument of an image processor of transformers (``size``, ``crop_size``, ``do_pad``,
-            ``image_mean``, ...), and ``max_tiles`` and ``tile_size`` (336 by default).
+            ``image_mean``, ...), and ``max_tiles`` and ``tile_size`` (336 by default). All may be given in a call,
+            too. Without ``crop_size`` the square that is cut out has the ``size``.
 
     Shape:
         - pixel_values: (num_images, 3, 1008, 1008); with ``max_tiles`` (total_tiles, 3, 336, 336)
         - image_grids, with ``max_tiles``: (num_images, 2), rows and columns
+        - image_sizes, with ``max_tiles``: (num_images, 2), height and width of the picture on its canvas
 
     Example:
         >>> picture = torch.randint(256, (3, 400, 600), dtype=torch.uint8)
@@ -62,7 +64,6 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     image_std = OPENAI_CLIP_STD
     size = {"shortest_edge": 1008}  # noqa: RUF012 - transformers' own form
     default_to_square = False
-    crop_size = {"height": 1008, "width": 1008}  # noqa: RUF012
     tile_size = {"height": 336, "width": 336}  # noqa: RUF012
     max_tiles = None
     do_pad = True
@@ -72,17 +73,18 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
 
-    def __init__(self, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("size"), int):
-            kwargs.setdefault("crop_size", kwargs["size"])
-        super().__init__(**kwargs)
-
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         tile = kwargs.get("tile_size")
         if isinstance(tile, int):
             kwargs["tile_size"] = {"height": tile, "width": tile}
         standard: dict[str, Any] = super()._standardize_kwargs(**kwargs)
         return standard
+
+    def _validate_preprocess_kwargs(
+        self, *, size: SizeDict | None = None, crop_size: SizeDict | None = None, **kwargs: Any
+    ) -> None:
+        # transformers asks for a crop_size wherever there is a crop; here it follows the size of each call.
+        super()._validate_preprocess_kwargs(size=size, crop_size=crop_size or size, **kwargs)
 
     def _preprocess(
         self,
@@ -92,7 +94,7 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         size: SizeDict,
         resample: Any,
         do_center_crop: bool,
-        crop_size: SizeDict,
+        crop_size: SizeDict | None,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -113,13 +115,21 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         if max_tiles is not None and tile_size is not None:
             tile = (tile_size["height"], tile_size["width"])
             grids = [choose_grid((image.shape[-2], image.shape[-1]), tile, max_tiles) for image in images]
-            tiles = [
-                local_crop(normalise(self._fit(image, grid.map_size(tile), resample, image_mean)), grid)
-                for image, grid in zip(images, grids, strict=True)
+            fitted = [
+                self._fit(image, grid.map_size(tile), resample) for image, grid in zip(images, grids, strict=True)
             ]
-            data = {"pixel_values": torch.cat(tiles), "image_grids": torch.tensor([tuple(grid) for grid in grids])}
+            tiles = [
+                local_crop(normalise(_pad(image, grid.map_size(tile), (0, 0), image_mean)), grid)
+                for image, grid in zip(fitted, grids, strict=True)
+            ]
+            data = {
+                "pixel_values": torch.cat(tiles),
+                "image_grids": torch.tensor([tuple(grid) for grid in grids]),
+                "image_sizes": torch.tensor([tuple(image.shape[-2:]) for image in fitted]),
+            }
             return BatchFeature(data=data, tensor_type=return_tensors)
 
+        crop = crop_size or SizeDict(height=size.height or size.shortest_edge, width=size.width or size.shortest_edge)
         pixels = []
         for picture in images:
             image = picture
@@ -130,19 +140,19 @@ class InfLlavaImageProcessor(TorchvisionBackend):
             if do_resize:
                 image = self.resize(image, size, resample)
             if do_center_crop:
-                image = self.center_crop(image, crop_size)
+                image = self.center_crop(image, crop)
             pixels.append(normalise(image))
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def _fit(self, image: Tensor, canvas: tuple[int, int], resample: Any, mean: tuple[float, ...]) -> Tensor:
-        """The image scaled to fit the canvas, its aspect ratio kept, the rest filled with the mean colour."""
+    def _fit(self, image: Tensor, canvas: tuple[int, int], resample: Any) -> Tensor:
+        """The image scaled to fit the canvas, its aspect ratio kept."""
         height, width = image.shape[-2:]
         scale = min(canvas[0] / height, canvas[1] / width)
         scaled = tuple(
             min(full, max(1, round(side * scale))) for side, full in zip((height, width), canvas, strict=True)
         )
-        resized = self.resize(image, SizeDict(height=scaled[0], width=scaled[1]), resample)
-        return _pad(resized, canvas, (0, 0), mean)
+        resized: Tensor = self.resize(image, SizeDict(height=scaled[0], width=scaled[1]), resample)
+        return resized
 
 
 def _pad(image: Tensor, size: tuple[int, int], corner: tuple[int, int], mean: tuple[float, ...]) -> Tensor:

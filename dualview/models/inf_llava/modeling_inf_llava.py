@@ -15,8 +15,9 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from dualview.geometry import TileGrid
 from dualview.models.dual_view_encoder import encode_dual_view
-from dualview.models.encoders import hf_token_map
+from dualview.models.encoders import hf_layers, hf_token_map
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
+from dualview.models.inf_llava.language_head import build_head, finish_logits
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.fusion import WeightedAdditionFusion
 from dualview.ops.tiling import recombine
@@ -57,9 +58,8 @@ class InfLlavaCausalLMOutputWithPast(ModelOutput):
 class InfLlavaMultiModalProjector(nn.Module):
     """mlp2x_gelu: Linear, activation, Linear. (..., vision width) -> (..., text width)"""
 
-    def __init__(self, config: InfLlavaConfig) -> None:
+    def __init__(self, config: InfLlavaConfig, width: int) -> None:
         super().__init__()
-        width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width)
@@ -70,7 +70,11 @@ class InfLlavaMultiModalProjector(nn.Module):
 
 
 class InfLlavaPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of every INF-LLaVA class."""
+    """What transformers needs to know of every INF-LLaVA class.
+
+    Images of one size compile to a full graph. With ``image_grids`` the grids are read from a tensor, so the graph
+    breaks there.
+    """
 
     config: InfLlavaConfig
     base_model_prefix = "model"
@@ -98,22 +102,34 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     Args:
         config: The configuration.
 
+    Attributes:
+        max_tiles_per_pass: Most sub-images in one call of the vision tower, as in
+            [`DualViewEncoder`][dualview.DualViewEncoder]. May be set at any time; it changes no result.
+
     Raises:
-        ValueError: The vision tower is not of the build that [`HfEncoder`][dualview.HfEncoder] takes.
+        ValueError: The vision tower is not of the build that [`HfEncoder`][dualview.HfEncoder] takes, or has no layer
+            ``vision_feature_layer``.
     """
 
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        hf_layers(self.vision_tower, config.vision_feature_layer)
         self.dem = config.build_dem()
-        self.multi_modal_projector = InfLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        # The width of the embeddings, which need not be that of the layers.
+        width = self.language_model.get_input_embeddings().embedding_dim
+        self.multi_modal_projector = InfLlavaMultiModalProjector(config, width)
         self.max_tiles_per_pass: int | None = None
         self.post_init()
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        image_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode images into the tokens that the language model reads.
 
@@ -121,19 +137,27 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             pixel_values: Normalised images of one size, which are resized inside to the configured grid of tiles and to
                 the low-resolution view; or, with ``image_grids``, the local tiles of images with a grid each.
             image_grids: Rows and columns of each image.
+            image_sizes: With ``image_grids``, height and width of the picture on each image's canvas; what lies below
+                and to the right of it is padding, to which the DEM does not attend. None: no padding.
             **kwargs: Accepted and not used, as transformers passes its common arguments to every model.
 
         Shape:
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
-            - image_grids: (num_images, 2)
+            - image_grids, image_sizes: (num_images, 2)
             - last_hidden_state: (num_images, image_seq_length, vision width)
             - pooler_output: a list of num_images tensors (image_seq_length, text width)
 
         Raises:
-            ValueError: Tiles and grids do not fit each other.
+            ValueError: Tiles, grids and sizes do not fit each other.
         """
+        pixels: Tensor | list[Tensor] = pixel_values
+        valid = None
+        if image_grids is not None:
+            pixels = self._images_of_tiles(pixel_values, image_grids)
+        if image_sizes is not None:
+            valid = _valid_pixels(pixels, image_sizes)
         features = encode_dual_view(
-            pixel_values if image_grids is None else self._images_of_tiles(pixel_values, image_grids),
+            pixels,
             self._encode_tiles,
             self.dem,
             tile=self.config.tile,
@@ -141,6 +165,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             low_res=self.config.low_res,
             resize=image_grids is None,
             max_tiles_per_pass=self.max_tiles_per_pass,
+            valid=valid,
         ).flatten(1, 2)
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features))
@@ -187,6 +212,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> InfLlavaModelOutputWithPast:
@@ -200,6 +226,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             past_key_values: The language model's cache.
             inputs_embeds: Embedded tokens in place of ``input_ids``.
             image_grids: As for `get_image_features`.
+            image_sizes: As for `get_image_features`.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             **kwargs: Passed to the language model.
 
@@ -219,7 +246,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None:
-            images = self.get_image_features(pixel_values, image_grids, return_dict=True)
+            images = self.get_image_features(pixel_values, image_grids, image_sizes, return_dict=True)
         image_features = None
         if images is not None:
             image_features = torch.stack(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -242,11 +269,38 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         )
 
 
+def _valid_pixels(images: Tensor | list[Tensor], image_sizes: Tensor) -> list[Tensor] | None:
+    """Masks (H, W) of what is picture and not padding, or None where nothing is padding."""
+    sizes = [tuple(pair) for pair in image_sizes.tolist()]
+    canvases = [tuple(image.shape[-2:]) for image in images]
+    if (
+        isinstance(images, Tensor)
+        or len(sizes) != len(canvases)
+        or any(
+            not (1 <= h <= full_h and 1 <= w <= full_w)
+            for (h, w), (full_h, full_w) in zip(sizes, canvases, strict=True)
+        )
+    ):
+        raise ValueError(
+            f"image_sizes {sizes} for images of {canvases} (height, width): with image_grids, give for each image the "
+            "size of the picture on its canvas, as InfLlavaImageProcessor(max_tiles=...) does; omit it otherwise."
+        )
+    if sizes == canvases:
+        return None
+    masks = [image.new_zeros(image.shape[-2:], dtype=torch.bool) for image in images]
+    for mask, (height, width) in zip(masks, sizes, strict=True):
+        mask[:height, :width] = True
+    return masks
+
+
 class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin):
     """INF-LLaVA with its language modelling head: `forward` with labels, and `generate`.
 
     Args:
         config: The configuration.
+
+    Raises:
+        ValueError: The language model's own class makes logits in a way that is not known here.
 
     Example:
         >>> config = InfLlavaConfig(
@@ -261,12 +315,14 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         torch.Size([1, 7, 64])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
+        head = build_head(config.text_config)  # first, for it refuses what cannot be done
         self.model = InfLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = head
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -274,10 +330,14 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        image_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """As [`InfLlavaModel.get_image_features`][dualview.models.InfLlavaModel.get_image_features]."""
-        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grids, image_sizes, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -289,6 +349,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -297,20 +358,24 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         """As [`InfLlavaModel.forward`][dualview.models.InfLlavaModel.forward], with logits and a loss.
 
         Args:
-            input_ids: See there.
-            pixel_values: See there.
-            attention_mask: See there.
-            position_ids: See there.
-            past_key_values: See there.
-            inputs_embeds: See there.
-            image_grids: See there.
+            input_ids: Token ids; each image takes ``image_seq_length`` tokens ``image_token_id``.
+            pixel_values: Normalised images of one size; or, with ``image_grids``, all local tiles of all images.
+            attention_mask: 1 for real tokens, 0 for padding.
+            position_ids: Positions of the tokens.
+            past_key_values: The language model's cache.
+            inputs_embeds: Embedded tokens in place of ``input_ids``.
+            image_grids: Rows and columns of each image.
+            image_sizes: With ``image_grids``, height and width of the picture on each image's canvas.
             labels: Token ids to predict, shifted inside; -100 is ignored.
             logits_to_keep: How many of the last positions get logits (0: all), or their indices.
-            mm_encoder_outputs: See there.
+            mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             **kwargs: Passed to the language model and to the loss.
 
         Shape:
-            - labels: (batch, sequence)
+            - input_ids, attention_mask, position_ids, labels: (batch, sequence)
+            - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
+            - image_grids, image_sizes: (num_images, 2)
+            - inputs_embeds: (batch, sequence, text width)
             - logits: (batch, kept positions, vocabulary)
         """
         outputs = self.model(
@@ -321,12 +386,13 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_grids=image_grids,
+            image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = finish_logits(self.lm_head(outputs.last_hidden_state[:, kept, :]), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -46,7 +46,7 @@ class InfLlavaProcessor(ProcessorMixin):
         **kwargs: As for every processor of transformers.
 
     Raises:
-        ValueError: The tokenizer does not know ``image_token`` as one token.
+        ValueError: There is no tokenizer, or it does not know ``image_token`` as one token.
     """
 
     def __init__(
@@ -59,10 +59,16 @@ class InfLlavaProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.image_seq_length, self.image_token = image_seq_length, image_token
-        ids = tokenizer.encode(image_token, add_special_tokens=False)
-        if len(ids) != 1:
+        if tokenizer is None:
             raise ValueError(
-                f"the tokenizer splits {image_token!r} into {len(ids)} tokens: add it first, with "
+                "tokenizer=None: InfLlavaProcessor joins an image processor to the language model's tokenizer. Pass "
+                "both; for pictures alone use InfLlavaImageProcessor."
+            )
+        ids = tokenizer.encode(image_token, add_special_tokens=False)
+        if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and image_token != tokenizer.unk_token):
+            raise ValueError(
+                f"the tokenizer turns {image_token!r} into {tokenizer.convert_ids_to_tokens(ids)}, and it must be one "
+                "token of its own: add it first, with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
             )
         self.image_token_id = ids[0]
