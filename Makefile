@@ -3,22 +3,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+HALF_MADE := $(VENV)/half-made
+INSTALL := $(BIN)/python -m pip install --constraint constraints/newest.txt --editable '.[all]'
 
-.PHONY: demo test lint types docs ci clean
+.PHONY: demo test bench lint types docs ci clean
 
-# The stamp is written last, so an environment left half-made by an interruption is made anew.
+# One of the two files says that make made the environment. Without them it is somebody else's: used, never changed.
 $(STAMP): pyproject.toml constraints/newest.txt
-	@echo "Making $(VENV) with pinned versions: torch and its libraries are some gigabytes, this takes minutes."
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --constraint constraints/newest.txt --editable ".[all]"
-	touch $(STAMP)
+	@set -e; \
+	if [ -e $(VENV) ] && [ ! -e $(STAMP) ] && [ ! -e $(HALF_MADE) ]; then \
+		$(BIN)/python -P -c "import dualview, pytest" 2>/dev/null && exit 0; \
+		echo "$(VENV) was not made by make, and dualview or pytest is missing there: remove it, or run" \
+			"$(INSTALL)" >&2; \
+		exit 1; \
+	fi; \
+	if [ ! -e $(STAMP) ]; then \
+		echo "Making $(VENV) with pinned versions: torch and its libraries are some gigabytes, this takes minutes."; \
+		rm -rf $(VENV); mkdir $(VENV); touch $(HALF_MADE); \
+		$(PYTHON) -m venv $(VENV); \
+	fi; \
+	$(INSTALL) -qq; \
+	rm -f $(HALF_MADE); touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/dualview demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -34,4 +48,5 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf build dist site
+	if [ -e $(STAMP) ] || [ -e $(HALF_MADE) ]; then rm -rf $(VENV); fi

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
@@ -73,6 +72,8 @@ def cost_of(call: Callable[[], object], module: nn.Module | None = None) -> Cost
         >>> cost_of(lambda: torch.empty(4, 8) @ torch.empty(8, 16))
         Cost(operations=1024, bytes=896)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton, where it is installed, and sympy
+
     # On a CPU attention is an operation of its own, which older versions of torch do not count.
     on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
     counter, bytes_ = FlopCounterMode(display=False, custom_mapping=on_cpu), _ByteCounter()

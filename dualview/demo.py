@@ -5,10 +5,11 @@ Nothing is downloaded: the architectures are the real ones, the weights are rand
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -21,7 +22,8 @@ from dualview.images import CLIP_MEAN, CLIP_STD, fit_canvas, load_image, save_im
 from dualview.models.dual_view_encoder import DualViewEncoder, LowRes
 from dualview.models.encoders import HfEncoder
 from dualview.ops.enhance import DualPerspectiveEnhance
-from dualview.visualize import draw_tiles
+from dualview.ops.plan import full_computation
+from dualview.visualize import check_drawable, draw_tiles
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -113,6 +115,7 @@ def run_demo(
     preset: Preset = "released",
     seed: int = 0,
     config: DemoConfig | None = None,
+    full: bool = False,
 ) -> DemoReport:
     """Run the demo, print what happens, and write the picture.
 
@@ -123,12 +126,17 @@ def run_demo(
         preset: Which version of the enhancement module, and of mixing in the low-resolution view.
         seed: Of the random weights.
         config: Sizes of the models.
+        full: Also encode and compute what does not reach the result
+            ([`full_computation`][dualview.full_computation]).
 
     Raises:
         ImageError: The image cannot be read, or the picture cannot be written.
+        ValueError: The grid is too large to be drawn, or for the memory.
     """
     grid, config = TileGrid.of(grid), config or DemoConfig()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_drawable(grid)
+    _check_memory(grid, config, device)
     watch = Stopwatch(device)
     source = image or _bundled_photograph()
     photo = load_image(source)
@@ -152,10 +160,15 @@ def run_demo(
     _say("weights     RANDOM: shapes, tokens, times and memory mean something, the values of the result do not")
     watch.lap("build the models", ())
 
+    size = grid.map_size((config.tile, config.tile))
+    with full_computation():
+        everything = len(model.plan(size).views)
     with torch.inference_mode():
-        views = len(model.plan(grid.map_size((config.tile, config.tile))).views)
-        with _watched(model, watch, views):
-            features = model(pixels)
+        with full_computation() if full else nullcontext():
+            views = len(model.plan(size).views)
+            _say(f"encoding    {_encoded(views, everything)}")
+            with _watched(model, watch, views):
+                features = model(pixels)
         image_tokens = projector(features.flatten(1, 2))
         watch.lap_map("projector", image_tokens)
         text = torch.tensor([list(QUESTION.encode())], device=device)
@@ -239,6 +252,7 @@ def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[N
 
     assert isinstance(model.encoder, nn.Module)
     assert isinstance(model.dem, DualPerspectiveEnhance)
+    directions = iter(("V_loc", "V_glo"))  # the order in which they are computed
     bar = tqdm(total=views, desc="encoding", unit=" sub-image", file=sys.stderr)
 
     def tiles_cut(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -249,13 +263,16 @@ def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[N
         watch.lap_map("encoder", out)
         bar.update(out.shape[0])
 
+    def attended(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        watch.lap_map(f"DEM: {next(directions)}", out)
+
     def lap(name: str) -> Any:
         return lambda _, args, out: watch.lap_map(name, out)
 
     hooks = [
         model.encoder.register_forward_pre_hook(tiles_cut),
         model.encoder.register_forward_hook(encoded),
-        *(attention.register_forward_hook(lap("DEM: attention")) for attention in model.dem.attentions),
+        *(attention.register_forward_hook(attended) for attention in model.dem.attentions),
         model.dem.fusion.register_forward_hook(lap("DEM: fusion")),
         model.dem.register_forward_hook(lap("DEM: readout")),
         model.register_forward_hook(lap("mix")),
@@ -271,6 +288,33 @@ def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[N
 def _describe(config: DemoConfig, preset: Preset) -> str:
     tower = "ViT-L/14-336" if config == DemoConfig() else f"a ViT of {config.layers} layers, width {config.dim}"
     return f"{tower} (transformers), DEM {preset}({config.dim}), projector, Llama of {config.llm_layers} layers"
+
+
+def _encoded(views: int, everything: int) -> str:
+    if views == everything:
+        return f"all {everything} sub-images"
+    return f"{views} of {everything} sub-images determine the result; the others are not encoded"
+
+
+def _check_memory(grid: TileGrid, config: DemoConfig, device: torch.device) -> None:
+    """Refuse a grid whose pixels and features, some copies of each at a time, cannot be held."""
+    pixels, tokens = config.tile**2, (config.tile // config.patch) ** 2
+    per_tile = 4 * (4 * 3 * pixels + 8 * tokens * config.dim)  # bytes of float32; a tile lies in both perspectives
+    needed, there = grid.num_tiles * per_tile, _whole_memory(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"a grid of {grid} takes about {needed / 2**30:.0f} GiB here, and there are {there / 2**30:.0f}: choose a "
+            "smaller grid."
+        )
+
+
+def _whole_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not on Windows
+        return None
 
 
 def _bundled_photograph() -> str:

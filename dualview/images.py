@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN_COLOUR = tuple(round(255 * mean) for mean in CLIP_MEAN)
-"""What padding is filled with: zero, once CLIP's normalisation is applied."""
+MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
+"""What padding is filled with, rounded down as INF-LLaVA's processor does: nearly zero after CLIP's normalisation."""
 
 SAVED_AS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -114,8 +114,8 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 def fit_canvas(image: Image.Image, size: Size) -> Image.Image:
     """The whole picture, centred on a canvas of ``size`` = (height, width) at the largest scale that fits, padded.
 
-    The padding has CLIP's mean colour. Scaling comes before padding, so that an extremely long picture needs no
-    extremely large canvas.
+    The padding has CLIP's mean colour. INF-LLaVA's processor pads before it scales, which for a picture of 1 x N pixels
+    takes memory for N x N; here scaling comes first, so the pixels next to the padding differ slightly from its own.
     """
     from PIL import Image
 

@@ -90,6 +90,12 @@ def fit_to_grid(image: Image.Image, grid: GridLike, remainder: Rest = "pad") -> 
     return canvas
 
 
+def check_drawable(grid: TileGrid) -> None:
+    """Refuse a grid of more tiles than a picture shows."""
+    if max(grid) > MOST_TILES:
+        raise ValueError(f"a grid of {grid} cannot be drawn readably: at most {MOST_TILES} rows and {MOST_TILES} cols.")
+
+
 def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
     """The image under its grid, its local and its stride tiles, and a magnified part that shows which pixel goes where.
 
@@ -105,8 +111,7 @@ def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
     from PIL import Image, ImageDraw
 
     grid = TileGrid.of(grid)
-    if max(grid) > MOST_TILES:
-        raise ValueError(f"a grid of {grid} cannot be drawn readably: at most {MOST_TILES} rows and {MOST_TILES} cols.")
+    check_drawable(grid)
     h, w = grid.tile_size((image.height, image.width))
     shown = _shown_tile((h, w), grid)
     photo_size = grid.map_size(shown)

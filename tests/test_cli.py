@@ -37,6 +37,14 @@ def failure(capsys, *argv):
     return err, code
 
 
+def cli_fails_silently(capsys, *argv):
+    """The one line on stderr, where nothing may come before it."""
+    assert cli.main([str(argument) for argument in argv]) != 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
 @pytest.mark.parametrize("remainder", ["pad", "crop", "resize"])
 def test_view_writes_the_picture(photo, tmp_path, capsys, remainder):
     out = tmp_path / "tiles.png"
@@ -132,8 +140,8 @@ def test_wrong_grid(photo, capsys, command, grid):
 def test_grid_larger_than_the_image(photo, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert "grid of 41x1 (rows x cols) is larger" in failure(capsys, "view", photo, "--grid", "41x1", "-o", out)[0]
-    assert "at most 32" in failure(capsys, "view", photo, "--grid", "40x1", "-o", out)[0]
-    assert "at most 32" in failure(capsys, "demo", "--small", "--grid", "1x33", "--image", photo, "-o", out)[0]
+    for argv in (["view", photo, "--grid", "40x3"], ["demo", "--small", "--grid", "60x60", "--image", photo]):
+        assert cli_fails_silently(capsys, *argv, "-o", out).endswith("at most 32 rows and 32 cols.\n")
 
 
 def test_line_of_pixels(tmp_path, capsys):
@@ -149,15 +157,19 @@ def printed_by(capsys, *argv):
 
 
 def test_explain_prints_what_explain_says(capsys):
-    released = dv.DualViewEncoder(cli.AnyEncoder(), dv.DualPerspectiveEnhance.released(1024), grid=(3, 3))
+    released = dv.DualViewEncoder(cli._any_encoder, dv.DualPerspectiveEnhance.released(1024), grid=(3, 3))
     assert printed_by(capsys) == str(dv.explain(released))
 
     dem = dv.DualPerspectiveEnhance.paper(64, readout="none", fusion="max_pool")
-    paper = dv.DualViewEncoder(cli.AnyEncoder(), dem, tile=(28, 42), grid=(2, 5), low_res=None)
-    options = (
-        "--preset paper --dim 64 --readout none --fusion max_pool --low-res none --grid 2x5 --tile 28x42 --tokens 4x6"
-    )
-    assert printed_by(capsys, *options.split()) == str(dv.explain(paper, tokens=(4, 6)))
+    paper = dv.DualViewEncoder(cli._any_encoder, dem, tile=(28, 42), grid=(2, 5), low_res=None)
+    options = "--preset paper --dim 64 --readout none --fusion max_pool --grid 2x5 --tile 28x42 --tokens 4x6"
+    for low_res in ("", " --low-res none"):
+        assert printed_by(capsys, *(options + low_res).split()) == str(dv.explain(paper, tokens=(4, 6)))
+
+
+def test_explain_leaves_the_cost_of_the_encoder_open(capsys):
+    row = next(line for line in printed_by(capsys).splitlines() if line.startswith("encoder "))
+    assert " ".join(row.split()) == "encoder 10 sub-images 19 sub-images"
 
 
 def test_explain_mixes_as_the_preset_does(capsys):
@@ -171,7 +183,9 @@ def test_explain_mixes_as_the_preset_does(capsys):
     [
         ("--dim 0", "positive integer", 2),
         ("--dim 1000", "multiple of 16", 1),
-        ("--readout none", "full map", 1),
+        ("--readout none --low-res mean", "use --low-res none", 1),
+        ("--tile 10 --tokens 24", "--tile of 10 x 10 pixels is no whole multiple of --tokens, 24 x 24", 1),
+        ("--tile 28x30 --tokens 4", "--tile of 28 x 30", 1),
         ("--tile 336x", "HEIGHTxWIDTH", 2),
         ("--tokens 0", "HEIGHTxWIDTH", 2),
         ("--preset mine", "invalid choice", 2),
@@ -187,13 +201,15 @@ def test_demo_passes_its_options_on(photo, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(cli, "run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
     out = tmp_path / "o.png"
-    options = f"--image {photo} -o {out} --grid 2x4 --preset paper --seed 7 --small"
+    options = f"--image {photo} -o {out} --grid 2x4 --preset paper --seed 7 --small --full"
     assert cli.main(["demo", *options.split()]) == 0
     assert cli.main(["demo"]) == 0
     grid = dv.TileGrid(2, 4)
-    assert calls[0] == ((photo, out), {"grid": grid, "preset": "paper", "seed": 7, "config": cli.SMALL})
+    assert calls[0][0] == (photo, out)
+    assert calls[0][1] == {"grid": grid, "preset": "paper", "seed": 7, "config": cli.SMALL, "full": True}
     assert calls[1][0] == (None, cli.Path("dualview_demo.png"))
-    assert calls[1][1] == {"grid": dv.TileGrid(3, 3), "preset": "released", "seed": 0, "config": None}
+    default = {"grid": dv.TileGrid(3, 3), "preset": "released", "seed": 0, "config": None, "full": False}
+    assert calls[1][1] == default
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", str(2**63)])

@@ -8,7 +8,7 @@ from PIL import Image
 import dualview as dv
 from dualview import demo
 from dualview.demo import DemoConfig, run_demo
-from dualview.images import CLIP_MEAN, CLIP_STD, fit_canvas, load_image
+from dualview.images import CLIP_MEAN, CLIP_STD, ImageError, fit_canvas, load_image
 from dualview.visualize import draw_tiles
 
 TINY = DemoConfig(tile=28, patch=14, dim=32, mlp_dim=64, layers=3, heads=2, llm_dim=32, llm_layers=1)
@@ -62,7 +62,8 @@ def test_stages(photo, tmp_path, capsys):
         ("build the models", (), 0),
         ("cut into tiles", (9, 3, 28, 28), 0),
         ("encoder", (9, 2, 2, 32), 36),
-        ("DEM: attention", (2, 4, 2, 32), 16),
+        ("DEM: V_loc", (1, 2, 4, 32), 8),
+        ("DEM: V_glo", (1, 4, 2, 32), 8),
         ("DEM: fusion", (1, 4, 2, 32), 8),
         ("DEM: readout", (1, 2, 2, 32), 4),
         ("mix", (1, 2, 2, 32), 4),
@@ -81,6 +82,34 @@ def test_stages(photo, tmp_path, capsys):
     assert f"Wrote {tmp_path / 'out.png'}" in out
     assert "Next:" in out
     assert "9/9" in err  # progress
+
+
+@pytest.mark.parametrize("preset, views", [("released", 10), ("paper", 18)])
+@pytest.mark.parametrize("full", [False, True])
+def test_only_what_matters_is_encoded(photo, tmp_path, capsys, preset, views, full):
+    report = run(photo, tmp_path, preset=preset, full=full)
+    out = capsys.readouterr().out
+    said = "all 19 sub-images" if full else f"{views} of 19 sub-images determine the result; the others are not encoded"
+    assert f"encoding    {said}\n" in out
+    stages = {stage.name: stage for stage in report.stages}
+    assert stages["encoder"].shape[0] == (19 if full else views)
+    assert {"DEM: V_loc", "DEM: V_glo", "DEM: fusion", "DEM: readout"} <= stages.keys()
+    for stage in report.stages:  # the numbers of a row add up
+        assert stage.tokens in (0, np.prod(stage.shape[:-1]))
+    assert sum(stage.tokens for stage in (stages["DEM: V_loc"], stages["DEM: V_glo"])) == 2 * (36 if full else 4)
+    other = run(photo, tmp_path, preset=preset, full=not full)
+    torch.testing.assert_close(report.logits, other.logits)
+    assert dv.ops.plan.planning()
+
+
+def test_a_grid_larger_than_the_memory_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_whole_memory", lambda _: 2**30)
+    with pytest.raises(ValueError, match=r"grid of 20x30 takes about \d\d GiB here, and there are 1: choose a smaller"):
+        run_demo("none.png", tmp_path / "out.png", grid=(20, 30))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(demo, "_whole_memory", lambda _: None)
+    with pytest.raises(ImageError, match="no such file"):
+        run_demo("none.png", tmp_path / "out.png", grid=(20, 30))
 
 
 def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):

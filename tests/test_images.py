@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from dualview.images import (
+    CLIP_MEAN,
+    CLIP_STD,
     MEAN_COLOUR,
     SAVED_AS,
     ImageError,
@@ -18,6 +20,7 @@ from dualview.images import (
     to_image,
     to_tensor,
 )
+from dualview.models import InfLlavaImageProcessor
 
 
 def noise(height, width, channels=3):
@@ -201,6 +204,14 @@ def test_fit_canvas_scales_and_centres():
 def test_fit_canvas_of_the_same_shape_keeps_pixels():
     pixels = noise(6, 9)
     assert np.array_equal(np.array(fit_canvas(Image.fromarray(pixels), (6, 9))), pixels)
+
+
+def test_padding_has_the_colour_of_the_models_processor():
+    image = Image.new("RGB", (6, 4), "red")
+    processor = InfLlavaImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+    padded = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    assert np.array_equal(padded, np.array(fit_canvas(image, (6, 6))))
+    assert np.abs((np.array(MEAN_COLOUR) / 255 - CLIP_MEAN) / CLIP_STD).max() < 0.02
 
 
 def test_fit_canvas_of_a_line():

@@ -29,7 +29,7 @@ PUBLIC = {
         "LocalCrop",
         "MaxPoolFusion",
         "MultiplicationFusion",
-    "NormalizedTiles",
+        "NormalizedTiles",
         "OpenClipEncoder",
         "SubfeatureRecombine",
         "TileAttention",

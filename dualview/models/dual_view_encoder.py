@@ -285,8 +285,8 @@ def _token_masks(valid: Tensor, grid: TileGrid, tile: Size, tokens: Size) -> tup
     patch_height, patch_width = tile[0] // tokens[0], tile[1] // tokens[1]  # pixels beyond whole patches are not seen
     if (tile[0] // patch_height, tile[1] // patch_width) != tokens:
         raise ValueError(
-            f"a tile of {tile} pixels does not split into {tokens} patches, so a pixel mask has no exact token mask: give "
-            "the DEM its key_mask directly."
+            f"a tile of {tile} pixels does not split into {tokens} patches, so a pixel mask has no exact token mask: "
+            "give the DEM its key_mask directly."
         )
 
     def pooled(perspective: Perspective) -> Tensor:

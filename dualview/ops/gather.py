@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -126,8 +127,8 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
     (h, w), (height, width) = size, plane.shape[-3:-1]
     if (height, width) == (h, w):
         return plane
-    cells: Tensor = plane.unflatten(-2, (w, width // w)).unflatten(-4, (h, height // h))
-    return cells.mean((-4, -2))
+    mean: Tensor = reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=h, w=w)
+    return mean
 
 
 def surroundings(plane: Tensor, plan: EnhancePlan, radius: int) -> Tensor:

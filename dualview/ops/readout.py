@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, get_args
 
+from einops import rearrange
 from torch import Tensor
 
 from dualview.geometry import GridLike, TileGrid
@@ -63,10 +64,10 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
     grid, readout = TileGrid.of(grid), check_readout(readout)
     if x.dim() < 3:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} is no token map: expected (..., H, W, D).")
-    h, w = grid.tile_size((x.shape[-3], x.shape[-2]))
+    grid.tile_size((x.shape[-3], x.shape[-2]))  # a ValueError where the map is no multiple of the grid
     if readout == "none":
         return x
     rows, cols = readout_support(readout, grid.rows), readout_support(readout, grid.cols)
-    cells = x.unflatten(-2, (w, grid.cols)).unflatten(-4, (h, grid.rows))
+    cells = rearrange(x, "... (h r) (w c) d -> ... h r w c d", r=grid.rows, c=grid.cols)
     read: Tensor = cells[..., :, rows.start : rows.stop, :, cols.start : cols.stop, :]
     return read.mean((-4, -2))

@@ -619,7 +619,7 @@ def test_refuses_masks_that_do_not_fit() -> None:
     with refuses("images of (5, 7), which are interpolated to (8, 27)", "Pad images to the canvas"):
         small_model(resize=True)(torch.zeros(1, 3, 5, 7), valid=torch.ones(1, 5, 7, dtype=torch.bool))
     uneven = DualViewEncoder(lambda x: torch.zeros(len(x), 3, 3, DIM), DualPerspectiveEnhance.paper(DIM), tile=TILE)
-    with refuses("a tile of (4, 9) pixels", "(3, 3) tokens", "key_mask"):
+    with refuses("a tile of (4, 9) pixels", "(3, 3) patches", "key_mask"):
         uneven(images, valid=torch.ones(2, 8, 27, dtype=torch.bool))
 
 
