@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+
 from benchmarks import measure, peers, report, results, runner, work
 from benchmarks.cases import OURS, registry
 from benchmarks.measure import Limits, Place
-from benchmarks.prototype import normalised_tiles
 
 CPU = Place()
 
@@ -53,7 +53,7 @@ def test_wrong_values_are_not_timed():
 def test_a_missing_peer_is_reported_with_its_reason():
     case = next(case for case in registry("tiny") if case.suite == "dem")
     object.__setattr__(case, "build", lambda place, build=case.build: _without_library(build(place)))
-    rows = runner.rows_of(case, CPU, "tiny", Limits(1e9, 1e9))
+    rows = runner.rows_of(case, CPU, "tiny")
     row = next(row for row in rows if row["side"] == "NATTEN")
     assert row["seconds"] is None
     assert row["missing"].startswith("not installed: No module named")
@@ -167,6 +167,13 @@ def test_difference():
     assert noise < 1e-6
 
 
+def test_limits_are_of_what_binds():
+    limits = Limits(copy_bytes_per_s=10.0, matmul_ops_per_s=100.0)
+    assert limits.seconds(operations=200, moved=5) == 2
+    assert limits.seconds(operations=200, moved=50) == 5
+    assert limits.best(Limits(20.0, 50.0)) == Limits(20.0, 100.0)
+
+
 def test_sides_are_timed_in_turn():
     order = []
     spreads = measure.interleaved(
@@ -176,13 +183,12 @@ def test_sides_are_timed_in_turn():
         rounds=(2, 5),
     )
     assert {spread.rounds for spread in spreads.values()} == {2}
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert turns == ["a", "b"] * 3
+    assert order.count("a") >= 2
+    assert set(order[2 : 2 + order.count("a")]) != {"a"}
 
 
 def test_work_of_the_loop_is_counted_as_by_hand():
-    from dualview import DualPerspectiveEnhance
-    from dualview.ops.plan import full_computation
+    from dualview import DualPerspectiveEnhance, full_computation
 
     d, n, tokens = 32, 3, 16
     dem = DualPerspectiveEnhance.released(d)
@@ -192,21 +198,6 @@ def test_work_of_the_loop_is_counted_as_by_hand():
     per_direction = 4 * positions * d * d + 2 * positions * tokens * d
     assert full == 2 * (2 * per_direction + positions * d * d * 3 / 16)
     assert work.dem(dem, (n, n), (4, 4), 1, 4).operations < full
-
-
-@pytest.mark.parametrize("perspective", ["local", "global"])
-def test_normalised_tiles(perspective):
-    from dualview import global_stride_crop, local_crop
-
-    photo = torch.randint(256, (3, 8, 15), dtype=torch.uint8)
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
-    pixels = (photo.double() / 255 - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
-    crop = local_crop if perspective == "local" else global_stride_crop
-    expected = crop(pixels, (2, 3))
-    tiles = normalised_tiles(photo, (2, 3), perspective, mean, std)
-    assert (tiles - expected).abs().max() < 1e-6
-    some = normalised_tiles(photo, (2, 3), perspective, mean, std, tiles=[4, 1])
-    assert torch.equal(some, tiles[[4, 1]])
 
 
 def test_gpu_script_runs_on_the_cpu(tmp_path, monkeypatch):

@@ -1,0 +1,218 @@
+"""Tables and plots of result files. `python -m benchmarks.report` puts them into docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.cases import OURS
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "benchmarks.md"
+BEGIN, END = "<!-- written by benchmarks/report.py: begin -->", "<!-- written by benchmarks/report.py: end -->"
+
+Document = dict[str, Any]
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(document: Document) -> str:
+    """All tables of one result file, as Markdown."""
+    parts = [_conditions(document), _targets(document)]
+    suites = dict.fromkeys(row["suite"] for row in document["rows"])
+    parts += [f"#### {suite}\n\n{_suite(document, suite)}" for suite in suites]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _conditions(document: Document) -> str:
+    machine, versions, limits = document["machine"], document["versions"], document["limits"]
+    return (
+        f"{machine['name']}, {machine['threads']} threads on {machine['cores']} cores, {document['dtype']}, "
+        f"torch {versions['torch']}, Python {versions['python']}, commit {document['commit'] or 'unknown'}, "
+        f"{document['created'][:10]}; load average {machine['load_before']} before and {machine['load_after']} after; "
+        f"tests before measuring: {document['gate']}. The machine copies {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s "
+        f"(read and written) and multiplies matrices at {limits['matmul_ops_per_s'] / 1e9:.3g} G operations/s."
+    )
+
+
+def _targets(document: Document) -> str:
+    """What was aimed at; of many peers with one aim only the one that comes nearest to missing it."""
+    worst: dict[tuple[str, str, float], tuple[float, str]] = {}
+    for row in document["rows"]:
+        for what, key in (("time", "ratio"), ("memory", "memory_ratio")):
+            aim = row["target" if what == "time" else "memory_target"]
+            if aim is not None and row[key] is not None:
+                place = (row["case"], what, aim)
+                worst[place] = min(worst.get(place, (float("inf"), "")), (row[key], row["side"]))
+    rows = (
+        (case, what, side, f"{aim:.2f}", f"{value:.2f}", "yes" if value >= aim else "**no**")
+        for (case, what, aim), (value, side) in worst.items()
+    )
+    head = ("case", "of", "against", "aim: times as much", "measured", "reached")
+    return f"#### Aims\n\n{_table(head, rows)}" if worst else ""
+
+
+def _suite(document: Document, suite: str) -> str:
+    head = ("case", "side", "median", "quartiles", "time / ours", "peak memory", "memory / ours", "of the limit")
+    return _table(head, (_cells(row) for row in document["rows"] if row["suite"] == suite))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    side = f"**{row['side']}**" if row["role"] == "ours" else row["side"]
+    side += " (another function)" if row["role"] == "other function" else ""
+    if row["missing"] is not None:
+        return row["case"], side, f"missing: {row['missing'].replace('|', '/')}", "", "", "", "", ""
+    seconds = row["seconds"]
+    return (
+        row["case"],
+        side,
+        _time(seconds["median"]),
+        f"{_time(seconds['q1'])} to {_time(seconds['q3'])}",
+        "" if row["role"] == "ours" else f"{row['ratio']:.2f}",
+        f"{row['peak_bytes'] / 2**20:.4g} MiB",
+        "" if row["role"] == "ours" or row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
+        "" if row["fraction"] is None else f"{row['fraction']:.0%}",
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def compare(old: Document, new: Document) -> str:
+    """Time and memory of every row that both files have, new over old."""
+
+    def measured(document: Document) -> dict[tuple[str, ...], dict[str, Any]]:
+        return {(r["suite"], r["case"], r["side"]): r for r in document["rows"] if r["missing"] is None}
+
+    before, after = measured(old), measured(new)
+    rows = (
+        (
+            *key,
+            _time(before[key]["seconds"]["median"]),
+            _time(row["seconds"]["median"]),
+            f"{row['seconds']['median'] / before[key]['seconds']['median']:.2f}",
+            f"{row['peak_bytes'] / before[key]['peak_bytes']:.2f}" if before[key]["peak_bytes"] else "",
+        )
+        for key, row in after.items()
+        if key in before
+    )
+    table = _table(("suite", "case", "side", "old", "new", "time, new / old", "memory, new / old"), rows)
+    others = [f"only {name}: {', '.join(key)}" for name, keys in (
+        ("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())
+    ) for key in sorted(keys)]  # fmt: skip
+    same = old["machine"]["name"] == new["machine"]["name"]
+    return "\n".join([table, *others, *([] if same else ["The machines differ: times cannot be compared."])])
+
+
+# --- Plots -----------------------------------------------------------------------------------------------------------
+
+
+def plots(document: Document, stem: str, folder: Path) -> list[Path]:
+    """Cost against n, batch and width, and the enhancement module beside its peers; files that can be reproduced."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams |= {"svg.hashsalt": "dualview", "font.size": 9, "svg.fonttype": "path"}
+    drawn = []
+    for name, draw in (("scaling", _draw_scaling), ("dem", _draw_dem)):
+        rows = [row for row in document["rows"] if row["suite"] == name and row["missing"] is None]
+        if rows:
+            figure = draw(rows)
+            drawn.append(folder / f"bench-{stem}-{name}.svg")
+            figure.savefig(drawn[-1], metadata={"Date": None}, facecolor="white")
+    return drawn
+
+
+def _draw_scaling(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    names = {"n": "tiles per side n", "batch": "batch", "d": "width d"}
+    for axes, axis in zip(figure.subplots(1, 3), names, strict=True):
+        here = [row for row in rows if row["params"]["axis"] == axis]
+        for preset, colour in (("released", "tab:blue"), ("paper", "tab:orange")):
+            for side in dict.fromkeys(row["side"] for row in here):
+                line = [row for row in here if row["params"]["preset"] == preset and row["side"] == side]
+                values = [row["params"][axis] for row in line]
+                style = {"marker": "o"} if side == OURS else {"marker": "x", "linestyle": "--"}
+                times = [row["seconds"]["median"] * 1e3 for row in line]
+                axes.plot(values, times, color=colour, label=f"{preset}, {side}", **style)
+        ticks = sorted({row["params"][axis] for row in here})
+        axes.set(xlabel=names[axis], ylabel="ms" if axis == "n" else "", yscale="log", xscale="log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle("Enhancement module, forward: time against n, batch and width")
+    return figure
+
+
+def _draw_dem(rows: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure = Figure(figsize=(9, 0.4 + 0.22 * len(rows) + 0.5 * len(cases)), layout="constrained")
+    ratios = [sum(row["case"] == case for row in rows) + 1.5 for case in cases]
+    panels = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    for axes, case in zip(panels, cases, strict=True):
+        here = [row for row in rows if row["case"] == case][::-1]
+        times = [row["seconds"]["median"] * 1e3 for row in here]
+        colours = [{"ours": "tab:blue", "peer": "0.6"}.get(row["role"], "0.85") for row in here]
+        axes.bar_label(axes.barh([row["side"] for row in here], times, color=colours), fmt="%.3g ms", padding=3)
+        axes.set_title(case, loc="left", fontsize=9)
+        axes.set_xlim(right=max(times) * 1.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+def shown(folder: Path = results.FOLDER) -> dict[str, Document]:
+    """The result files that the page shows, by stem: of one device and type the full selection, if there is one."""
+    found = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    stems = [stem for stem in found if stem.replace("-quick-", "-full-") not in found.keys() - {stem}]
+    return {stem: results.read(found[stem]) for stem in stems}
+
+
+def section(documents: dict[str, Document]) -> str:
+    """Everything on the page between the two marks."""
+    parts = []
+    for stem, document in documents.items():
+        suites = {row["suite"] for row in document["rows"] if row["missing"] is None}
+        images = [f"![{name}](assets/bench-{stem}-{name}.svg)" for name in ("scaling", "dem") if name in suites]
+        title = f"### {'GPU' if document['device'] == 'cuda' else 'CPU'}, {document['dtype']}, {document['selection']}"
+        parts.append("\n\n".join([title, tables(document), *images]))
+    for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
+        if all(document["device"] != device for document in documents.values()):
+            parts.append(f"### {name}\n\nNot measured on a {name} yet.")
+    return "\n\n".join(parts)
+
+
+def page(text: str, documents: dict[str, Document]) -> str:
+    """The page with its section made anew."""
+    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"the page must hold the lines {BEGIN} and {END}")
+    return marked.sub(lambda _: f"{BEGIN}\n\n{section(documents)}\n\n{END}", text)
+
+
+def main() -> None:
+    """Bring the page and its pictures up to date with the result files."""
+    documents = shown()
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    drawn = [path for stem, document in documents.items() for path in plots(document, stem, DOCS / "assets")]
+    print(f"wrote {PAGE.name} and {', '.join(path.name for path in drawn) or 'no plots'} from {list(documents)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The cases of the registry under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+
+Every side is timed by itself here, one after the other; ratios that are published come from `python -m benchmarks`,
+which times the sides in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.cases import Case, registry
+from benchmarks.measure import Place
+from benchmarks.runner import agreeing, prepare
+
+
+@pytest.mark.parametrize("case", registry("quick"), ids=lambda case: f"{case.suite}: {case.name}")
+def test_case(case: Case, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Our side; the peers' agreement with it is checked first."""
+    timed, differences, missing = agreeing(prepare(case, Place()))
+    benchmark.extra_info.update(case.params, missing=missing, differences=differences)
+    benchmark.group = case.suite
+    benchmark(next(iter(timed.values())))
