@@ -29,6 +29,9 @@ class Cost(NamedTuple):
         return Cost(self.operations * count, self.bytes * count)
 
 
+_MOVE_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.aten.new_empty.default)
+
+
 class _ByteCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,9 +40,9 @@ class _ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         is_view = any(arg.alias_info is not None for arg in func._schema.arguments) and not func._schema.is_mutable
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if read and not is_view:
-            self.total += sum(x.numel() * x.element_size() for x in read + tree_leaves(out) if isinstance(x, Tensor))
+        read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
+        if read and written and not is_view and func not in _MOVE_NOTHING:
+            self.total += sum(x.numel() * x.element_size() for x in read + written)
         return out
 
 

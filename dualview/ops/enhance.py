@@ -19,6 +19,7 @@ from dualview.ops.gather import (
     surroundings,
     take_read,
     take_tiles,
+    token_places,
 )
 from dualview.ops.low_pass import low_pass
 from dualview.ops.plan import (
@@ -219,7 +220,11 @@ class DualPerspectiveEnhance(nn.Module):
         tokens = check_size(local_tiles.shape[2:4], "token map")
         plan = self.plan(grid, tokens)
         values = self._values_to_fold(plan, tokens[0] * tokens[1])
-        enhanced = [self._direction(d, plan, maps, key_mask, grid, tokens, values is not None) for d in plan.directions]
+        folded = {a: a.query_key_matrix for a in dict.fromkeys(self._attention(d) for d in plan.directions if d.fold)}
+        enhanced = [
+            self._direction(d, plan, maps, key_mask, grid, tokens, folded, project=values is None)
+            for d in plan.directions
+        ]
         out = self._fuse(enhanced, plan, grid, tokens) if values is None else self.fusion(*enhanced, values=values)
         return out if self.gate is None else out * self.gate
 
@@ -262,17 +267,26 @@ class DualPerspectiveEnhance(nn.Module):
         maps = self._maps(local_tiles, stride_tiles, grid, None)
         tokens = check_size(local_tiles.shape[2:4], "token map")
         plan = self._plan(grid, tokens, full=True)
-        found = {d.query: self._direction(d, plan, maps, key_mask, grid, tokens) for d in plan.directions}
+        found = {d.query: self._direction(d, plan, maps, key_mask, grid, tokens, {}) for d in plan.directions}
         return EnhancedMaps(found.get("local"), found.get("global"))
 
     def compute_direction(
         self, d: DirectionPlan, plan: EnhancePlan, make_tiles: Callable[[], Tensor], grid: TileGrid
     ) -> Tensor:
-        """One direction of a plan on its own, as the call of the module computes it, on tiles that are made for it."""
+        """One direction of a plan on its own, as the call of the module computes it, on tiles that are made for it.
+
+        A matrix W_q W_k^T that both directions share is made with the first.
+        """
         local_tiles, stride_tiles = make_tiles(), make_tiles()
         tokens = check_size(local_tiles.shape[2:4], "token map")
-        fold = self._values_to_fold(plan, tokens[0] * tokens[1]) is not None
-        return self._direction(d, plan, self._maps(local_tiles, stride_tiles, grid, None), None, grid, tokens, fold)
+        attention, earlier = self._attention(d), plan.directions[: plan.directions.index(d)]
+        folded: dict[TileAttention, Tensor] = {}
+        if d.fold:
+            shared = any(other.fold and self._attention(other) is attention for other in earlier)
+            folded[attention] = local_tiles.new_empty(self.dim, self.dim) if shared else attention.query_key_matrix
+        values = self._values_to_fold(plan, tokens[0] * tokens[1])
+        maps = self._maps(local_tiles, stride_tiles, grid, None)
+        return self._direction(d, plan, maps, None, grid, tokens, folded, project=values is None)
 
     def _maps(
         self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles | None
@@ -295,13 +309,16 @@ class DualPerspectiveEnhance(nn.Module):
         key_mask: Tensor | tuple[Tensor, Tensor] | None,
         grid: TileGrid,
         tokens: Size,
-        fold: bool = False,
+        folded: Mapping[TileAttention, Tensor],
+        *,
+        project: bool = True,
     ) -> Tensor:
-        """One enhanced map at the positions that the fusion reads, or pooled; without W_v if that is folded."""
-        query, key, mask = self._operands(d, maps, key_mask, grid, tokens)
+        """One enhanced map at the positions that the fusion reads, or pooled; without W_v unless ``project``."""
+        query, key, key_at, mask = self._operands(d, maps, key_mask, grid, tokens)
         pool = Pooling(d, grid, tokens) if plan.commutes else None
         attention = self._attention(d)
-        tiles = attention(query, key, mask, absorb=d.absorb, fold=d.fold, pool=pool, project=not fold)
+        matrix = folded.get(attention) if d.fold else None
+        tiles = attention(query, key, mask, key_at=key_at, absorb=d.absorb, folded=matrix, pool=pool, project=project)
         return put_back(tiles, d.query_rows, d.query_cols, d.cut, grid) if pool is None else pool.arrange(tiles)
 
     def _values_to_fold(self, plan: EnhancePlan, pooled_tokens: int) -> tuple[Tensor, Tensor] | None:
@@ -326,16 +343,26 @@ class DualPerspectiveEnhance(nn.Module):
         key_mask: Tensor | tuple[Tensor, Tensor] | None,
         grid: TileGrid,
         tokens: Size,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Query tiles, key tiles and the mask of the keys, (B, T, Q, D), (B, T, K, D), (B or 1, T, K)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Query tiles, key tiles, None, and the mask of the keys: (B, T, Q, D), (B, T, K, D) and (B or 1, T, K).
+
+        Keys that are used as they are, but cut in another way, stay where they are: all tokens, and the keys' places.
+        """
         key_role: Perspective = "local" if d.query == "global" else "global"
         key_maps = maps[key_role]
         if self.low_pass and d.cut == "global":
             key_maps = [_smooth(tile_map, grid) for tile_map in key_maps]
         query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
-        key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
+        key_at = None
+        if d.absorb and len(key_maps) == 1 and key_maps[0].perspective != d.cut:
+            key, key_at = (
+                key_maps[0].tiles.flatten(1, 3),
+                token_places(key_maps[0], d.key_rows, d.key_cols, d.cut, grid),
+            )
+        else:
+            key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
         if key_mask is None:
-            return query, key, None
+            return query, key, key_at, None
         pair = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
         of_maps = [
             _cut_mask(pair[0 if tile_map.perspective == "local" else 1], query.shape[0], grid, tokens, d.cut)
@@ -345,7 +372,7 @@ class DualPerspectiveEnhance(nn.Module):
         live = torch.tensor(
             [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles], device=cut_mask.device
         )
-        return query, key, cut_mask.index_select(1, live)
+        return query, key, key_at, cut_mask.index_select(1, live)
 
     def _fuse(self, enhanced: list[Tensor], plan: EnhancePlan, grid: TileGrid, tokens: Size) -> Tensor:
         """Fuse the maps, local first, and read the result out."""

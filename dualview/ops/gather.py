@@ -44,15 +44,22 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
         if len(source.places) == len(wanted) == grid.num_tiles:
             whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
             return whole.flatten(2, 3)
+    places = token_places(source, rows, cols, cut, grid)
+    taken: Tensor = source.tiles.flatten(1, 3).index_select(1, places.flatten()).unflatten(1, places.shape)
+    return taken
+
+
+def token_places(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """Where the tokens that `take_tiles` takes stand among all tokens of the map: (tiles, tokens per tile)."""
     h, w = check_size(source.tiles.shape[2:4], "token map")
     tile_rows, offset_rows = _locate(source.perspective, rows, grid.rows, h)
     tile_cols, offset_cols = _locate(source.perspective, cols, grid.cols, w)
     device = source.tiles.device
-    place = torch.tensor([[source.places[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
+    first = torch.tensor([[source.places[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
     u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
-    tokens = source.tiles[:, place, u, v]
-    split: Tensor = tokens.unflatten(2, (len(cols.tiles), cols.per_tile)).unflatten(1, (len(rows.tiles), rows.per_tile))
-    return split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    plane = (first * h + u) * w + v
+    split: Tensor = plane.unflatten(1, (len(cols.tiles), cols.per_tile)).unflatten(0, (len(rows.tiles), rows.per_tile))
+    return split.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
@@ -94,13 +101,17 @@ class Pooling:
         h, w = self.size[0] // self.grid.rows, self.size[1] // self.grid.cols
         return h, rows.per_tile // h, w, cols.per_tile // w
 
-    def attend(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Pooled weights times values. (B, T, G, R, K), (B, T, G, K, V) -> (B, pooled T, G, pooled R, V)"""
-        if self.direction.pool == "tiles":  # the same place of all tiles: one product over the keys of all of them
-            rows, keys = weights.permute(0, 2, 3, 1, 4).flatten(3), values.transpose(1, 2).flatten(2, 3)
-            return (rows @ keys).unsqueeze(1) / weights.shape[1]
-        split: Tensor = weights.unflatten(-2, (-1, *self._cells))
-        return split.mean((-4, -2)).flatten(-4, -2) @ values
+    def rows(self, weights: Tensor) -> Tensor:
+        """Attention weights averaged over the rows of each cell. (B, T, G, R, K) -> (B, T, G, pooled R, K)"""
+        split: Tensor = weights.unflatten(-2, self._cells)
+        return split.mean(-2).mean(-3).flatten(-3, -2)  # one axis after the other: ten times as fast as both at once
+
+    def spread(self, of_rows: Tensor) -> Tensor:
+        """The transpose of `rows`. (B, T, G, pooled R, K) -> (B, T, G, R, K)"""
+        h, r, w, s = self._cells
+        split = of_rows.unflatten(-2, (h, 1, w, 1)) / (r * s)
+        spread: Tensor = split.expand(*split.shape[:-5], h, r, w, s, -1).flatten(-5, -2)
+        return spread
 
     def tokens(self, x: Tensor) -> Tensor:
         """Pooled tokens. (B, T, Q, C) -> (B, pooled T, pooled Q, C)"""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualview.ops.attend import attend_rows
 from dualview.ops.gather import Pooling
 
 Init: TypeAlias = Literal["xavier", "identical"]
@@ -54,38 +55,13 @@ def tile_attention(
     return attended[0].transpose(1, 2).reshape(query.shape)
 
 
-def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, pool: Pooling | None = None
-) -> Tensor:
-    """softmax(scale q k^T) v for every tile and group of heads, pooled inside if asked.
-
-    Shape:
-        - q: (B, T, G, R, E); k, v: (B, T, G, K, E) or (B, T, G, K, V); key_mask: (B or 1, T, K)
-        - result: (B, T, G, R, V), or with pooled T and R
-    """
-    mask = alive = None
-    if key_mask is not None:
-        mask = key_mask[:, :, None, None, :]
-        alive = mask.any(-1, keepdim=True)
-        mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
-    if pool is not None and pool.inside:
-        scores = (q * scale) @ k.transpose(-2, -1)
-        weights = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
-        return pool.attend(weights if alive is None else weights.masked_fill(~alive, 0.0), v)
-    flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
-    attended = F.scaled_dot_product_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=flat_mask, scale=scale
-    )
-    tiles: Tensor = attended.unflatten(0, q.shape[:2])
-    return tiles if alive is None else tiles.masked_fill(~alive, 0.0)
-
-
 class TileAttention(nn.Module):
     """Projections, [`tile_attention`][dualview.tile_attention], and what follows it up to the enhanced tile.
 
     The call takes what a plan decides, none of which changes the result: ``absorb`` projects the queries into key space
-    in place of the keys, ``fold`` does that with one matrix, ``pool`` averages inside. ``project=False`` stops before
-    W_v, for one head and where nothing else follows.
+    in place of the keys, with one matrix if that is given as ``folded``; ``pool`` averages inside. ``project=False``
+    stops before W_v, for one head and where nothing else follows. With ``key_at``, ``key`` holds tokens in any order,
+    (B, tokens, D), of which those at ``key_at`` (T, K) are the keys of each tile.
 
     Args:
         dim: Width D of the tokens.
@@ -157,17 +133,18 @@ class TileAttention(nn.Module):
         key: Tensor,
         key_mask: Tensor | None = None,
         *,
+        key_at: Tensor | None = None,
         absorb: bool = False,
-        fold: bool = False,
+        folded: Tensor | None = None,
         pool: Pooling | None = None,
         project: bool = True,
     ) -> Tensor:
         if query.dim() != 4:  # any leading dimensions count as tiles
             flat = (x[None].flatten(0, -3)[None] for x in (query, key))
             mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
-            tiles: Tensor = self(*flat, mask, absorb=absorb, fold=fold)
+            tiles: Tensor = self(*flat, mask, absorb=absorb, folded=folded)
             return tiles.reshape(query.shape)
-        attended = self._attend(query, key, key_mask, absorb=absorb, fold=fold, pool=pool)
+        attended = self._attend(query, key, key_mask, key_at, absorb=absorb, folded=folded, pool=pool)
         if absorb and project:
             attended = self._project_values(attended, query, key_mask, pool)
         enhanced: Tensor = attended.flatten(-2)
@@ -182,9 +159,10 @@ class TileAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         key_mask: Tensor | None,
+        key_at: Tensor | None,
         *,
         absorb: bool,
-        fold: bool,
+        folded: Tensor | None,
         pool: Pooling | None,
     ) -> Tensor:
         """What every query and head collects: of the values, or if absorbed of the keys as they are.
@@ -193,11 +171,10 @@ class TileAttention(nn.Module):
             (B, T, Q, D), (B, T, K, D) -> (B, T, Q, heads, D / heads), or (..., heads, D) if absorbed
         """
         scale = float((query.shape[-1] / self.num_heads) ** -0.5)
-        if absorb:  # all heads ask the same keys: as many more rows of one group
-            shared = key.unsqueeze(2)
-            rows = self._absorbed_queries(query, fold).flatten(2, 3).unsqueeze(2)
-            attended = attend_rows(rows, shared, shared, key_mask, scale, pool)
-            per_head = attended.squeeze(2).unflatten(2, (self.num_heads, -1))
+        if absorb:  # all heads ask the same keys
+            shared = key.unsqueeze(2) if key_at is None else key
+            rows = self._absorbed_queries(query, folded)
+            per_head = attend_rows(rows, shared, shared, key_mask, scale, pool, key_at)
         else:
             q, k, v = (
                 x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
@@ -218,15 +195,20 @@ class TileAttention(nn.Module):
         alone = self.num_heads == 1 and not self.residual and all(part is None for part in after)
         return self.v_proj.weight if alone else None
 
-    def _absorbed_queries(self, query: Tensor, fold: bool) -> Tensor:
+    @property
+    def query_key_matrix(self) -> Tensor:
+        """W_q W_k^T of one head, as a weight of `torch.nn.functional.linear`."""
+        return self.k_proj.weight.t() @ self.q_proj.weight
+
+    def _absorbed_queries(self, query: Tensor, folded: Tensor | None) -> Tensor:
         """(q W_q + b_q) W_k^T per head, (B, T, heads, Q, D): the keys then need no projection.
 
         Their bias b_k would add one constant to all scores of a query, which the softmax drops.
         """
         weight = self.k_proj.weight
-        if fold:  # one head: W_q W_k^T is one matrix
+        if folded is not None:
             bias = None if self.q_proj.bias is None else self.q_proj.bias @ weight
-            return F.linear(query, weight.t() @ self.q_proj.weight, bias).unsqueeze(2)
+            return F.linear(query, folded, bias).unsqueeze(2)
         q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))
         return torch.einsum("btqhe,hed->bthqd", q, weight.unflatten(0, (self.num_heads, -1)))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args, overload
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective, split_axis
@@ -206,6 +207,16 @@ def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLi
     """
     if source == target:
         return tiles
+    grid = TileGrid.of(grid)
+    if tiles.shape[-3] % grid.rows == 0 and tiles.shape[-2] % grid.cols == 0:
+        # Blocks then hold whole cells, so that one permutation does it: one copy, not two.
+        block = "(i j) (u a) (v b) d"
+        stride = "(a b) (i u) (j v) d"
+        before, after = (block, stride) if source == "local" else (stride, block)
+        moved: Tensor = rearrange(
+            tiles, f"... {before} -> ... {after}", i=grid.rows, a=grid.rows, j=grid.cols, b=grid.cols
+        )
+        return moved.contiguous()
     whole = recombine(tiles, grid, source, data_format="channels_last")
     return crop(whole, grid, target, data_format="channels_last")
 
