@@ -97,7 +97,8 @@ class _AttendByChunks(torch.autograd.Function):
             else:
                 out = _put(_product(rows, values), chunk, out, q.shape[1])
         assert out is not None
-        return (out / q.shape[1]).to(q.dtype) if over_tiles else out
+        out = out / q.shape[1] if over_tiles else out
+        return out if out.dtype == q.dtype else out.to(q.dtype)  # torch 2.11 compiles a cast that casts nothing wrongly
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
