@@ -84,9 +84,11 @@ def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tu
         rounds: Least and most rounds, whatever the budget.
     """
     start, order, shuffle = time.perf_counter(), list(sides), random.Random(0).shuffle
-    calls = {name: max(1, int(SAMPLE_SECONDS / seconds_of(run, device)) + 1) for name, run in sides.items()}
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for done in range(rounds[1]):
+    once = {name: seconds_of(run, device) for name, run in sides.items()}
+    calls = {name: int(SAMPLE_SECONDS / seconds) + 1 for name, seconds in once.items()}
+    slow = max(calls.values()) == 1  # then this was the first round
+    samples = {name: [seconds] if slow else [] for name, seconds in once.items()}
+    for done in range(int(slow), rounds[1]):
         if done >= rounds[0] and time.perf_counter() - start > budget:
             break
         shuffle(order)
@@ -163,19 +165,20 @@ class Limits:
 
 
 def limits(place: Place) -> Limits:
-    """Bytes (read and written) per second of copying 256 MiB, operations per second of a matrix product 2048^3.
+    """Bytes (read and written) per second of copying 256 MiB, operations per second of a matrix product.
 
     The fastest of several: what slows the machine down for a moment does not change what it can do at most.
     """
     source = torch.ones(2**28, dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    a, b = place.randn(2048, 2048), place.randn(2048, 2048)
+    side = 2048 if place.device == "cuda" or place.dtype == torch.float32 else 256  # half types are slow on a CPU
+    a, b = place.randn(side, side), place.randn(side, side)
     for run in (warm := (lambda: target.copy_(source), lambda: a @ b)):
         run()
     copied, multiplied = (
         min(seconds_of(run, place.device, 20 if place.device == "cuda" else 1) for _ in range(9)) for run in warm
     )
-    return Limits(2 * source.numel() / copied, 2 * 2048**3 / multiplied)
+    return Limits(2 * source.numel() / copied, 2 * side**3 / multiplied)
 
 
 def memory_of_machine(device: str) -> int:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import measure, peers, report, results, runner, work
+from benchmarks import cases, measure, peers, report, results, runner, work
 from benchmarks.cases import OURS, registry
 from benchmarks.measure import Limits, Place
 
@@ -74,8 +74,8 @@ def _document_of(rows):
 
 def test_direct_attention_is_refused_above_the_budget(monkeypatch):
     monkeypatch.setattr(peers, "memory_of_machine", lambda device: 1000)
-    case = next(case for case in registry("tiny") if case.name == "released, n=2: forward")
-    *_, missing = runner.agreeing(runner.prepare(case, CPU))
+    options = {"preset": "released", "n": 2, "d": 32, "batch": 1, "tokens": 4, "mode": "forward"}
+    *_, missing = runner.agreeing(cases._enhance(CPU, **options, few=False))
     assert "need" in missing["direct cross-attention, math"]
     assert peers.direct_bytes(5184, 8, 1, 4) == 2 * 8 * 5184**2 * 4
 

@@ -44,8 +44,8 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
         if len(source.places) == len(wanted) == grid.num_tiles:
             whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
             return whole.flatten(2, 3)
-    places = token_places(source, rows, cols, cut, grid)
-    taken: Tensor = source.tiles.flatten(1, 3).index_select(1, places.flatten()).unflatten(1, places.shape)
+    at = token_places(source, rows, cols, cut, grid)
+    taken: Tensor = source.tiles.flatten(1, 3).index_select(1, at.flatten()).unflatten(1, at.shape)
     return taken
 
 

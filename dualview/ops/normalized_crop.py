@@ -32,8 +32,7 @@ def normalized_crop(
 ) -> NormalizedTiles:
     """Normalise images and cut them from both perspectives: (x - mean) / std, with bytes first divided by 255.
 
-    The same as normalising and then cutting, without the normalised image in between; on a CPU in blocks that stay in
-    its cache.
+    The same as normalising and then cutting, without the normalised image in between.
 
     Args:
         images: uint8 images, or floating-point ones with values for which ``mean`` and ``std`` are given.
@@ -70,29 +69,20 @@ def normalized_crop(
             "needed, and no std of 0."
         )
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    scales = [(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)]
-    planes = planes.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice
     wide = torch.promote_types(dtype, torch.float32)
-    in_blocks = planes.device.type == "cpu" and not planes.requires_grad
+    scales = torch.tensor([(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
+    factor, offset = scales.to(planes.device, wide).view(-1, 2, 1, 1).unbind(1)
+    planes = planes.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice
 
     def cut(perspective: Perspective, live_tiles: tuple[int, ...] | None) -> Tensor:
         view = tile_view(planes, grid, perspective, "channels_first")
-        batch = view.shape[:-5]
-        chosen = range(grid.num_tiles) if live_tiles is None else live_tiles
-        where = [(..., *divmod(tile, grid.cols), slice(None), slice(None), slice(None)) for tile in chosen]
-        if not in_blocks:
-            pairs = torch.tensor(scales, dtype=torch.float64).to(planes.device, wide).view(-1, 2, 1, 1)
-            shape = (*batch, 0, *view.shape[-3:])
-            found = torch.stack([view[index] for index in where], -4) if where else view.new_empty(shape)
-            return (found.to(wide) * pairs[:, 0] + pairs[:, 1]).to(dtype)
-        tiles = torch.empty(*batch, len(where), *view.shape[-3:], dtype=dtype)
-        for place, index in enumerate(where):
-            for channel, (factor, offset) in enumerate(scales):  # a block at a time stays in the processor's cache
-                out = tiles[..., place, channel, :, :]
-                block = out if dtype == wide else torch.empty(out.shape, dtype=wide)
-                block.copy_(view[index][..., channel, :, :]).mul_(factor).add_(offset)
-                if block is not out:
-                    out.copy_(block)
-        return tiles
+        if live_tiles is None or live_tiles == tuple(range(grid.num_tiles)):  # converted and cut by one copy
+            tiles = view.to(wide, copy=True, memory_format=torch.contiguous_format).flatten(-5, -4)
+        elif live_tiles:
+            places = (divmod(tile, grid.cols) for tile in live_tiles)
+            tiles = torch.stack([view[..., i, j, :, :, :] for i, j in places], -4).to(wide, copy=True)
+        else:
+            tiles = view.new_empty(*view.shape[:-5], 0, *view.shape[-3:], dtype=wide)
+        return tiles.mul_(factor).add_(offset).to(dtype)
 
     return NormalizedTiles(cut("local", live and live.local), cut("global", live and live.stride))
