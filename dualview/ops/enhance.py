@@ -18,12 +18,9 @@ from dualview.ops.gather import (
     put_back,
     surroundings,
     take_read,
-    take_tiles,
-    token_places,
 )
-from dualview.ops.low_pass import low_pass
+from dualview.ops.operands import KeyMask, operands
 from dualview.ops.plan import (
-    AxisCut,
     DirectionPlan,
     Enhance,
     EnhancePlan,
@@ -37,7 +34,6 @@ from dualview.ops.plan import (
 from dualview.ops.readout import Readout, check_readout, read_out
 from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
-from dualview.ops.tiling import crop, recombine
 
 
 class EnhancedMaps(NamedTuple):
@@ -211,7 +207,7 @@ class DualPerspectiveEnhance(nn.Module):
         local_tiles: Tensor,
         stride_tiles: Tensor,
         grid: GridLike,
-        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_mask: KeyMask = None,
         *,
         live: LiveTiles | None = None,
     ) -> Tensor:
@@ -260,7 +256,7 @@ class DualPerspectiveEnhance(nn.Module):
         local_tiles: Tensor,
         stride_tiles: Tensor,
         grid: GridLike,
-        key_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        key_mask: KeyMask = None,
     ) -> EnhancedMaps:
         """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
         grid = TileGrid.of(grid)
@@ -306,7 +302,7 @@ class DualPerspectiveEnhance(nn.Module):
         d: DirectionPlan,
         plan: EnhancePlan,
         maps: dict[Perspective, list[TileMap]],
-        key_mask: Tensor | tuple[Tensor, Tensor] | None,
+        key_mask: KeyMask,
         grid: TileGrid,
         tokens: Size,
         folded: Mapping[TileAttention, Tensor],
@@ -314,7 +310,7 @@ class DualPerspectiveEnhance(nn.Module):
         project: bool = True,
     ) -> Tensor:
         """One enhanced map at the positions that the fusion reads, or pooled; without W_v unless ``project``."""
-        query, key, key_at, mask = self._operands(d, maps, key_mask, grid, tokens)
+        query, key, key_at, mask = operands(d, maps, key_mask, grid, tokens, smooth=self.low_pass)
         pool = Pooling(d, grid, tokens) if plan.commutes else None
         attention = self._attention(d)
         matrix = folded.get(attention) if d.fold else None
@@ -335,44 +331,6 @@ class DualPerspectiveEnhance(nn.Module):
 
     def _attention(self, d: DirectionPlan) -> TileAttention:
         return cast(TileAttention, self.attentions[0 if d.query == "global" else -1])
-
-    def _operands(
-        self,
-        d: DirectionPlan,
-        maps: dict[Perspective, list[TileMap]],
-        key_mask: Tensor | tuple[Tensor, Tensor] | None,
-        grid: TileGrid,
-        tokens: Size,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Query tiles, key tiles, None, and the mask of the keys: (B, T, Q, D), (B, T, K, D) and (B or 1, T, K).
-
-        Keys that are used as they are, but cut in another way, stay where they are: all tokens, and the keys' places.
-        """
-        key_role: Perspective = "local" if d.query == "global" else "global"
-        key_maps = maps[key_role]
-        if self.low_pass and d.cut == "global":
-            key_maps = [_smooth(tile_map, grid) for tile_map in key_maps]
-        query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
-        key_at = None
-        if d.absorb and len(key_maps) == 1 and key_maps[0].perspective != d.cut:
-            key, key_at = (
-                key_maps[0].tiles.flatten(1, 3),
-                token_places(key_maps[0], d.key_rows, d.key_cols, d.cut, grid),
-            )
-        else:
-            key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
-        if key_mask is None:
-            return query, key, key_at, None
-        pair = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
-        of_maps = [
-            _cut_mask(pair[0 if tile_map.perspective == "local" else 1], query.shape[0], grid, tokens, d.cut)
-            for tile_map in maps[key_role]
-        ]
-        cut_mask = of_maps[0] if len(of_maps) == 1 else of_maps[0] | of_maps[1]
-        live = torch.tensor(
-            [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles], device=cut_mask.device
-        )
-        return query, key, key_at, cut_mask.index_select(1, live)
 
     def _fuse(self, enhanced: list[Tensor], plan: EnhancePlan, grid: TileGrid, tokens: Size) -> Tensor:
         """Fuse the maps, local first, and read the result out."""
@@ -440,26 +398,3 @@ class DualPerspectiveEnhance(nn.Module):
             f"dim={self.dim}, pairing={self.pairing!r}, enhance={self.enhance!r}, source={self.source!r}, "
             f"readout={self.readout!r}, gate={self.gate is not None}, low_pass={self.low_pass}"
         )
-
-
-def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
-    taken = [take_tiles(tile_map, rows, cols, cut, grid) for tile_map in maps]
-    return taken[0] if len(taken) == 1 else taken[0] + taken[1]
-
-
-def _smooth(tile_map: TileMap, grid: TileGrid) -> TileMap:
-    """The whole map, low-pass filtered, as stride tiles."""
-    whole = recombine(tile_map.tiles, grid, tile_map.perspective, data_format="channels_last")
-    smooth = crop(low_pass(whole, grid, data_format="channels_last"), grid, "global", data_format="channels_last")
-    return TileMap(smooth, "global", {tile: tile for tile in range(grid.num_tiles)})
-
-
-def _cut_mask(mask: Tensor, batch: int, grid: TileGrid, tokens: Size, cut: Perspective) -> Tensor:
-    """A raster mask as (B or 1, rows*cols, h*w) booleans in the order of the tiles' tokens."""
-    size = grid.map_size(tokens)
-    if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (batch, *size)):
-        raise ValueError(
-            f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real cells, of "
-            f"shape {(batch, *size)} or {size}, the token map of the whole grid."
-        )
-    return crop(mask.reshape(-1, *size, 1), grid, cut, data_format="channels_last").flatten(2)
