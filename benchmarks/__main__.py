@@ -15,14 +15,16 @@ from benchmarks.measure import Place
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", help="only these suites (then no plots are drawn), such as: dem ops")
+    parser.add_argument("suites", nargs="*", help='only these, such as: dem "prefix: n=3"')
     parser.add_argument("--full", action="store_true", help="all sizes, ViT-L/14-336: about an hour on two cores")
     parser.add_argument("--tiny", action="store_true", help="sizes of the tests: no figures, only whether it runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE-SIZE-DTYPE.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/DEVICE-SIZE-DTYPE.json, or none if only a part is run"
+    )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD.json", "NEW.json"), help="only print ratios")
     options = parser.parse_args()
     if options.compare:
@@ -33,10 +35,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     place = Place(options.device, getattr(torch, options.dtype))
     document = runner.run(place, size, gate=gate, suites=tuple(options.suites))
-    output = options.output or results.FOLDER / f"{options.device}-{size}-{options.dtype}.json"
-    results.write(document, output)
     print(report.tables(document))
-    print(f"wrote {output}")
+    whole = None if options.suites else results.FOLDER / f"{options.device}-{size}-{options.dtype}.json"
+    if output := options.output or whole:  # a part does not replace the file of the whole
+        results.write(document, output)
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

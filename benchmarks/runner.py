@@ -43,9 +43,15 @@ def run(
     deadline: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure all cases of a size, or of some suites of it; ``deadline`` in seconds from now leaves the rest out."""
+    """Measure all cases of a size, or some of them; ``deadline`` in seconds from now leaves the rest out.
+
+    ``suites`` holds names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name.
+    """
     start = time.perf_counter()
-    cases = [case for case in registry(size) if not suites or case.suite in suites]
+    cases = [case for case in registry(size) if not suites or any(_asked(case, name) for name in suites)]
+    if not cases:
+        known = sorted({case.suite for case in registry(size)})
+        raise SystemExit(f"no case of the {size} selection is called {' or '.join(suites)}; the suites are {known}.")
     document = results.header(place.device, place.dtype, " ".join((size, *suites)), gate, SEED)
     rows, reached = [], measure.limits(place)
     with tqdm(cases, disable=not progress) as bar:
@@ -61,6 +67,11 @@ def run(
     document["machine"]["load_after"] = round(os.getloadavg()[0], 2)
     results.check(document)
     return document
+
+
+def _asked(case: Case, name: str) -> bool:
+    suite, _, part = name.partition(":")
+    return case.suite == suite.strip() and part.strip() in case.name
 
 
 def prepare(case: Case, place: Place) -> Comparison:
@@ -100,7 +111,7 @@ def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
     timed, differences, missing = agreeing(comparison)
-    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (4.0, (3, 50)), "full": (60.0, (3, 50))}[size]
+    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (4.0, (3, 50)), "full": (20.0, (3, 50))}[size]
     spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)
     if case.process and place.device == "cpu":
         meter, peaks = "child", {name: child_peak(case, size, name) for name in timed}

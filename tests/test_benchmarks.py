@@ -80,6 +80,16 @@ def test_direct_attention_is_refused_above_the_budget(monkeypatch):
     assert peers.direct_bytes(5184, 8, 1, 4) == 2 * 8 * 5184**2 * 4
 
 
+def test_a_part_is_measured_by_name():
+    document = runner.run(CPU, "tiny", gate="skipped", suites=("photo: live", "ops: local tokens"), progress=False)
+    assert {row["case"] for row in document["rows"]} == {
+        "uint8 to normalised, live tiles, n=3",
+        "recombine, local tokens, n=2",
+    }
+    with pytest.raises(SystemExit, match=r"no case of the tiny selection is called dem: n=9; the suites are \['dem'"):
+        runner.run(CPU, "tiny", gate="skipped", suites=("dem: n=9",), progress=False)
+
+
 def test_document_round_trip(document, tmp_path):
     path = tmp_path / "result.json"
     results.write(document, path)
