@@ -1,6 +1,7 @@
 """What is compared: every case names our side, the peers, the work it cannot do without, and what it aims at.
 
-One registry for all sizes: "tiny" for the tests, "quick" for `make bench`, "full" for everything.
+One registry for all sizes: "tiny" for the tests, "quick" for `make bench`, "full" for everything, "gpu" for what a GPU
+is bought for: larger batches, and the kernels beside torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 import dualview as dv
 from benchmarks import peers, work
 from benchmarks.measure import Place, Run
+from dualview.kernels.dispatch import Backend
+from dualview.kernels.retile import retile
 from dualview.ops.plan import LiveTiles
 
-Size = Literal["tiny", "quick", "full"]
+Size = Literal["tiny", "quick", "full", "gpu"]
 Mode = Literal["forward", "frozen features", "features too"]
 OURS = "dualview"
+KERNELS = "dualview, Triton"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference by type, relative to the largest value; what only moves data must be equal."""
@@ -70,7 +75,7 @@ def registry(size: Size) -> list[Case]:
 
 
 def _ops(size: Size) -> Iterable[Case]:
-    for n in {"tiny": (2,), "quick": (3,), "full": (3, 5)}[size]:
+    for n in {"tiny": (2,), "quick": (3,), "full": (3, 5), "gpu": (3,)}[size]:
         side, tokens, width = (4, 4, 8) if size == "tiny" else (336, 24, 1024)
         shapes = {"images": (1, 3, n * side, n * side), "tokens": (1, n * tokens, n * tokens, width)}
         for kind, shape in shapes.items():
@@ -94,12 +99,22 @@ def _tiling(
         crop = dv.local_crop if cut == "local" else dv.global_stride_crop
         ours = lambda: crop(x, grid, data_format=layout)  # noqa: E731
     others = peers.tiling(kind, cut, compile_too=compile_too)
+    if kind == "tokens" and place.device == "cuda":
+        others = {KERNELS: _moved_by_kernel(grid, cut), **others}
     sides = {OURS: ours} | {name: partial(peer, x, grid, inverse=inverse) for name, peer in others.items()}
     sides["clone of the same bytes"] = x.clone
     targets = dict.fromkeys(others, 0.9)
     if kind == "tokens" or cut == "local":  # of strided pixels no two neighbours stay neighbours
         targets["clone of the same bytes"] = 1 / 1.5
     return Comparison(sides, work.copy(x.numel(), x.element_size()), 0, frozenset({"clone of the same bytes"}), targets)
+
+
+def _moved_by_kernel(grid: tuple[int, int], cut: Any) -> Callable[..., Tensor]:
+    def move(x: Tensor, _: tuple[int, int], *, inverse: bool) -> Tensor:
+        source, target = (cut, "raster") if inverse else ("raster", cut)
+        return retile(x, source, target, grid, backend="triton")
+
+    return move
 
 
 # --- photo: bytes to normalised tiles --------------------------------------------------------------------------------
@@ -119,8 +134,9 @@ def _photograph(n: int, side: int, live: bool, place: Place) -> Comparison:
     stride = dv.DualPerspectiveEnhance.released(16).plan((n, n), (n, n)).live.stride if live else everything
     wanted = LiveTiles(everything, stride)
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return dv.normalized_crop(photo, (n, n), mean=CLIP_MEAN, std=CLIP_STD, live=wanted, data_format="channels_last")
+    def ours(backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"live": wanted, "data_format": "channels_last", "backend": backend}
+        return dv.normalized_crop(photo, (n, n), mean=CLIP_MEAN, std=CLIP_STD, **options)
 
     def plain() -> tuple[Tensor, Tensor]:
         local, strides = peers.normalise_then_cut(photo, (n, n), mean, std)
@@ -128,24 +144,27 @@ def _photograph(n: int, side: int, live: bool, place: Place) -> Comparison:
 
     out = (n * n + len(stride)) * 3 * side * side * 4
     name = "normalise, permute, rearrange twice"
-    return Comparison(
-        {OURS: ours, name: plain}, work.Work(moved=photo.numel() + out), 1e-6, targets={} if live else {name: 2.0}
-    )
+    sides: dict[str, Run] = {OURS: ours, name: plain}
+    if place.device == "cuda":
+        sides[KERNELS] = partial(ours, "triton")
+    return Comparison(sides, work.Work(moved=photo.numel() + out), 1e-6, targets={} if live else {name: 2.0})
 
 
 # --- dem -------------------------------------------------------------------------------------------------------------
 
 
 def _dem(size: Size) -> Iterable[Case]:
-    tokens, width, ns = {"tiny": (4, 32, (2, 3)), "quick": (24, 1024, (3,)), "full": (24, 1024, (3, 5))}[size]
-    for preset in ("released", "paper"):
-        for n in ns:
-            for mode in ("forward", "frozen features", "features too"):
-                if size == "quick" and preset == "paper" and mode != "forward":
-                    continue
-                params = {"preset": preset, "n": n, "d": width, "batch": 1, "tokens": tokens, "mode": mode}
-                name = mode if mode == "forward" else f"forward + backward, {mode}"
-                yield Case("dem", f"{preset}, n={n}: {name}", params, partial(_enhance, **params, few=size != "full"))
+    tokens, width = (4, 32) if size == "tiny" else (24, 1024)
+    ns = {"tiny": (2, 3), "quick": (3,), "full": (3, 5), "gpu": (3,)}[size]
+    batches = (1, 8, 16, 32) if size == "gpu" else (1,)
+    for preset, n, batch in product(("released", "paper"), ns, batches):
+        for mode in ("forward", "frozen features", "features too"):
+            if size in ("quick", "gpu") and preset == "paper" and mode != "forward":
+                continue
+            params = {"preset": preset, "n": n, "d": width, "batch": batch, "tokens": tokens, "mode": mode}
+            name = mode if mode == "forward" else f"forward + backward, {mode}"
+            name = f"{preset}, n={n}{f', batch {batch}' if batch > 1 else ''}: {name}"
+            yield Case("dem", name, params, partial(_enhance, **params, few=size in ("tiny", "quick")))
 
 
 DEM_TARGETS = {
@@ -198,6 +217,8 @@ def _enhance(
         OURS: lambda: dem(local, stride, grid),
         "loop over tiles": partial(peers.dem_per_tile, *given),
     }
+    if place.device == "cuda":
+        runs[KERNELS] = lambda: dem(local, stride, grid, backend="triton")
     if not only_loop:
         if not few or mode == "forward":
             runs["dualview, full computation"] = in_full
@@ -240,11 +261,13 @@ def _prefix(size: Size) -> Iterable[Case]:
         "quick": ("small ViT", 256, 6, 4, 336, 14, 512),
         "full": ("ViT-L/14-336", 1024, 24, 16, 336, 14, 4096),
     }
-    name, width, layers, heads, side, patch, text = towers[size]
-    for n in {"tiny": (2, 3), "quick": (3,), "full": (2, 3, 4, 5)}[size]:
-        params = {"n": n, "tower": name, "d": width, "layers": layers, "batch": 1}
-        build = partial(_pixels_to_tokens, n, width, layers, heads, side, patch, text)
-        yield Case("prefix", f"{name}, {n * side} pixels, n={n}", params, build, process=True)
+    name, width, layers, heads, side, patch, text = towers["full" if size == "gpu" else size]
+    ns = {"tiny": (2, 3), "quick": (3,), "full": (2, 3, 4, 5), "gpu": (3,)}[size]
+    for n, batch in product(ns, (1, 8) if size == "gpu" else (1,)):
+        params = {"n": n, "tower": name, "d": width, "layers": layers, "batch": batch}
+        build = partial(_pixels_to_tokens, n, batch, width, layers, heads, side, patch, text)
+        of_batch = f", batch {batch}" if batch > 1 else ""
+        yield Case("prefix", f"{name}, {n * side} pixels, n={n}{of_batch}", params, build, process=True)
 
 
 def _tower(width: int, layers: int, heads: int, side: int, patch: int) -> dict[str, int]:
@@ -259,7 +282,7 @@ def _tower(width: int, layers: int, heads: int, side: int, patch: int) -> dict[s
 
 
 def _pixels_to_tokens(
-    n: int, width: int, layers: int, heads: int, side: int, patch: int, text: int, place: Place
+    n: int, batch: int, width: int, layers: int, heads: int, side: int, patch: int, text: int, place: Place
 ) -> Comparison:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -269,7 +292,7 @@ def _pixels_to_tokens(
     for module in (tower, dem, projector):
         module.to(place.device, place.dtype)
     model = dv.DualViewEncoder(dv.HfEncoder(tower), dem, tile=(side, side), grid=(n, n))
-    pixels = place.randn(1, 3, n * side, n * side)
+    pixels = place.randn(batch, 3, n * side, n * side)
 
     def ours() -> Tensor:
         return projector(model(pixels).flatten(1, 2))
@@ -286,9 +309,10 @@ def _pixels_to_tokens(
         "dualview, full computation": in_full,
     }
     itemsize, tokens = pixels.element_size(), (side // patch, side // patch)
-    planned = work.dem(dem, (n, n), tokens, 1, itemsize)
-    views = {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output
-    planned += work.vit(tower, layers - 1, views, itemsize) + work.mlp(tokens[0] * tokens[1], width, text, itemsize)
+    planned = work.dem(dem, (n, n), tokens, batch, itemsize)
+    views = batch * {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output
+    of_tokens = batch * tokens[0] * tokens[1]
+    planned += work.vit(tower, layers - 1, views, itemsize) + work.mlp(of_tokens, width, text, itemsize)
     target = {schedule: 1.9} if layers == 24 and n == 3 else {}
     return Comparison(
         {name: torch.no_grad()(run) for name, run in sides.items()}, planned, TOLERANCE[place.dtype], targets=target
@@ -406,11 +430,11 @@ def _import_processes(place: Place) -> Comparison:
 
 
 def _scaling(size: Size) -> Iterable[Case]:
-    tokens, base = {"tiny": (4, 32), "quick": (24, 128), "full": (24, 512)}[size]
+    tokens, base = {"tiny": (4, 32), "quick": (24, 128)}.get(size, (24, 512))
     sweeps = {
-        "n": {"tiny": (1, 2), "quick": (1, 2, 3, 4), "full": (1, 2, 3, 4, 5, 6)}[size],
-        "batch": {"tiny": (2,), "quick": (1, 2, 4), "full": (1, 2, 4, 8)}[size],
-        "d": {"tiny": (64,), "quick": (64, 128, 256), "full": (128, 256, 512, 1024)}[size],
+        "n": {"tiny": (1, 2), "quick": (1, 2, 3, 4)}.get(size, (1, 2, 3, 4, 5, 6)),
+        "batch": {"tiny": (2,), "quick": (1, 2, 4)}.get(size, (1, 2, 4, 8)),
+        "d": {"tiny": (64,), "quick": (64, 128, 256)}.get(size, (128, 256, 512, 1024)),
     }
     for preset in ("released", "paper"):
         for axis, values in sweeps.items():

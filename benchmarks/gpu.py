@@ -25,7 +25,7 @@ def main() -> None:
     """Measure on the GPU (``--device cpu --size tiny`` tries the script where there is none)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--size", default="full", choices=("full", "quick", "tiny"))
+    parser.add_argument("--size", default="gpu", choices=("gpu", "tiny"))
     parser.add_argument("--output", type=Path, default=results.FOLDER, help="folder of the result files")
     options = parser.parse_args()
     start, size = time.perf_counter(), options.size

@@ -111,7 +111,9 @@ def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
     timed, differences, missing = agreeing(comparison)
-    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (4.0, (3, 50)), "full": (20.0, (3, 50))}[size]
+    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (4.0, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
+        size
+    ]
     spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)
     if case.process and place.device == "cpu":
         meter, peaks = "child", {name: child_peak(case, size, name) for name in timed}

@@ -6,6 +6,7 @@ Heights come before widths, rows before columns, everywhere.
 from dualview import testing
 from dualview.explain import Explanation, explain
 from dualview.geometry import TileGrid, choose_grid
+from dualview.kernels.dispatch import use_backend
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
 from dualview.ops.direct_readout import DirectReadout
@@ -76,4 +77,5 @@ __all__ = [
     "recombine",
     "testing",
     "tile_attention",
+    "use_backend",
 ]

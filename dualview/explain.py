@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,10 +10,12 @@ from torch import nn
 
 from dualview.cost import Cost, cost_of
 from dualview.geometry import GridLike, Size, TileGrid
+from dualview.kernels.dispatch import Choice, choose
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.view_plan import ViewPlan
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.ops.fusion import BottleneckConcatFusion
 from dualview.ops.plan import DirectionPlan, EnhancePlan, full_computation
 from dualview.ops.tile_attention import TileAttention
 
@@ -43,9 +45,11 @@ class Explanation:
 
     Attributes:
         stages: The rows, in the order of computation; the last is the sum of those whose cost is known.
+        implementations: The kernels that there are for it, by name: what runs now, and why.
     """
 
     stages: tuple[Stage, ...]
+    implementations: dict[str, Choice] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("stage", "computed", "in full", "GFLOP", "in full", "MB moved", "in full")]
@@ -59,7 +63,11 @@ class Explanation:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        for choice in dict.fromkeys(self.implementations.values()):
+            names = [name for name, other in self.implementations.items() if other == choice]
+            lines.append(f"{', '.join(names)} by {choice.name}: {'; '.join(choice.reasons)}")
+        return "\n".join(lines)
 
 
 def _figures(cost: Cost | None) -> tuple[str, str]:
@@ -71,7 +79,8 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
 
     Beside each figure stands that of the full computation, which gives the same output. Operations count matrix
     products, convolutions and attention, two for a multiply-addition; bytes are read and written by every operation as
-    if nothing stayed in a cache. They are found by running the stages on tensors without contents.
+    if nothing stayed in a cache. They are found by running the stages on tensors without contents. Below the table
+    stands what runs of everything that there is a Triton kernel for, and why.
 
     Args:
         module: A [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance],
@@ -109,7 +118,16 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         stages = _direct_stages(module, chosen, tokens)
     known = [s for s in stages if s.planned_cost and s.full_cost]
     total = Stage("total", "", "", _sum([s.planned_cost for s in known]), _sum([s.full_cost for s in known]))
-    return Explanation((*stages, total))
+    return Explanation((*stages, total), _implementations(module))
+
+
+def _implementations(module: nn.Module) -> dict[str, Choice]:
+    """What runs of everything that there is a kernel for, on the device and in the type of the module's weights."""
+    dem = module.dem if isinstance(module, DualViewEncoder) else module
+    if not isinstance(dem, DualPerspectiveEnhance):
+        return {}
+    names = ["retile", "tile_attention"] + ["fuse_norm"] * isinstance(dem.fusion, BottleneckConcatFusion)
+    return {name: choose(name, next(dem.parameters())) for name in names}
 
 
 def _sum(costs: list[Cost | None]) -> Cost:

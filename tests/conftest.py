@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # tests/kernels needs triton's interpreter, asked for before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ, max_examples=50, print_blob=True)
 settings.load_profile("default")
 

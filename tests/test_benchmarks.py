@@ -132,11 +132,17 @@ def test_compare(document):
     assert report.compare(document, slower).splitlines()[-1].startswith("only old: scaling")
 
 
-@pytest.mark.parametrize("stem", [path.stem for path in sorted(results.FOLDER.glob("*.json"))])
-def test_committed_results(stem):
-    document = results.read(results.FOLDER / f"{stem}.json")
-    assert stem == "-".join((document["device"], document["selection"].split()[0], document["dtype"]))
-    assert not [row["missing"] for row in document["rows"] if "values differ" in (row["missing"] or "")]
+def test_committed_results(document, tmp_path):
+    written = tmp_path / "cpu-tiny-float32.json"
+    results.write(document, written)
+    for path in (written, *sorted(results.FOLDER.glob("*.json"))):
+        read = results.read(path)
+        assert path.stem == "-".join((read["device"], read["selection"].split()[0], read["dtype"]))
+        assert not [row["missing"] for row in read["rows"] if "values differ" in (row["missing"] or "")]
+        damaged = tmp_path / "damaged.json"
+        damaged.write_text(path.read_text(encoding="utf-8").replace('"median"', '"mean"'), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"rows\[\d+\].*median"):
+            results.read(damaged)
 
 
 def test_page_shows_the_committed_results():

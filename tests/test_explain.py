@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualview import DirectReadout, DualPerspectiveEnhance, DualViewEncoder, Explanation, explain, full_computation
+from dualview import (
+    DirectReadout,
+    DualPerspectiveEnhance,
+    DualViewEncoder,
+    Explanation,
+    explain,
+    full_computation,
+    use_backend,
+)
 from dualview.cost import cost_of
 from tests.checks import refuses
 
@@ -120,8 +128,39 @@ def test_an_encoder_that_cannot_be_counted_has_no_cost() -> None:
     assert stages["total"].planned_cost == (0, 0)
 
 
+def test_creating_a_tensor_moves_nothing() -> None:
+    assert cost_of(lambda: torch.ones(4, 8)) == (0, 0)
+    assert cost_of(lambda: torch.ones(4, 8) + 1) == (0, 2 * 4 * 8 * 4)
+
+
+def test_figures_are_those_of_the_stages() -> None:
+    made = explain(DualPerspectiveEnhance.released(1024, device="meta"), grid=(3, 5), tokens=(4, 6))
+    lines = str(made).splitlines()[3:]  # below the options
+    for stage, line in zip(made.stages[1:], lines, strict=False):
+        planned, full = stage.planned_cost, stage.full_cost
+        assert planned.operations < full.operations
+        assert planned.bytes < full.bytes
+        figures = [f"{cost.operations / 1e9:.2f}" for cost in (planned, full)]
+        figures += [f"{cost.bytes / 1e6:.1f}" for cost in (planned, full)]
+        assert line.startswith(stage.name)
+        assert line.split()[-4:] == figures
+    fusion = made.stages[-2]
+    assert (fusion.planned, fusion.full) == ("BottleneckConcatFusion, 24 tokens, bilinear", "360 tokens")
+
+
+def test_last_line_says_what_runs() -> None:
+    for dem, names in (("released", "retile, tile_attention, fuse_norm"), ("paper", "retile, tile_attention")):
+        with use_backend("torch"):
+            made = explain(getattr(DualPerspectiveEnhance, dem)(DIM), grid=(2, 3))
+        assert {choice.name for choice in made.implementations.values()} == {"torch"}
+        (reasons,) = {choice.reasons for choice in made.implementations.values()}
+        assert any("use_backend" in reason for reason in reasons)
+        assert str(made).splitlines()[-1] == f"{names} by torch: {'; '.join(reasons)}"
+
+
 def test_table_is_aligned() -> None:
-    lines = str(explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))).splitlines()
+    with use_backend("torch"):  # one line for all
+        *lines, _ = str(explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))).splitlines()
     assert lines[0].split() == ["stage", "computed", "in", "full", "GFLOP", "in", "full", "MB", "moved", "in", "full"]
     assert set(lines[1]) == {"-", " "}
     assert len(lines) == 2 + 5

@@ -74,7 +74,9 @@ class TestTileGrid:
         grid = dv.TileGrid(2, 3)
         assert repr(grid) == "TileGrid(rows=2, cols=3)"
         assert {grid: "a"}[dv.TileGrid(2, 3)] == "a"
-        assert pickle.loads(pickle.dumps(grid)) == copy.deepcopy(grid) == grid
+        assert dv.TileGrid(3, 2) not in {grid: "a"}
+        for same in (pickle.loads(pickle.dumps(grid)), copy.deepcopy(grid), dv.TileGrid(np.int64(2), np.uint8(3))):
+            assert (same, repr(same), tuple(same)) == (grid, repr(grid), (2, 3))
         with pytest.raises(AttributeError):
             grid.rows = 4  # type: ignore[misc]
 

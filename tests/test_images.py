@@ -215,7 +215,10 @@ def test_padding_has_the_colour_of_the_models_processor():
 
 
 def test_fit_canvas_of_a_line():
-    assert fit_canvas(Image.new("RGB", (50_000, 1)), (30, 30)).size == (30, 30)
+    canvas = np.array(fit_canvas(Image.new("RGB", (50_000, 1), "red"), (29, 30)))
+    expected = np.full((29, 30, 3), MEAN_COLOUR)
+    expected[14] = (255, 0, 0)  # one pixel high still, in the middle
+    assert np.array_equal(canvas, expected)
 
 
 def test_tensor_round_trip():

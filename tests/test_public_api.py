@@ -1,8 +1,10 @@
 """The public names, frozen, and what the documentation of each must say."""
 
+import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Iterable
 from types import FunctionType
 
 import pytest
@@ -49,6 +51,7 @@ PUBLIC = {
         "recombine",
         "testing",
         "tile_attention",
+        "use_backend",
     },
     "dualview.models": {
         "DualViewEncoder",
@@ -91,6 +94,23 @@ def own_methods(thing: type) -> dict[str, FunctionType]:
     }
 
 
+def own_doc(thing: object) -> str:
+    """What was written for this very thing: nothing inherited, nothing generated."""
+    doc = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    generated = inspect.isclass(thing) and (doc or "").startswith(f"{thing.__name__}(")
+    return "" if generated else inspect.cleandoc(doc or "")
+
+
+def undocumented(doc: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not re.search(rf"^    (\*\*)?{name}: ", doc, re.MULTILINE)]
+
+
+def fields_of(thing: type) -> list[str]:
+    """The fields that a NamedTuple or a dataclass itself has."""
+    is_record = dataclasses.is_dataclass(thing) or hasattr(thing, "_fields")
+    return list(inspect.get_annotations(thing)) if is_record else []
+
+
 def section(doc: str, title: str) -> bool:
     return re.search(rf"^{title}:$", doc, re.MULTILINE) is not None
 
@@ -105,9 +125,9 @@ def test_exports_are_frozen(module):
 @pytest.mark.parametrize("name", sorted(OBJECTS))
 def test_has_a_docstring(name):
     thing = OBJECTS[name]
-    assert inspect.getdoc(thing)
+    assert own_doc(thing)
     for method, function in own_methods(thing).items() if inspect.isclass(thing) else ():
-        assert inspect.getdoc(function), f"{name}.{method} has no docstring"
+        assert own_doc(function), f"{name}.{method} has no docstring"
 
 
 def defers(doc: str) -> bool:
@@ -117,11 +137,11 @@ def defers(doc: str) -> bool:
 
 @pytest.mark.parametrize("name", sorted(name for name, thing in CALLABLE.items() if inspect.isfunction(thing)))
 def test_function_documents_its_arguments_and_shapes(name):
-    doc, parameters = inspect.getdoc(CALLABLE[name]), inspect.signature(CALLABLE[name]).parameters
+    doc, parameters = own_doc(CALLABLE[name]), inspect.signature(CALLABLE[name]).parameters
     if defers(doc):
         return
-    undocumented = [p for p in parameters if not re.search(rf"^    {p}: ", doc, re.MULTILINE)]
-    assert not undocumented, f"{name}: Args lacks {undocumented}"
+    assert section(doc, "Args") or not parameters, f"{name} has no Args: section"
+    assert not (missing := undocumented(doc, parameters)), f"{name}: Args lacks {missing}"
     takes_tensors = any(re.match(r"Tensor\b", str(p.annotation)) for p in parameters.values())
     assert section(doc, "Shape") or not takes_tensors, f"{name} has no Shape: section"
     assert section(doc, "Example"), f"{name} has no Example: section"
@@ -130,9 +150,19 @@ def test_function_documents_its_arguments_and_shapes(name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name, thing in CALLABLE.items() if inspect.isclass(thing)))
+def test_class_documents_its_arguments_or_attributes(name):
+    """A record that others make has attributes; one that a caller makes may call them arguments."""
+    thing = CALLABLE[name]
+    doc, fields = own_doc(thing), fields_of(thing)
+    names = fields or inspect.signature(thing).parameters
+    assert section(doc, "Args") or (fields and section(doc, "Attributes")) or not names, f"{name} lists nothing"
+    assert not (missing := undocumented(doc, names)), f"{name} does not say what {missing} are"
+
+
+@pytest.mark.parametrize("name", sorted(name for name, thing in CALLABLE.items() if inspect.isclass(thing)))
 def test_class_documents_its_shapes_and_errors(name):
     thing = CALLABLE[name]
-    doc, members = inspect.getdoc(thing), vars(thing)
+    doc, members = own_doc(thing), vars(thing)
     # The models of transformers document the shapes where the tensors are: at `forward`.
     if issubclass(thing, nn.Module) and not issubclass(thing, PreTrainedModel):
         assert section(doc, "Shape"), f"{name} has no Shape: section"

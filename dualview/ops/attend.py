@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualview.kernels.dispatch import Backend, choose
 from dualview.ops.gather import Pooling
 
 SCORES_AT_ONCE = {"cpu": 2**19}
@@ -24,6 +25,7 @@ def attend_rows(
     scale: float,
     pool: Pooling | None = None,
     at: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v for every tile and head, pooled inside if asked.
 
@@ -33,12 +35,14 @@ def attend_rows(
           (B, T, 1, K, E), or (B, tokens, E) with the places ``at`` (T, K) of each tile's keys, each at most once
         - result: (B, T, heads, Q, V), or with pooled T and Q
     """
+    inside = pool if pool is not None and pool.inside else None
+    if choose("tile_attention", q, k, v, backend=backend).name == "triton":
+        return _by_kernel(q, k, v, key_mask, scale, inside, at)
     mask = alive = None
     if key_mask is not None:
         mask = key_mask[:, :, None, None, :]
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
-    inside = pool if pool is not None and pool.inside else None
     if inside is not None or (v is k and q.device.type == "cpu"):
         return _by_chunks(q, k, None if v is k else v, at, mask, alive, scale, inside)
     heads = q.shape[2:4]
@@ -51,6 +55,39 @@ def attend_rows(
     )
     tiles: Tensor = attended.flatten(1, 2).unflatten(1, heads).unflatten(0, q.shape[:2])
     return tiles if alive is None else tiles.masked_fill(~alive, 0.0)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, pool: Pooling | None, at: Tensor | None
+) -> Tensor:
+    """By the Triton kernel, which finds the keys of a tile by a table and averages inside."""
+    from dualview.kernels.tile_attention import tile_attention
+
+    def tokens(x: Tensor) -> Tensor:
+        return x if x.dim() == 4 else x.transpose(2, 3).flatten(1, 2)
+
+    def tile_major(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1] * x.shape[3], device=x.device, dtype=torch.int32).view(x.shape[1], x.shape[3])
+
+    queries = tile_major(q)
+    q_at = queries.unsqueeze(1) if pool is None else pool.members(queries)
+    if at is None:
+        keys, key, value = tile_major(k), tokens(k), tokens(v)
+    else:
+        keys, key = at.to(torch.int32), k.unsqueeze(2)
+        value = key
+    k_at = keys.unsqueeze(1 if q_at.shape[0] == keys.shape[0] else 0)
+    mask = key_mask
+    if mask is not None:
+        mask = mask.flatten(1)
+        if at is not None:
+            mask = mask.new_zeros(mask.shape[0], k.shape[1]).index_copy(1, at.flatten(), mask)
+    out_at = torch.arange(q_at.shape[0] * q_at.shape[2], device=q.device, dtype=torch.int32).view(q_at.shape[::2])
+    out = tile_attention(
+        tokens(q), key, value, q_at, k_at, out_at, out_at.numel(), scale=scale, key_mask=mask, backend="triton"
+    )
+    rows: Tensor = out.unflatten(1, out_at.shape).transpose(2, 3)
+    return rows
 
 
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor | None, *options: Any) -> Tensor:

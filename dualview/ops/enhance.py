@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_size
+from dualview.kernels.dispatch import Backend, use_backend
 from dualview.ops.fusion import FUSIONS, LinearConcatFusion
 from dualview.ops.gather import (
     Pooling,
@@ -37,7 +38,12 @@ from dualview.ops.tile_attention import Init, TileAttention
 
 
 class EnhancedMaps(NamedTuple):
-    """The maps V_loc and V_glo, (B, rows*h, cols*w, D) each; None for one that is not computed."""
+    """Both maps before the fusion.
+
+    Attributes:
+        v_loc: V_loc, (B, rows*h, cols*w, D); None if it is not computed.
+        v_glo: V_glo, likewise.
+    """
 
     v_loc: Tensor | None
     v_glo: Tensor | None
@@ -210,7 +216,11 @@ class DualPerspectiveEnhance(nn.Module):
         key_mask: KeyMask = None,
         *,
         live: LiveTiles | None = None,
+        backend: Backend | None = None,
     ) -> Tensor:
+        if backend is not None:
+            with use_backend(backend):
+                return cast(Tensor, self(local_tiles, stride_tiles, grid, key_mask, live=live))
         grid = TileGrid.of(grid)
         maps = self._maps(local_tiles, stride_tiles, grid, live)
         tokens = check_size(local_tiles.shape[2:4], "token map")

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualview.kernels.dispatch import choose
+
 
 class LinearConcatFusion(nn.Module):
     """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
@@ -104,8 +106,15 @@ class BottleneckConcatFusion(nn.Module):
                 module.reset_parameters()
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        concatenated = torch.cat([self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)], dim=-1)
-        fused: Tensor = self.norm(concatenated + v_glo + v_loc)
+        maps = v_loc, v_glo, self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)
+        if choose("fuse_norm", *maps, *self.norm.parameters()).name == "triton":
+            from dualview.kernels.fuse_norm import fuse_norm
+
+            plane = v_loc.shape[:-1].numel()
+            flat = [x.reshape(1, plane, x.shape[-1]) for x in maps]
+            out = fuse_norm(*flat, *self.norm.parameters(), eps=self.norm.eps, backend="triton")
+            return out.reshape(v_loc.shape)
+        fused: Tensor = self.norm(torch.cat(maps[2:], dim=-1) + v_glo + v_loc)
         return fused
 
 
@@ -123,6 +132,11 @@ class _ParameterFreeFusion(nn.Module):
 
 class AdditionFusion(_ParameterFreeFusion):
     """V_glo + V_loc.
+
+    Args:
+        dim: Not needed; every fusion takes it.
+        device: Not needed.
+        dtype: Not needed.
 
     Shape:
         v_loc, v_glo: (..., D) -> (..., D)
@@ -175,6 +189,11 @@ class WeightedAdditionFusion(nn.Module):
 class MultiplicationFusion(_ParameterFreeFusion):
     """The element-wise product of V_glo and V_loc (our reading).
 
+    Args:
+        dim: Not needed; every fusion takes it.
+        device: Not needed.
+        dtype: Not needed.
+
     Shape:
         v_loc, v_glo: (..., D) -> (..., D)
 
@@ -192,6 +211,11 @@ class MultiplicationFusion(_ParameterFreeFusion):
 
 class MaxPoolFusion(_ParameterFreeFusion):
     """The element-wise maximum of V_glo and V_loc (our reading).
+
+    Args:
+        dim: Not needed; every fusion takes it.
+        device: Not needed.
+        dtype: Not needed.
 
     Shape:
         v_loc, v_glo: (..., D) -> (..., D)

@@ -113,6 +113,13 @@ class Pooling:
         spread: Tensor = split.expand(*split.shape[:-5], h, r, w, s, -1).flatten(-5, -2)
         return spread
 
+    def members(self, queries: Tensor) -> Tensor:
+        """Queries by what they are averaged with. (T, Q) -> (pooled T, members, pooled Q)"""
+        if self.direction.pool == "tiles":
+            return queries.unsqueeze(0)
+        split: Tensor = queries.unflatten(1, self._cells).permute(0, 2, 4, 1, 3)
+        return split.flatten(3, 4).flatten(1, 2)
+
     def tokens(self, x: Tensor) -> Tensor:
         """Pooled tokens. (B, T, Q, C) -> (B, pooled T, pooled Q, C)"""
         if self.direction.pool == "tiles":

@@ -8,13 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, TileGrid
+from dualview.geometry import GridLike, TileGrid
+from dualview.kernels.crop_normalize import crop_normalize
+from dualview.kernels.dispatch import Backend
 from dualview.ops.plan import LiveTiles
-from dualview.ops.tiling import DataFormat, check_rank, tile_view
+from dualview.ops.tiling import DataFormat, check_rank
 
 
 class NormalizedTiles(NamedTuple):
-    """Normalised tiles of both perspectives, (..., live tiles, C, h, w) each."""
+    """Normalised tiles of both perspectives.
+
+    Attributes:
+        local: The live local tiles, (..., tiles, C, h, w).
+        stride: The live stride tiles, likewise.
+    """
 
     local: Tensor
     stride: Tensor
@@ -29,6 +36,7 @@ def normalized_crop(
     live: LiveTiles | None = None,
     data_format: DataFormat = "channels_first",
     dtype: torch.dtype = torch.float32,
+    backend: Backend | None = None,
 ) -> NormalizedTiles:
     """Normalise images and cut them from both perspectives: (x - mean) / std, with bytes first divided by 255.
 
@@ -43,6 +51,7 @@ def normalized_crop(
         data_format: Whether the channels of ``images`` come before or after height and width. In the tiles they come
             first.
         dtype: Floating-point type of the tiles.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
 
     Shape:
         (..., C, H, W) or (..., H, W, C) -> (..., live tiles, C, h, w) of either perspective
@@ -50,6 +59,7 @@ def normalized_crop(
     Raises:
         ValueError: The image is no multiple of the grid, or ``mean`` and ``std`` are not one number per channel.
         TypeError: ``images`` are integers other than uint8.
+        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> photo = torch.randint(256, (672, 1008, 3), dtype=torch.uint8)
@@ -69,20 +79,5 @@ def normalized_crop(
             "needed, and no std of 0."
         )
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    wide = torch.promote_types(dtype, torch.float32)
-    scales = torch.tensor([(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
-    factor, offset = scales.to(planes.device, wide).view(-1, 2, 1, 1).unbind(1)
-    planes = planes.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice
-
-    def cut(perspective: Perspective, live_tiles: tuple[int, ...] | None) -> Tensor:
-        view = tile_view(planes, grid, perspective, "channels_first")
-        if live_tiles is None or live_tiles == tuple(range(grid.num_tiles)):  # converted and cut by one copy
-            tiles = view.to(wide, copy=True, memory_format=torch.contiguous_format).flatten(-5, -4)
-        elif live_tiles:
-            places = (divmod(tile, grid.cols) for tile in live_tiles)
-            tiles = torch.stack([view[..., i, j, :, :, :] for i, j in places], -4).to(wide, copy=True)
-        else:
-            tiles = view.new_empty(*view.shape[:-5], 0, *view.shape[-3:], dtype=wide)
-        return tiles.mul_(factor).add_(offset).to(dtype)
-
-    return NormalizedTiles(cut("local", live and live.local), cut("global", live and live.stride))
+    scales = [(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)]
+    return NormalizedTiles(*crop_normalize(planes, grid, scales, live=live, dtype=dtype, backend=backend))

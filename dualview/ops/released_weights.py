@@ -24,7 +24,12 @@ RELEASED_NAMES = {
 
 
 class LoadReport(NamedTuple):
-    """Tensors that a checkpoint lacks, and those that it has but the module does not, by their released names."""
+    """What did not fit when a checkpoint was loaded, by released names.
+
+    Attributes:
+        missing: Tensors that the checkpoint lacks.
+        unexpected: Tensors that it has, but the module has not.
+    """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]

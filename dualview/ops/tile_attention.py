@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualview.kernels.dispatch import Backend
 from dualview.ops.attend import attend_rows
 from dualview.ops.gather import Pooling
 
@@ -15,7 +16,13 @@ Init: TypeAlias = Literal["xavier", "identical"]
 
 
 def tile_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, num_heads: int = 1, key_mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int = 1,
+    key_mask: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attend from every tile of one map to the tile of the same index of another (Eq. 20-21, 24-25).
 
@@ -27,6 +34,7 @@ def tile_attention(
         value: Projected values.
         num_heads: Number of heads that share the width D.
         key_mask: True where a key may be attended to. A tile without any such key gives zeros.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
 
     Shape:
         - query: (..., Q, D); key, value: (..., K, D); key_mask: broadcastable to (..., K)
@@ -34,6 +42,7 @@ def tile_attention(
 
     Raises:
         ValueError: The widths or leading dimensions differ, or D is no multiple of ``num_heads``.
+        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> q, kv = torch.randn(2, 6, 20, 32), torch.randn(2, 6, 20, 32)
@@ -51,7 +60,7 @@ def tile_attention(
     rows = [x[None].flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
     mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
     scale = float((query.shape[-1] / num_heads) ** -0.5)
-    attended = attend_rows(rows[0], rows[1], rows[2], mask, scale)
+    attended = attend_rows(rows[0], rows[1], rows[2], mask, scale, backend=backend)
     return attended[0].transpose(1, 2).reshape(query.shape)
 
 

@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args, overload
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective, split_axis
+from dualview.kernels.dispatch import Backend, choose
+from dualview.kernels.retile import retile as _move
 from dualview.ops.tile_batch import TileBatch
 
 DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
 
 
-def local_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
+def local_crop(
+    x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first", backend: Backend | None = None
+) -> Tensor:
     """Cut a map into contiguous blocks, row by row (Eq. 11-13 of arXiv 2407.16198).
 
     Tile (i, j) of a map X is X[i*h : (i+1)*h, j*w : (j+1)*w]; it has index i * cols + j.
@@ -29,6 +32,8 @@ def local_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels
         x: Images or token maps of any dtype, device and memory format.
         grid: Rows and columns of tiles.
         data_format: Whether the channels come before or after height and width.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
+            channels-last maps.
 
     Shape:
         - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
@@ -40,16 +45,19 @@ def local_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels
     Raises:
         ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
             is not one of the choices.
+        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> x = torch.arange(8).reshape(1, 2, 4)
         >>> local_crop(x, (1, 2)).tolist()
         [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
     """
-    return crop(x, grid, "local", data_format=data_format)
+    return crop(x, grid, "local", data_format=data_format, backend=backend)
 
 
-def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
+def global_stride_crop(
+    x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first", backend: Backend | None = None
+) -> Tensor:
     """Cut a map into interleaved strides (Eq. 14-17 of arXiv 2407.16198).
 
     Tile (i, j) of a map X is X[i::rows, j::cols]; it has index i * cols + j and covers the whole map at a lower rate.
@@ -58,6 +66,8 @@ def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "
         x: Images or token maps of any dtype, device and memory format.
         grid: Rows and columns of tiles.
         data_format: Whether the channels come before or after height and width.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
+            channels-last maps.
 
     Shape:
         - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
@@ -69,19 +79,38 @@ def global_stride_crop(x: Tensor, grid: GridLike, *, data_format: DataFormat = "
     Raises:
         ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
             is not one of the choices.
+        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> x = torch.arange(8).reshape(1, 2, 4)
         >>> global_stride_crop(x, (1, 2)).tolist()
         [[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]
     """
-    return crop(x, grid, "global", data_format=data_format)
+    return crop(x, grid, "global", data_format=data_format, backend=backend)
 
 
-def crop(x: Tensor, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> Tensor:
+def crop(
+    x: Tensor,
+    grid: GridLike,
+    perspective: Perspective,
+    *,
+    data_format: DataFormat = "channels_first",
+    backend: Backend | None = None,
+) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
-    tiles = tile_view(x, TileGrid.of(grid), check_perspective(perspective), data_format)
+    grid = TileGrid.of(grid)
+    tiles = tile_view(x, grid, check_perspective(perspective), data_format)
+    if _by_kernel(x, data_format, backend):
+        return _move(x, "raster", perspective, grid, backend="triton")
     return tiles.clone(memory_format=torch.contiguous_format).flatten(x.dim() - 3, x.dim() - 2)
+
+
+def _by_kernel(x: Tensor, data_format: DataFormat, backend: Backend | None = None) -> bool:
+    """Whether the kernel moves this map; there is none for channels-first images, and only a call can ask for it."""
+    if data_format == "channels_last":
+        return choose("retile", x, backend=backend).name == "triton"
+    refused = ("it moves tokens, and these channels come first: pass data_format='channels_last'",)
+    return backend == "triton" and choose("retile", x, backend=backend, refused=refused).name == "triton"
 
 
 def tile_view(x: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> Tensor:
@@ -121,6 +150,7 @@ def recombine(
     *,
     data_format: DataFormat = ...,
     size: Size | None = ...,
+    backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
 def recombine(
@@ -129,6 +159,7 @@ def recombine(
     perspective: Perspective | None = ...,
     *,
     data_format: DataFormat = ...,
+    backend: Backend | None = ...,
 ) -> list[Tensor]: ...
 def recombine(
     tiles: Tensor | TileBatch,
@@ -137,6 +168,7 @@ def recombine(
     *,
     data_format: DataFormat = "channels_first",
     size: Size | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | list[Tensor]:
     """Put tiles back on the two-dimensional grid: the inverse of the crop of the same perspective (Eq. 5-6).
 
@@ -146,6 +178,7 @@ def recombine(
         perspective: "local" or "global", the crop to undo (for a ``TileBatch`` that records it: may be omitted).
         data_format: Whether the channels come before or after height and width.
         size: The (H, W) that the result must have, checked if given.
+        backend: As for the crops.
 
     Shape:
         - channels_first: (..., rows*cols, C, h, w) -> (..., C, rows*h, cols*w)
@@ -157,6 +190,7 @@ def recombine(
 
     Raises:
         ValueError: The tiles are of the wrong count, size or (where it is recorded) perspective.
+        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> x = torch.arange(24).reshape(1, 4, 6)
@@ -167,7 +201,7 @@ def recombine(
         grids = tiles.checked_grids(grid)
         recorded = tiles.checked_perspective(perspective)
         return [
-            recombine(image, g, recorded, data_format=data_format)
+            recombine(image, g, recorded, data_format=data_format, backend=backend)
             for image, g in zip(tiles.split(), grids, strict=True)
         ]
     if grid is None or perspective is None:
@@ -192,6 +226,8 @@ def recombine(
             f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of "
             f"{grid.map_size((h, w))}; {rule}. Check the grid (rows first) and that the tiles are those of this map."
         )
+    if _by_kernel(tiles, data_format, backend):
+        return _move(tiles, perspective, "raster", grid, backend="triton")
     order = _tile_order(batch, perspective, data_format)
     split = tiles.unflatten(batch, (grid.rows, grid.cols)).permute([order.index(dim) for dim in range(len(order))])
     plane = batch + (data_format == "channels_first")
@@ -207,18 +243,7 @@ def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLi
     """
     if source == target:
         return tiles
-    grid = TileGrid.of(grid)
-    if tiles.shape[-3] % grid.rows == 0 and tiles.shape[-2] % grid.cols == 0:
-        # Blocks then hold whole cells, so that one permutation does it: one copy, not two.
-        block = "(i j) (u a) (v b) d"
-        stride = "(a b) (i u) (j v) d"
-        before, after = (block, stride) if source == "local" else (stride, block)
-        moved: Tensor = rearrange(
-            tiles, f"... {before} -> ... {after}", i=grid.rows, a=grid.rows, j=grid.cols, b=grid.cols
-        )
-        return moved.contiguous()
-    whole = recombine(tiles, grid, source, data_format="channels_last")
-    return crop(whole, grid, target, data_format="channels_last")
+    return _move(tiles, source, target, grid)
 
 
 def check_data_format(data_format: str) -> DataFormat:

@@ -562,6 +562,7 @@ def test_empty_batch() -> None:
 def test_repr_says_the_options() -> None:
     text = repr(small_model(low_res="add", max_tiles_per_pass=7))
     assert "tile=(4, 9), grid=(2, 3), low_res='add', resize=False, low_pass=False, max_tiles_per_pass=7" in text
+    assert "tile=(4, 9), grid=None, low_res=" in repr(small_model(grid=None))
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

@@ -176,10 +176,10 @@ def test_holds_the_tower_as_a_submodule() -> None:
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 SMALL = {"depth": LAYERS, "embed_dim": 48, "num_heads": 2}
-TIMM = {
-    "class token": ("vit_tiny_patch16_224", SMALL, (32, 48)),
-    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"init_values": 1.0}, (28, 42)),
-    "no prefix": ("vit_base_patch16_siglip_224", SMALL, (32, 48)),
+TIMM = {  # and the tokens before those of the patches
+    "class token": ("vit_tiny_patch16_224", SMALL, (32, 48), 1),
+    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"init_values": 1.0}, (28, 42), 5),
+    "no prefix": ("vit_base_patch16_siglip_224", SMALL, (32, 48), 0),
 }
 
 
@@ -187,7 +187,7 @@ TIMM = {
 @pytest.mark.parametrize("layer", [0, 1, -2, -1])
 @pytest.mark.parametrize("norm", [False, True])
 def test_timm_transformers(kind: str, layer: int, norm: bool) -> None:
-    name, options, size = TIMM[kind]
+    name, options, size, prefix = TIMM[kind]
     model, pixels = timm.create_model(name, img_size=size, **options).eval(), torch.randn(2, 3, *size)
     states: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in model.blocks]
@@ -199,17 +199,8 @@ def test_timm_transformers(kind: str, layer: int, norm: bool) -> None:
     tokens = model.norm(states[layer]) if norm else states[layer]
     called = calls_of({str(i): block for i, block in enumerate(model.blocks)} | {"norm": model.norm})
     out = TimmEncoder(model, layer, norm=norm)(pixels)
-    assert torch.equal(out, as_map(tokens, model.num_prefix_tokens, (2, 3)))
+    assert torch.equal(out, as_map(tokens, prefix, (2, 3)))
     assert called == [*(str(i) for i in range(layer % LAYERS + 1)), *(["norm"] if norm else [])]
-
-
-def test_timm_prefix_tokens_are_of_all_kinds() -> None:
-    made = {kind: timm.create_model(name, img_size=size, **options) for kind, (name, options, size) in TIMM.items()}
-    assert {kind: model.num_prefix_tokens for kind, model in made.items()} == {
-        "class token": 1,
-        "registers": 5,
-        "no prefix": 0,
-    }
 
 
 @pytest.mark.parametrize(

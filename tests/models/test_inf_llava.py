@@ -23,6 +23,8 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen2Model,
+    SiglipVisionModel,
     pipeline,
 )
 
@@ -34,6 +36,7 @@ from dualview.models import (
     InfLlavaModel,
     InfLlavaProcessor,
 )
+from dualview.models.inf_llava.modeling_inf_llava import _valid_pixels
 from tests.checks import refuses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -267,8 +270,9 @@ def test_mixed_grids_equal_one_image_at_a_time():
             torch.testing.assert_close(together.last_hidden_state[i : i + 1], alone.last_hidden_state)
         same = model.get_image_features(images[0][None])  # the configured grid
     torch.testing.assert_close(together.pooler_output[0], same.pooler_output[0])
-    with pytest.raises(ValueError, match="expected 10 tiles of 28 x 28"):
-        model.get_image_features(torch.cat(tiles)[:-1], grids)
+    for wrong in (torch.cat(tiles)[:-1], torch.cat(tiles)[..., :14]):
+        with refuses("expected 10 tiles of 28 x 28"):
+            model.get_image_features(wrong, grids)
 
 
 def test_mixed_grids_do_not_attend_to_padding():
@@ -297,6 +301,8 @@ def test_mixed_grids_do_not_attend_to_padding():
             mm_encoder_outputs={"image": model.get_image_features(**pixels, image_sizes=torch.tensor(sizes))},
         ).logits
         assert torch.equal(logits, by_hand)
+    masks = _valid_pixels(images, torch.tensor(sizes))
+    assert all(mask.dtype == torch.bool and torch.equal(mask, real) for mask, real in zip(masks, valid, strict=True))
     for wrong in ([(57, 84), (28, 56)], [(0, 84), (28, 56)], [(56, 84)]):
         with refuses("image_sizes", "(56, 84)", "size of the picture on its canvas"):
             tokens(wrong)
@@ -377,6 +383,25 @@ def test_text_alone_and_embeddings_in_place_of_ids():
         torch.testing.assert_close(as_tuple[0], expected)
 
 
+def test_outputs_are_those_of_the_language_model():
+    """All that is asked of it, beside the image tokens."""
+    model, pixels = tiny_model(), torch.randn(1, 3, 56, 84)
+    model.set_attn_implementation("eager")
+    asked = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(prompt())
+        embeds[0, 1:5] = image = model.get_image_features(pixels).pooler_output[0]
+        own = model.model.language_model(inputs_embeds=embeds, **asked)
+        assert len(own.attentions) == 2
+        for part in (model, model.model):
+            out = part(input_ids=prompt(), pixel_values=pixels, **asked)
+            torch.testing.assert_close(out.attentions, own.attentions)
+            torch.testing.assert_close(out.hidden_states, own.hidden_states)
+            for layer, expected in zip(out.past_key_values.layers, own.past_key_values.layers, strict=True):
+                torch.testing.assert_close((layer.keys, layer.values), (expected.keys, expected.values))
+            torch.testing.assert_close(out.image_hidden_states, image[None])
+
+
 def test_image_tokens_stand_where_the_placeholders_are():
     """Two images in one row: exchanging them changes the logits, and each fills its own placeholders."""
     model = tiny_model()
@@ -405,17 +430,20 @@ def test_mismatch_of_tokens_and_features_is_refused():
     "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}]
 )
 def test_generate(options):
-    """Greedy generation equals an argmax loop without a cache; images are encoded once."""
+    """Greedy generation equals an argmax loop without a cache; images are encoded once, and each stays with its row."""
     model = tiny_model()
     pixels = torch.randn(2, 3, 56, 84)
     calls = []
     handle = model.model.multi_modal_projector.register_forward_hook(lambda *_: calls.append(1))
-    out = model.generate(
-        input_ids=prompt(2), pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None, **options
-    )
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, **options}
+    out = model.generate(input_ids=prompt(2), pixel_values=pixels, **options)
     handle.remove()
     assert out.shape == (2 * options.get("num_return_sequences", 1), prompt().shape[1] + 4)
     assert len(calls) == 1
+    assert torch.equal(out[:, : prompt().shape[1]], prompt(len(out)))
+    alone = [model.generate(input_ids=prompt(), pixel_values=image[None], **options) for image in pixels]
+    assert torch.equal(out, torch.cat(alone))
+    assert not torch.equal(*alone)  # the image matters
     if "num_beams" not in options:
         ids = prompt(2)
         with torch.no_grad():
@@ -486,7 +514,13 @@ def test_any_tower_and_any_language_model():
     model = tiny_model(
         vision_config=siglip, text_config=qwen, dem={"preset": "paper"}, low_res="add", vision_feature_layer=-1
     )
-    assert model(input_ids=prompt(), pixel_values=torch.randn(1, 3, 56, 84)).logits.shape == (1, 8, 64)
+    tower, llm = model.model.vision_tower, model.model.language_model
+    assert (type(tower), type(llm)) == (SiglipVisionModel, Qwen2Model)
+    encoder = dv.DualViewEncoder(dv.HfEncoder(tower, -1), model.model.dem, tile=(28, 28), grid=(2, 3), low_res="add")
+    pixels, embeds = torch.randn(1, 3, 56, 84), model.get_input_embeddings()(prompt()).detach()
+    embeds[:, 1:5] = model.model.multi_modal_projector(encoder(pixels).flatten(1, 2)).detach()
+    expected = model.lm_head(llm(inputs_embeds=embeds).last_hidden_state)
+    torch.testing.assert_close(model(input_ids=prompt(), pixel_values=pixels).logits, expected)
 
 
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
@@ -653,10 +687,13 @@ def test_other_presets_run(preset):
 
 
 def test_image_processor_pads_with_the_mean_colour_and_keeps_detail():
-    pixels = InfLlavaImageProcessor()(photograph(500, 1000), return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 3, 1008, 1008)
-    assert pixels[0, :, :240].abs().max() < 0.02  # the mean colour, normalised
-    assert pixels[0, :, 260:740].abs().max() > 1
+    for height, width in ((500, 1000), (1000, 500)):
+        pixels = InfLlavaImageProcessor()(photograph(height, width), return_tensors="pt")["pixel_values"][0]
+        assert pixels.shape == (3, 1008, 1008)
+        lying = pixels if height < width else pixels.mT
+        assert lying[:, :240].abs().max() < 0.02  # the mean colour, normalised
+        assert lying[:, 260:740].abs().amax((0, 2)).min() > 1
+        assert lying[:, 770:].abs().max() < 0.02
 
 
 def test_image_processor_is_clips_where_nothing_is_padded():

@@ -267,8 +267,9 @@ class TestRefusals:
         dcm = dv.DualPerspectiveCrop((4, 4), remainder=remainder)
         with refuses("(8, 8)", "(..., C, H, W)"):
             dcm(torch.zeros(8, 8))
-        with refuses("0 x 8" if remainder != "crop" else "(0, 8)"):
-            dcm(torch.zeros(3, 0, 8))
+        for height, width in ((0, 8), (8, 0)):
+            with refuses(f"{height} x {width}" if remainder != "crop" else f"({height}, {width})"):
+                dcm(torch.zeros(3, height, width))
 
     @pytest.mark.parametrize("value", [(1, 2), (1, 2, 3, 4), (1,), ()])
     def test_pad_value_of_other_images(self, value: tuple[float, ...]) -> None:

@@ -254,7 +254,10 @@ class TestPresets:
         assert dem.pairing == preset
 
     def test_defaults_are_the_papers(self) -> None:
-        assert repr(dv.DualPerspectiveEnhance(DIM)) == repr(dv.DualPerspectiveEnhance.paper(DIM))
+        plain = ("bias", "out_proj", "norm", "gate")
+        stated = reference.PAPER | dict.fromkeys(plain, False) | {"init": "xavier"}
+        expected = repr(dv.DualPerspectiveEnhance(DIM, **stated))
+        assert repr(dv.DualPerspectiveEnhance(DIM)) == repr(dv.DualPerspectiveEnhance.paper(DIM)) == expected
 
     @pytest.mark.parametrize("enhance", ["global", "local"])
     def test_released_with_one_direction(self, enhance: str) -> None:

@@ -27,6 +27,18 @@ class Neighbours(nn.Module):
         return v_glo + v_loc.roll(-2, dims=2)
 
 
+class Blurred(nn.Module):
+    """A fusion that looks one token around, and must see whole maps."""
+
+    radius, linear = 1, True
+
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return v_glo + nn.functional.avg_pool2d(v_loc.movedim(-1, 1), 3, 1, padding=1).movedim(1, -1)
+
+
+OWN = {"neighbours": Neighbours(), "blurred": Blurred()}
+
+
 def inputs(grid, tokens, dtype=torch.float64, batch=2):
     shape = (batch, grid[0] * grid[1], *tokens, DIM)
     return torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -69,7 +81,7 @@ options = st.fixed_dictionaries(
 @settings(max_examples=150)
 @given(
     options,
-    st.sampled_from([*FUSIONS, "custom"]),
+    st.sampled_from([*FUSIONS, *OWN]),
     st.sampled_from(GRIDS),
     st.tuples(st.integers(1, 7), st.integers(1, 7)),
     st.sampled_from([None, "one", "pair"]),
@@ -78,7 +90,7 @@ options = st.fixed_dictionaries(
 def test_planned_equals_full_in_outputs_and_gradients(chosen, fusion, grid, tokens, masked, seed):
     torch.manual_seed(seed)
     if chosen["enhance"] == "both":
-        chosen = chosen | {"fusion": Neighbours() if fusion == "custom" else fusion}
+        chosen = chosen | {"fusion": OWN.get(fusion, fusion)}
     dem = build("paper", **chosen)
     tiles = inputs(grid, tokens)
     size = grid[0] * tokens[0], grid[1] * tokens[1]
@@ -152,6 +164,74 @@ def test_absorbing_is_chosen_by_the_count_of_operations():
     assert not dv.DualPerspectiveEnhance.released(1024).plan((4, 4), (24, 24)).directions[1].absorb
 
 
+@pytest.mark.parametrize("tokens, pool", [((2, 3), "cells"), ((3, 2), "map")])
+@pytest.mark.parametrize("dim, in_blocks, in_strides", [(8, 0, 0), (10, 1, 0), (14, 1, 0), (16, 1, 1)])
+def test_absorbing_pays_sooner_with_fewer_rows_of_attention(dim, in_blocks, in_strides, tokens, pool):
+    """Two heads, 6 tokens in 6 tiles: 2 * 6 * 6 < 5 d, and over cells, 6 rows in place of 36, 7 * 6 < 5 d."""
+    plan = dv.DualPerspectiveEnhance.paper(dim, num_heads=2).plan((2, 3), tokens)
+    expected = [(pool, bool(in_blocks if pool == "cells" else in_strides)), ("tiles", bool(in_strides))]
+    assert [(d.pool, d.absorb) for d in plan.directions] == expected
+    assert not any(d.fold for d in plan.directions), "one matrix is for one head"
+
+
+@pytest.mark.parametrize("dim", [46, 48])
+def test_one_matrix_pays_where_queries_outnumber_channels(dim):
+    plan = dv.DualPerspectiveEnhance.paper(dim).plan((2, 3), (2, 4))
+    assert [(d.num_tiles * d.queries, d.absorb, d.fold) for d in plan.directions] == [(48, True, dim < 48)] * 2
+
+
+@pytest.mark.parametrize("tokens", [(2, 4), (3, 3)])
+@pytest.mark.parametrize(
+    "chosen", [{}, {"share_weights": False}, *({name: True} for name in ("bias", "out_proj", "residual", "norm"))]
+)
+def test_values_are_folded_where_nothing_else_follows(chosen, tokens):
+    """And where there are more pooled tokens than half the width."""
+    dem, folded = build("paper", **chosen), []
+    dem.fusion.register_forward_hook(
+        lambda _, __, given, ___: folded.append(given.get("values") is not None), with_kwargs=True
+    )
+    tiles = [x.detach() for x in inputs((2, 3), tokens)]
+    alone = not chosen.keys() - {"share_weights"}
+    assert (dem.attentions[0].value_matrix is not None) == alone
+    with dv.full_computation():
+        expected = dem(*tiles, (2, 3))
+    torch.testing.assert_close(dem(*tiles, (2, 3)), expected, rtol=1e-9, atol=1e-9)
+    assert folded == [False, alone and tokens == (3, 3)]
+
+
+@pytest.mark.parametrize("tokens", [(4, 6), (6, 4)])
+@pytest.mark.parametrize(
+    "grid, surround",
+    [((1, 1), "none"), ((3, 3), "windows"), ((1, 9), "windows"), ((9, 1), "windows"), ((5, 3), "windows")]
+    + [(grid, "map") for grid in ((1, 7), (7, 1), (2, 3), (3, 2), (4, 4))],
+)
+def test_windows_pay_where_one_token_in_nine_is_read(grid, surround, tokens):
+    for fusion in ("conv3x3", OWN["blurred"]):
+        dem, seen = build(fusion=fusion), []
+        dem.fusion.register_forward_hook(
+            lambda _, __, given, ___, seen=seen: seen.append(given.get("windows", False)), with_kwargs=True
+        )
+        assert dem.plan(grid, tokens).surround == surround
+        tiles = [x.detach() for x in inputs(grid, tokens, batch=1)]
+        with dv.full_computation():
+            expected = dem(*tiles, grid)
+        torch.testing.assert_close(dem(*tiles, grid), expected, rtol=1e-8, atol=1e-9)
+        assert seen == [False, surround == "windows" and fusion == "conv3x3"]
+
+
+@pytest.mark.parametrize("pairing, smoothed", [("paper", "global"), ("released", "local")])
+@pytest.mark.parametrize("query", ["local", "global"])
+def test_a_filter_reaches_into_every_tile_of_keys_cut_by_strides(query, pairing, smoothed):
+    """Tokens so few that blocks die too: those of keys that are cut by blocks stay dead."""
+    sharp, smooth = (
+        dv.DualPerspectiveEnhance.released(DIM, pairing=pairing, enhance=query, low_pass=low_pass).plan((3, 5), (1, 2))
+        for low_pass in (False, True)
+    )
+    assert all(len(tiles) < 15 for tiles in sharp.live)
+    everything = {("stride" if query == "local" else "local"): tuple(range(15))} if query == smoothed else {}
+    assert smooth.live == sharp.live._replace(**everything)
+
+
 def test_pooling_moves_inside_where_it_may():
     def pools(**options):
         plan = dv.DualPerspectiveEnhance.paper(64, **options).plan((3, 3), (6, 6))
@@ -196,14 +276,16 @@ def test_the_switch_is_restored_after_an_error():
 
 def test_only_live_keys_are_projected():
     """Seen from outside, the tokens that meet W_k: one stride tile and all nine blocks, against all of both maps."""
-    dem, tiles = build(), inputs((3, 3), (6, 6), batch=1)
+    dem, (local, stride) = build(), inputs((3, 3), (6, 6), batch=1)
     seen = []
-    dem.attentions[0].k_proj.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[:-1].numel()))
-    dem(*tiles, (3, 3))
-    planned, seen[:] = sum(seen), []
+    dem.attentions[0].k_proj.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    dem(local, stride, (3, 3))
+    planned, seen[:] = seen[:], []
+    for keys, expected in zip(planned, (stride[:, 4:5], local), strict=True):
+        assert torch.equal(keys, expected.flatten(2, 3))
     with dv.full_computation():
-        dem(*tiles, (3, 3))
-    assert (planned, sum(seen)) == (36 + 9 * 36, 2 * 324)
+        dem(local, stride, (3, 3))
+    assert [x.shape[:-1].numel() for x in (*planned, *seen)] == [36, 9 * 36, 324, 324]
 
 
 @given(st.sampled_from(["local", "global"]), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))

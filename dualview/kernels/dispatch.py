@@ -1,0 +1,178 @@
+"""Which implementation runs, a Triton kernel or plain torch, and why.
+
+In this order the backend is taken from the argument of the call, from `use_backend`, from the environment variable
+DUALVIEW_BACKEND as it was when this module was imported, and is "auto" otherwise. Only "auto" falls back: "triton"
+raises where the kernel cannot run. Nothing here imports triton; a kernel imports it when it is launched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Backend: TypeAlias = Literal["auto", "torch", "triton"]
+
+MEASURED: dict[str, str] = {}
+"""Kernels that "auto" may choose: the GPU and the figure with which each was seen to beat the best of torch."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Kernel(NamedTuple):
+    """What a kernel does, in a line, and the types of the tensors that it takes."""
+
+    line: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+KERNELS: dict[str, Kernel] = {
+    "tile_attention": Kernel(
+        "attention inside tiles, addressed through the tiling, forward and backward",
+        (*FLOATS, torch.bool),  # bool: masks
+    ),
+    "retile": Kernel(
+        "token maps between raster order, local tiles and stride tiles",
+        (*FLOATS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    ),
+    "crop_normalize": Kernel(
+        "an image to normalised tiles of both perspectives in one read",
+        (torch.uint8, *FLOATS),
+    ),
+    "fuse_norm": Kernel(
+        "residuals, LayerNorm and readout of the released fusion in one pass, forward and backward",
+        FLOATS,
+    ),
+}
+
+
+class Choice(NamedTuple):
+    """The implementation that runs, and why it does or why the other one does not."""
+
+    name: Literal["torch", "triton"]
+    reasons: tuple[str, ...]
+
+
+def kernels() -> dict[str, str]:
+    """The names of the kernels, and what each does in a line."""
+    return {name: kernel.line for name, kernel in KERNELS.items()}
+
+
+def check_backend(backend: str, name: str = "backend") -> Backend:
+    """``backend`` if it is one of the choices, else a ValueError that calls it ``name``."""
+    if backend not in get_args(Backend):
+        raise ValueError(f'{name}={backend!r}: must be "auto", "torch" or "triton".')
+    return backend  # type: ignore[return-value]  # narrowed by the check above
+
+
+_of_environment = check_backend(os.environ.get("DUALVIEW_BACKEND", "auto"), "the environment variable DUALVIEW_BACKEND")
+_of_context: Backend | None = None
+_triton_installed = find_spec("triton") is not None
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Within the context, calls that are not told otherwise use this backend.
+
+    Args:
+        backend: "torch"; "triton", which raises where a kernel cannot run; or "auto", which takes a kernel where it can
+            run and has been measured to be faster, and torch elsewhere.
+
+    Raises:
+        ValueError: ``backend`` is none of the three.
+
+    Example:
+        >>> with use_backend("torch"):
+        ...     choose("retile", torch.zeros(1)).name
+        'torch'
+    """
+    global _of_context  # noqa: PLW0603 - a switch for everything that runs meanwhile, which torch.compile guards on
+    before, _of_context = _of_context, check_backend(backend)
+    try:
+        yield
+    finally:
+        _of_context = before
+
+
+def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
+    """The implementation for one call, with the reasons.
+
+    Args:
+        kernel: A name among `kernels()`.
+        *tensors: What the kernel would read.
+        backend: What the call asks for; None if nothing.
+        refused: Reasons that the caller sees why the kernel cannot run, each with its remedy after a colon.
+
+    Raises:
+        RuntimeError: "triton" was asked for, in whatever way, and the kernel cannot run.
+        ValueError: ``backend`` is none of the three.
+    """
+    asked, by = _asked(backend)
+    if asked == "torch":
+        return Choice("torch", (f'backend="torch", by {by}',))
+    reasons = (*_refusals(kernel, tensors), *refused)
+    if asked == "triton":
+        if reasons:
+            raise RuntimeError(
+                f'backend="triton" (by {by}), but the kernel {kernel} cannot run. {"; ".join(reasons)}; or use '
+                'backend="auto", which falls back to torch.'
+            )
+        return Choice("triton", (f'backend="triton", by {by}',))
+    if not reasons and interpreting():
+        reasons = ('under the interpreter a kernel is slow; backend="triton" runs it',)
+    elif not reasons and kernel not in MEASURED:
+        reasons = ('not measured on a GPU yet; backend="triton" runs it',)
+    return Choice("torch", reasons) if reasons else Choice("triton", (MEASURED[kernel],))
+
+
+def interpreting() -> bool:
+    """Whether triton runs kernels in Python, without a GPU: TRITON_INTERPRET=1, set before triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+# All that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
+interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether a kernel can be launched on this tensor, as far as its device is concerned."""
+    return _triton_installed and (x.is_cuda or interpreting())
+
+
+def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor on the device of ``like``: all outputs and scratch space of the kernels."""
+    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+
+
+def _asked(backend: Backend | None) -> tuple[Backend, str]:
+    """The backend asked for, and by what."""
+    if backend is not None:
+        return check_backend(backend), "the argument of the call"
+    if _of_context is not None:
+        return _of_context, "use_backend"
+    return _of_environment, "DUALVIEW_BACKEND"
+
+
+def _refusals(kernel: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """Why the kernel cannot run, whatever the call is about; empty if it can."""
+    reasons = []
+    if not _triton_installed:
+        reasons.append('triton is not installed: pip install "dualview[triton]", on Linux')
+    devices = sorted({str(x.device) for x in tensors})
+    if len(devices) > 1:
+        reasons.append(f"the tensors are on different devices, {', '.join(devices)}: move them to one")
+    elif _triton_installed and not all(runs_on(x) for x in tensors):
+        reasons.append(
+            f"the tensors are on {devices[0]}: move them to a CUDA device, or set TRITON_INTERPRET=1 before triton is "
+            "imported to try the kernel without a GPU"
+        )
+    dtypes = KERNELS[kernel].dtypes
+    if unsupported := sorted({str(x.dtype) for x in tensors if x.dtype not in dtypes}):
+        taken = ", ".join(str(dtype) for dtype in dtypes)
+        reasons.append(f"tensors of {', '.join(unsupported)}: cast them to one of {taken}")
+    return tuple(reasons)

@@ -1,0 +1,95 @@
+"""The public calls on either backend: the same results, and the same gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dualview as dv
+from dualview.ops.plan import LiveTiles
+
+GRID = (2, 3)
+PRESETS = {
+    "paper": dv.DualPerspectiveEnhance.paper,
+    "paper, two heads": partial(dv.DualPerspectiveEnhance.paper, num_heads=2),
+    "released": dv.DualPerspectiveEnhance.released,
+    "released, everything read": partial(dv.DualPerspectiveEnhance.released, readout="none"),
+    "both roles played by the sum": partial(dv.DualPerspectiveEnhance.released, source="sum"),
+}
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """With weights, biases and norms that all matter."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def tiles(device: str, tokens: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(2, 6, *tokens, 32, device=device, requires_grad=True) for _ in range(2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [(2, 2), (2, 3)], ids=["cells across blocks", "whole cells"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_enhancement(preset: str, tokens: tuple[int, int], masked: bool, device: str) -> None:
+    dem = randomised(PRESETS[preset](32)).to(device)
+    local, stride = tiles(device, tokens)
+    mask = torch.rand(2, 2 * tokens[0], 3 * tokens[1], device=device) < 0.6 if masked else None
+    if mask is not None:
+        mask[0, : tokens[0], : tokens[1]] = False  # a block without any key
+    wanted = [local, stride, *dem.parameters()]
+    found = []
+    for backend in ("torch", "triton"):
+        out = dem(local, stride, GRID, mask, backend=backend)
+        found.append((out, torch.autograd.grad(out.cos().sum(), wanted, allow_unused=True)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+
+
+def test_tile_attention(device: str) -> None:
+    q, k, v = (torch.randn(2, 6, n, 32, device=device) for n in (3, 5, 5))
+    mask = torch.rand(2, 6, 5, device=device) < 0.5
+    results = [dv.tile_attention(q, k, v, num_heads=4, key_mask=mask, backend=b) for b in ("torch", "triton")]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("perspective", ["local", "global"])
+def test_crops(perspective: str, device: str) -> None:
+    crop = {"local": dv.local_crop, "global": dv.global_stride_crop}[perspective]
+    x = torch.randn(2, 4, 9, 5, device=device)
+    cut = crop(x, GRID, data_format="channels_last", backend="triton")
+    assert torch.equal(cut, crop(x, GRID, data_format="channels_last", backend="torch"))
+    assert torch.equal(dv.recombine(cut, GRID, perspective, data_format="channels_last", backend="triton"), x)
+    with pytest.raises(RuntimeError, match="these channels come first: pass data_format='channels_last'"):
+        crop(x, (1, 1), backend="triton")
+
+
+@pytest.mark.parametrize("live", [None, LiveTiles((0, 5), (3,)), LiveTiles((), (0, 1, 2, 3, 4, 5))])
+def test_normalized_crop(live: LiveTiles | None, device: str) -> None:
+    photo = torch.randint(256, (2, 4, 9, 3), dtype=torch.uint8, device=device)
+    options = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "live": live, "data_format": "channels_last"}
+    ours, plain = (dv.normalized_crop(photo, GRID, **options, backend=b) for b in ("triton", "torch"))
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    pixels = photo.float().requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients of pixels are not implemented"):
+        dv.normalized_crop(pixels, GRID, **options, backend="triton")
+
+
+def test_what_cannot_run_says_so(device: str) -> None:
+    dem = dv.DualPerspectiveEnhance.paper(32).double().to(device)
+    local, stride = (x.double() for x in tiles(device, (2, 2)))
+    with pytest.raises(RuntimeError, match=r"the kernel .* cannot run.*float64"), dv.use_backend("triton"):
+        dem(local, stride, GRID)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_compiled_as_one_graph(preset: str, device: str) -> None:
+    dem = randomised(PRESETS[preset](32)).to(device)
+    given = tiles(device, (2, 2))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: dem(*x, GRID, backend="triton"), fullgraph=True, backend="aot_eager")
+    pairs = ((out := f(*given), torch.autograd.grad(out.sin().sum(), given)) for f in (
+        compiled, lambda *x: dem(*x, GRID, backend="torch")
+    ))  # fmt: skip
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=2e-5)

@@ -1,0 +1,188 @@
+"""Who decides which implementation runs, and what it says about it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from dualview.kernels import dispatch
+from dualview.kernels.dispatch import KERNELS, choose, kernels, use_backend
+from dualview.kernels.retile import retile
+from tests.checks import refuses
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+
+def in_a_fresh_interpreter(code, **environment):
+    """What the code prints; where it fails, its errors."""
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DUALVIEW_BACKEND")}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() if run.returncode == 0 else run.stderr
+
+
+@pytest.fixture
+def x(device):
+    return torch.zeros(2, device=device)
+
+
+def test_the_call_comes_before_the_context_and_that_before_the_environment(x, monkeypatch):
+    monkeypatch.setattr(dispatch, "_of_environment", "triton")
+    assert choose("retile", x) == ("triton", ('backend="triton", by DUALVIEW_BACKEND',))
+    with use_backend("torch"):
+        assert choose("retile", x) == ("torch", ('backend="torch", by use_backend',))
+        with use_backend("triton"):
+            assert choose("retile", x) == ("triton", ('backend="triton", by use_backend',))
+            assert choose("retile", x, backend="torch") == ("torch", ('backend="torch", by the argument of the call',))
+        assert choose("retile", x).name == "torch"
+        assert choose("retile", x, backend="triton").name == "triton"
+    assert choose("retile", x).name == "triton"
+
+
+def test_the_context_ends_with_an_error(x):
+    with pytest.raises(KeyError), use_backend("triton"):
+        raise KeyError
+    assert choose("retile", x).name == "torch"
+
+
+def test_the_environment_is_read_at_import():
+    code = "import torch; from dualview.kernels.dispatch import choose; print(choose('retile', torch.zeros(1)))"
+    assert "by DUALVIEW_BACKEND" in in_a_fresh_interpreter(code, DUALVIEW_BACKEND="torch")
+    assert "cannot run" in in_a_fresh_interpreter(code, DUALVIEW_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+    wrong = in_a_fresh_interpreter(code, DUALVIEW_BACKEND="cuda")
+    assert "DUALVIEW_BACKEND='cuda': must be" in wrong
+
+
+def test_unknown_backends_are_refused(x):
+    with refuses("backend='cuda'", '"auto", "torch" or "triton"'):
+        choose("retile", x, backend="cuda")
+    with refuses("backend='cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_auto_takes_what_was_measured_on_a_gpu(x, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "runs_on", lambda x: True)
+    name, reasons = choose("retile", x)
+    assert name == "torch"
+    assert reasons == ('not measured on a GPU yet; backend="triton" runs it',)
+    monkeypatch.setitem(dispatch.MEASURED, "retile", "2.0x on some GPU")
+    assert choose("retile", x) == ("triton", ("2.0x on some GPU",))
+    assert choose("fuse_norm", x).name == "torch"
+
+
+def test_auto_is_torch_under_the_interpreter(x, monkeypatch):
+    monkeypatch.setitem(dispatch.MEASURED, "retile", "2.0x on some GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("retile", x) == ("torch", ('under the interpreter a kernel is slow; backend="triton" runs it',))
+
+
+def test_auto_falls_back_for_each_reason_and_triton_says_it(x, monkeypatch):
+    def reasons(*parts, tensors=(x,), refused=()):
+        name, said = choose("fuse_norm", *tensors, refused=refused)
+        assert name == "torch"
+        assert any(all(part in reason for part in parts) for reason in said), said
+        with refuses("fuse_norm", "the argument of the call", *parts, 'backend="auto"', error=RuntimeError):
+            choose("fuse_norm", *tensors, backend="triton", refused=refused)
+
+    reasons("torch.int64", "cast them to one of torch.float32", tensors=(x, x.long()))
+    reasons("different devices", "meta", x.device.type, tensors=(x, torch.zeros(1, device="meta")))
+    reasons("odd days only: wait", refused=("odd days only: wait",))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reasons("on cpu", "CUDA device", "TRITON_INTERPRET=1", tensors=(x.cpu(),))
+    monkeypatch.setattr(dispatch, "_triton_installed", False)
+    reasons("triton is not installed", 'pip install "dualview[triton]"')
+
+
+def test_kernels_are_listed_with_a_line_each():
+    assert kernels().keys() == KERNELS.keys()
+    assert all(line and "\n" not in line for line in kernels().values())
+    assert dispatch.MEASURED.keys() <= KERNELS.keys()
+
+
+def test_a_compiled_function_follows_the_context(device):
+    x = torch.randn(1, 4, 6, 2, device=device)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    compiled = torch.compile(lambda x: retile(x, "raster", "global", (2, 3)), fullgraph=True, backend=backend)
+    expected = compiled(x)
+    with use_backend("triton"):
+        assert torch.equal(compiled(x), expected)
+    assert torch.equal(compiled(x), expected)
+    assert ["dualview.retile" in str(graph) for graph in graphs] == [False, True]
+
+
+def test_torch_needs_no_triton():
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from dualview.kernels.crop_normalize import crop_normalize
+        from dualview.kernels.fuse_norm import fuse_norm
+        from dualview.kernels.retile import retile
+
+        retile(torch.zeros(4, 6, 2), "raster", "global", (2, 3))
+        crop_normalize(torch.zeros(3, 4, 6), (2, 3), [(1.0, 0.0)] * 3)
+        fuse_norm(*torch.zeros(2, 2, 3, 8), *torch.zeros(2, 2, 3, 4), *torch.zeros(2, 8))
+        print("done")
+    """
+    assert in_a_fresh_interpreter(code) == "done"
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    """What the interpreter does not see: types, shapes and names that the compiler refuses."""
+    code = """
+        import torch, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime.jit import JITFunction
+        from dualview.kernels import dispatch
+        from dualview.kernels.crop_normalize import crop_normalize
+        from dualview.kernels.fuse_norm import fuse_norm
+        from dualview.kernels.retile import retile
+
+        TYPES = {"torch.uint8": "u8", "torch.int16": "i16", "torch.int32": "i32", "torch.int64": "i64",
+                 "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+
+        def compile_only(self, *args, grid, warmup, **options):
+            given = dict(zip(self.arg_names, args)) | {k: v for k, v in options.items() if k in self.arg_names}
+            signature, constants, aligned = {}, {}, {}
+            for i, parameter in enumerate(self.params):
+                value = given[parameter.name]
+                if parameter.is_constexpr:
+                    signature[parameter.name], constants[(i,)] = "constexpr", value
+                elif isinstance(value, torch.Tensor):
+                    signature[parameter.name], aligned[(i,)] = "*" + TYPES[str(value.dtype)], [["tt.divisibility", 16]]
+                else:
+                    signature[parameter.name] = "i32"
+            source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            assert "ld.global" in compiled.asm["ptx"]
+            print(self.fn.__name__)
+
+        JITFunction.run = compile_only
+        dispatch.runs_on, dispatch._refusals = lambda x: True, lambda kernel, tensors: ()
+        for dtype in (torch.bool, torch.bfloat16):
+            retile(torch.zeros(4, 6, 2, dtype=dtype), "raster", "global", (2, 3), backend="triton")
+        image = torch.zeros(3, 4, 6, dtype=torch.uint8)
+        crop_normalize(image, (2, 3), [(1.0, 0.0)] * 3, dtype=torch.bfloat16, backend="triton")
+        tensors = [torch.zeros(s, dtype=torch.bfloat16, requires_grad=True) for s in
+                   ((2, 2, 24), (2, 2, 24), (2, 2, 12), (2, 2, 12), (24,), (24,))]
+        fuse_norm(*tensors, cell=(2, 2), backend="triton").sum().backward()
+    """
+    printed = in_a_fresh_interpreter(code, TRITON_CACHE_DIR=str(tmp_path))
+    assert printed.split() == ["_move", "_move", "_make", "_forward", "_backward"], printed
