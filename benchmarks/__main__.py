@@ -40,6 +40,8 @@ def main() -> None:
     if output := options.output or whole:  # a part does not replace the file of the whole
         results.write(document, output)
         print(f"wrote {output}")
+        if output.resolve().parent == results.FOLDER.resolve():
+            report.main()
 
 
 if __name__ == "__main__":

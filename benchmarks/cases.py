@@ -222,16 +222,16 @@ def _enhance(
     if not only_loop:
         if not few or mode == "forward":
             runs["dualview, full computation"] = in_full
-        runs["view + permute + batched SDPA"] = partial(batched, *given)
+        if not few or mode == "forward":
+            runs["view + permute + batched SDPA"] = partial(batched, *given)
         if not few:  # what is compiled takes its time
             runs["the same, torch.compile"] = partial(peers.compiled(batched), *given)
             runs["FlexAttention, permuted"] = partial(peers.dem_batched, *given, attend=peers.flex)
         runs["NATTEN"] = partial(peers.dem_batched, *given, attend=peers.natten)
-        if mode == "forward":
+        if mode == "forward" and not few:
             everywhere = partial(peers.everywhere, attention=peers.sdpa)
             runs["direct cross-attention, SDPA"] = partial(peers.dem_batched, *given, attend=everywhere)
-            if not few:
-                runs["direct cross-attention, math"] = partial(peers.direct_in_full, *given)
+            runs["direct cross-attention, math"] = partial(peers.direct_in_full, *given)
     backward: work.Backward = {"forward": "none", "frozen features": "weights", "features too": "all"}[mode]
     target = {"loop over tiles": DEM_TARGETS[preset, n, mode]} if (preset, n, mode) in DEM_TARGETS and d == 1024 else {}
     return Comparison(

@@ -19,6 +19,8 @@ Run = Callable[[], Any]
 SAMPLE_SECONDS = 1e-2
 """Shortest sample: faster calls are repeated, so that neither the clock nor what ran before matters."""
 
+LONG_SECONDS = 5.0
+
 METERS = {
     "cpu": "running sum of the CPU allocator's events, as torch.profiler reports them (kernels' scratch space too)",
     "cuda": "torch.cuda.max_memory_allocated",
@@ -74,8 +76,8 @@ def seconds_of(run: Run, device: str, calls: int = 1) -> float:
 def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tuple[int, int]) -> dict[str, Spread]:
     """Time all sides in turn, so that a change of the machine's speed meets all of them.
 
-    Every round has an order of its own: what a side leaves in the caches and in the allocator would otherwise always
-    meet the same next one.
+    Every round has an order of its own, and a side is called once, untimed, before its sample: what the one before left
+    in the caches and in the allocator would count as its time. Calls of more than `LONG_SECONDS` are not repeated so.
 
     Args:
         sides: What to time; every side has been run before, so nothing is compiled or allocated for the first time.
@@ -86,13 +88,15 @@ def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tu
     start, order, shuffle = time.perf_counter(), list(sides), random.Random(0).shuffle
     once = {name: seconds_of(run, device) for name, run in sides.items()}
     calls = {name: int(SAMPLE_SECONDS / seconds) + 1 for name, seconds in once.items()}
-    slow = max(calls.values()) == 1  # then this was the first round
-    samples = {name: [seconds] if slow else [] for name, seconds in once.items()}
-    for done in range(int(slow), rounds[1]):
+    long = min(once.values()) > LONG_SECONDS  # then this was the first round
+    samples = {name: [seconds] if long else [] for name, seconds in once.items()}
+    for done in range(int(long), rounds[1]):
         if done >= rounds[0] and time.perf_counter() - start > budget:
             break
         shuffle(order)
         for name in order:
+            if once[name] < LONG_SECONDS:
+                sides[name]()
             samples[name].append(seconds_of(sides[name], device, calls[name]))
     return {name: Spread.of(seconds) for name, seconds in samples.items()}
 

@@ -25,7 +25,8 @@ GATE = ("tests/ops", "tests/models/test_dual_view_encoder.py", "tests/test_bench
 
 def gate() -> str:
     """Run the tests that the figures rest on; figures of wrong code are worth nothing."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *GATE]
+    two = ["--numprocesses", "2", "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *two, *GATE]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -111,7 +112,7 @@ def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
     timed, differences, missing = agreeing(comparison)
-    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (4.0, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
+    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (1.5, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
         size
     ]
     spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)

@@ -56,7 +56,8 @@ def dem(
     """The planned DEM: q queries against p keys in each of t tiles, k = t p keys, r rows read out, width d, g heads.
 
     projected: q d^2 + 2 k d^2 (queries, keys, values) + 2 q p d (scores, values)
-    absorbed:  2 q d^2 (queries, into key space) + 2 q p d g (scores, collecting keys) + o d^2 (values of what is left
+    absorbed:  2 q d^2 (queries, into key space; q d^2, and d^3 once, where W_q W_k^T is multiplied out) + 2 q p d g
+    (scores, collecting keys) + o d^2 (values of what is left
     after pooling, o = q without); pooled over the cells of a tile, only o rows of attention meet the values.
     Then o d^2 for an output projection; the fusion is d^2 a token (linear), or 2 (d d/16 + d/16 d/2) = 3 d^2 / 16.
     """
@@ -69,13 +70,15 @@ def dem(
         collected = out if way.pool == "cells" else q
         products.append(Product(q * d * d, given=1))
         if way.absorb:
-            products += [Product(q * d * d), Product(out * d * d)]
+            products += [Product(0 if way.fold else q * d * d), Product(out * d * d)]
             products.append(Product((q + collected) * p * d * attention.num_heads, given=1))
         else:
             products.append(Product(2 * batch * way.num_tiles * p * d * d, given=1))
             products.append(Product((q + collected) * p * d))
         if attention.out_proj is not None:
             products.append(Product(out * d * d))
+    if any(way.fold for way in plan.directions):
+        products.append(Product(d**3 * len(module.attentions)))
     fused = batch * (tokens[0] * tokens[1] if plan.commutes else len(plan.fused[0]) * len(plan.fused[1]))
     products.append(Product(fused * d * d * (3 / 16 if isinstance(module.fusion, _bottleneck()) else 1)))
     cell = batch * tokens[0] * tokens[1] * d
