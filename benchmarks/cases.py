@@ -99,11 +99,11 @@ def _tiling(
         crop = dv.local_crop if cut == "local" else dv.global_stride_crop
         ours = lambda: crop(x, grid, data_format=layout)  # noqa: E731
     others = peers.tiling(kind, cut, compile_too=compile_too)
+    targets = dict.fromkeys(others, 0.9)
     if kind == "tokens" and place.device == "cuda":
         others = {KERNELS: _moved_by_kernel(grid, cut), **others}
     sides = {OURS: ours} | {name: partial(peer, x, grid, inverse=inverse) for name, peer in others.items()}
     sides["clone of the same bytes"] = x.clone
-    targets = dict.fromkeys(others, 0.9)
     if kind == "tokens" or cut == "local":  # of strided pixels no two neighbours stay neighbours
         targets["clone of the same bytes"] = 1 / 1.5
     return Comparison(sides, work.copy(x.numel(), x.element_size()), 0, frozenset({"clone of the same bytes"}), targets)
@@ -305,9 +305,10 @@ def _pixels_to_tokens(
     sides: dict[str, Run] = {
         OURS: ours,
         schedule: partial(peers.prefix, tower, dem, projector, pixels, (n, n), one_batch=False),
-        "the same, one batch": partial(peers.prefix, tower, dem, projector, pixels, (n, n), one_batch=True),
-        "dualview, full computation": in_full,
     }
+    if layers < 24 or place.device == "cuda":  # a minute each on two cores
+        sides["the same, one batch"] = partial(peers.prefix, tower, dem, projector, pixels, (n, n), one_batch=True)
+        sides["dualview, full computation"] = in_full
     itemsize, tokens = pixels.element_size(), (side // patch, side // patch)
     planned = work.dem(dem, (n, n), tokens, batch, itemsize)
     views = batch * {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output

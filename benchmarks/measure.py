@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import statistics
@@ -141,7 +142,8 @@ def difference(ours: Any, theirs: Any) -> float:
     floor = max((float(b.abs().max()) for _, b in pairs), default=0.0) / 1000 or 1.0
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max((float((a - b).abs().max()) / max(float(b.abs().max()), floor) for a, b in pairs), default=0.0)
+    found = [float((a - b).abs().max()) / max(float(b.abs().max()), floor) for a, b in pairs if a.numel()]
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else float("inf")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -271,10 +271,19 @@ def tiles_as_batch(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Ten
     return by_view(by_tile, grid, "tokens", cut, inverse=True).unflatten(-1, (heads, -1))
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
-    """FlexAttention on tokens in the order of the tiles, masked to the tile: blocks of 64 divide 576 tokens a tile."""
+@lru_cache
+def _flex(per_tile: int, length: int, device: str) -> tuple[Callable[..., Tensor], Any]:
+    """The compiled attention and the mask of a size: made once, as a user would."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    def same_tile(b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i // per_tile == j // per_tile
+
+    return compiled(flex_attention), create_block_mask(same_tile, None, None, length, length, device, BLOCK_SIZE=64)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
+    """FlexAttention on tokens in the order of the tiles, masked to the tile: blocks of 64 divide 576 tokens a tile."""
     heads, per_tile = q.shape[3], (q.shape[1] // grid[0]) * (q.shape[2] // grid[1])
     length = per_tile * grid[0] * grid[1]
 
@@ -282,11 +291,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
         tiles = by_view(x.flatten(3), grid, "tokens", cut)
         return tiles.reshape(x.shape[0], length, heads, -1).transpose(1, 2)
 
-    mask = create_block_mask(
-        lambda b, head, i, j: i // per_tile == j // per_tile, None, None, length, length,
-        device=q.device.type, BLOCK_SIZE=64,
-    )  # fmt: skip
-    attended = compiled(flex_attention)(ordered(q), ordered(k), ordered(v), block_mask=mask).transpose(1, 2).flatten(2)
+    attend, mask = _flex(per_tile, length, q.device.type)
+    attended = attend(ordered(q), ordered(k), ordered(v), block_mask=mask).transpose(1, 2).flatten(2)
     tile = (q.shape[1] // grid[0], q.shape[2] // grid[1])
     by_tile = attended.unflatten(1, (grid[0] * grid[1], *tile))
     return by_view(by_tile, grid, "tokens", cut, inverse=True).unflatten(-1, (heads, -1))

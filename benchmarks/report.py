@@ -11,7 +11,7 @@ from benchmarks import results
 from benchmarks.cases import OURS
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "benchmarks.md"
+PAGE, FIRST_PAGE = DOCS / "benchmarks.md", DOCS / "index.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->", "<!-- written by benchmarks/report.py: end -->"
 
 Document = dict[str, Any]
@@ -178,10 +178,10 @@ def _draw_dem(rows: list[dict[str, Any]]) -> Any:
 
 
 def shown(folder: Path = results.FOLDER) -> dict[str, Document]:
-    """The result files that the page shows, by stem: of one device and type the full selection, if there is one."""
-    found = {path.stem: path for path in sorted(folder.glob("*.json"))}
-    stems = [stem for stem in found if stem.replace("-quick-", "-full-") not in found.keys() - {stem}]
-    return {stem: results.read(found[stem]) for stem in stems}
+    """The result files that the page shows, by stem: not a quick selection of which there is the whole full one."""
+    found = {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+    whole = {stem for stem, document in found.items() if document["selection"] == "full"}
+    return {stem: d for stem, d in found.items() if stem.replace("-quick-", "-full-") not in whole - {stem}}
 
 
 def section(documents: dict[str, Document]) -> str:
@@ -198,18 +198,46 @@ def section(documents: dict[str, Document]) -> str:
     return "\n\n".join(parts)
 
 
-def page(text: str, documents: dict[str, Document]) -> str:
+HEADLINES = (
+    ("pixels to projected tokens, ViT-L", "ViT-L/14-336, 1008 pixels, n=3", "19 passes, 24 layers, tile by tile"),
+    ("released DEM, forward", "released, n=3: forward", "loop over tiles"),
+    ("released DEM, forward and backward", "released, n=3: forward + backward, frozen features", "loop over tiles"),
+    ("paper's DEM, forward", "paper, n=3: forward", "loop over tiles"),
+)
+"""For the first page: what, its case, and the side that does it as the equations are written."""
+
+
+def headlines(documents: dict[str, Document]) -> str:
+    """A short table of what was measured on a CPU; of several files the last that has a row."""
+    measured = {
+        (row["case"], row["side"]): row
+        for document in documents.values() for row in document["rows"]
+        if document["device"] == "cpu" and row["missing"] is None
+    }  # fmt: skip
+    rows = []
+    for what, case, side in HEADLINES:
+        ours, theirs = measured.get((case, OURS)), measured.get((case, side))
+        if ours is None or theirs is None:
+            rows.append((what, "not measured yet", "", ""))
+        else:
+            times = (_time(row["seconds"]["median"]) for row in (ours, theirs))
+            rows.append((what, *times, f"{theirs['ratio']:.2f}"))
+    return _table(("one image of 1008 x 1008 pixels, two CPU cores, float32", OURS, "as written", "ratio"), rows)
+
+
+def page(text: str, made: str) -> str:
     """The page with its section made anew."""
     marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not marked.search(text):
         raise ValueError(f"the page must hold the lines {BEGIN} and {END}")
-    return marked.sub(lambda _: f"{BEGIN}\n\n{section(documents)}\n\n{END}", text)
+    return marked.sub(lambda _: f"{BEGIN}\n\n{made}\n\n{END}", text)
 
 
 def main() -> None:
     """Bring the page and its pictures up to date with the result files."""
     documents = shown()
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    for path, made in ((PAGE, section(documents)), (FIRST_PAGE, headlines(documents))):
+        path.write_text(page(path.read_text(encoding="utf-8"), made), encoding="utf-8")
     drawn = [path for stem, document in documents.items() for path in plots(document, stem, DOCS / "assets")]
     print(f"wrote {PAGE.name} and {', '.join(path.name for path in drawn) or 'no plots'} from {list(documents)}")
 

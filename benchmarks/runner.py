@@ -20,7 +20,13 @@ from benchmarks.measure import Limits, Place, Run
 from benchmarks.peers import Missing
 
 SEED = 0
-GATE = ("tests/ops", "tests/models/test_dual_view_encoder.py", "tests/test_benchmarks.py")
+GATE = (
+    "tests/ops",
+    "tests/models/test_dual_view_encoder.py",
+    "tests/models/test_encoders.py",
+    "tests/models/test_view_plan.py",
+    "tests/test_benchmarks.py",
+)
 
 
 def gate() -> str:
@@ -46,7 +52,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure all cases of a size, or some of them; ``deadline`` in seconds from now leaves the rest out.
 
-    ``suites`` holds names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name.
+    ``suites`` holds names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name,
+    and with a full stop at its end a name stands for itself alone.
     """
     start = time.perf_counter()
     cases = [case for case in registry(size) if not suites or any(_asked(case, name) for name in suites)]
@@ -59,7 +66,10 @@ def run(
         for case in bar:
             bar.set_postfix_str(f"{case.suite}: {case.name}")
             late = deadline is not None and time.perf_counter() - start > deadline
-            rows += late_rows(case, deadline) if late else rows_of(case, place, size)
+            try:
+                rows += late_rows(case, deadline) if late else rows_of(case, place, size)
+            except Exception as error:  # such as too little memory for our side: what is measured is not lost
+                rows.append(_empty_row(case, OURS, _failed(error)))
             _release(place)
     reached = reached.best(measure.limits(place))
     for row in rows:
@@ -72,7 +82,8 @@ def run(
 
 def _asked(case: Case, name: str) -> bool:
     suite, _, part = name.partition(":")
-    return case.suite == suite.strip() and part.strip() in case.name
+    exact = part.endswith(".")  # "dem: released, n=3: forward." is that case alone
+    return case.suite == suite.strip() and (part.strip(" .") == case.name if exact else part.strip() in case.name)
 
 
 def prepare(case: Case, place: Place) -> Comparison:
@@ -97,7 +108,7 @@ def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], 
         except Missing as reason:
             missing[name] = str(reason)
         except Exception as error:  # whatever a library raises: its row says so, and the others are measured
-            missing[name] = f"failed: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            missing[name] = _failed(error)
         else:
             if name not in comparison.other:
                 differences[name] = measure.difference(ours, theirs)
@@ -106,6 +117,10 @@ def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], 
                     continue
             timed[name] = side
     return timed, differences, missing
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
 def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
@@ -117,7 +132,7 @@ def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     ]
     spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)
     if case.process and place.device == "cpu":
-        meter, peaks = "child", {name: child_peak(case, size, name) for name in timed}
+        meter, peaks = "child", {name: child_peak(case, place, size, name) for name in timed}
     else:
         meter, peaks = place.device, {name: measure.peak_bytes(run, place.device) for name, run in timed.items()}
     rows = []
@@ -162,14 +177,15 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and value < float("inf") else None
 
 
-def child_peak(case: Case, size: Size, side: str) -> int:
+def child_peak(case: Case, place: Place, size: Size, side: str) -> int:
     """High-water mark of a process that builds the case and runs one side of it once."""
-    code = f"from benchmarks.runner import child; child({size!r}, {case.suite!r}, {case.name!r}, {side!r})"
+    given = (size, case.suite, case.name, side, str(place.dtype).removeprefix("torch."), torch.get_num_threads())
+    code = f"from benchmarks.runner import child; child(*{given!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def child(size: Size, suite: str, name: str, side: str) -> None:
+def child(size: Size, suite: str, name: str, side: str, dtype: str, threads: int) -> None:
     """Run in a process of its own: one side once, then print the high-water mark in bytes.
 
     Of itself it is read from /proc, for ru_maxrss begins with what the parent held; of its children, which were started
@@ -178,7 +194,8 @@ def child(size: Size, suite: str, name: str, side: str) -> None:
     import resource
 
     case = next(case for case in registry(size) if (case.suite, case.name) == (suite, name))
-    prepare(case, Place()).sides[side]()
+    torch.set_num_threads(threads)
+    prepare(case, Place(dtype=getattr(torch, dtype))).sides[side]()
     if suite == "import_time":
         kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     else:

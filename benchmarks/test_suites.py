@@ -1,7 +1,7 @@
 """The cases of the registry under pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
-Every side is timed by itself here, one after the other; ratios that are published come from `python -m benchmarks`,
-which times the sides in turn.
+Our side alone is timed here, after its values have been compared with the peers'; ratios come from
+`python -m benchmarks`, which times all sides in turn.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def dem(
 
     projected: q d^2 + 2 k d^2 (queries, keys, values) + 2 q p d (scores, values)
     absorbed:  2 q d^2 (queries, into key space; q d^2, and d^3 once, where W_q W_k^T is multiplied out) + 2 q p d g
-    (scores, collecting keys) + o d^2 (values of what is left
-    after pooling, o = q without); pooled over the cells of a tile, only o rows of attention meet the values.
+    (scores, collecting keys) + o d^2 (values of what is left after pooling, o = q without); pooled over the cells of a
+    tile, only o rows of attention meet the values.
     Then o d^2 for an output projection; the fusion is d^2 a token (linear), or 2 (d d/16 + d/16 d/2) = 3 d^2 / 16.
     """
     plan = module.plan(grid, tokens)

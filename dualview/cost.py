@@ -30,6 +30,7 @@ class Cost(NamedTuple):
 
 
 _MOVE_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.aten.new_empty.default)
+_GATHERS = (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor, torch.ops.aten.embedding.default)
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -41,6 +42,8 @@ class _ByteCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         is_view = any(arg.alias_info is not None for arg in func._schema.arguments) and not func._schema.is_mutable
         read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
+        if func in _GATHERS:  # what is taken is read, not all that there is
+            read[0] = written[0]
         if read and written and not is_view and func not in _MOVE_NOTHING:
             self.total += sum(x.numel() * x.element_size() for x in read + written)
         return out

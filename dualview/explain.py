@@ -10,7 +10,7 @@ from torch import nn
 
 from dualview.cost import Cost, cost_of
 from dualview.geometry import GridLike, Size, TileGrid
-from dualview.kernels.dispatch import Choice, choose
+from dualview.kernels.dispatch import Choice, choose, use_backend
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.view_plan import ViewPlan
 from dualview.ops.direct_readout import DirectReadout
@@ -110,12 +110,13 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         raise ValueError(
             f"grid={chosen} was asked for, but this encoder has a fixed grid of {fixed}: omit the argument."
         )
-    if isinstance(module, DualViewEncoder):
-        stages = _encoder_stages(module, chosen, tokens)
-    elif isinstance(module, DualPerspectiveEnhance):
-        stages = _dem_stages(module, chosen, tokens)
-    else:
-        stages = _direct_stages(module, chosen, tokens)
+    with use_backend("torch"):  # tensors without contents are no tensors of a GPU
+        if isinstance(module, DualViewEncoder):
+            stages = _encoder_stages(module, chosen, tokens)
+        elif isinstance(module, DualPerspectiveEnhance):
+            stages = _dem_stages(module, chosen, tokens)
+        else:
+            stages = _direct_stages(module, chosen, tokens)
     known = [s for s in stages if s.planned_cost and s.full_cost]
     total = Stage("total", "", "", _sum([s.planned_cost for s in known]), _sum([s.full_cost for s in known]))
     return Explanation((*stages, total), _implementations(module))
@@ -127,7 +128,14 @@ def _implementations(module: nn.Module) -> dict[str, Choice]:
     if not isinstance(dem, DualPerspectiveEnhance):
         return {}
     names = ["retile", "tile_attention"] + ["fuse_norm"] * isinstance(dem.fusion, BottleneckConcatFusion)
-    return {name: choose(name, next(dem.parameters())) for name in names}
+    return {name: _choice(name, next(dem.parameters())) for name in names}
+
+
+def _choice(kernel: str, weight: torch.Tensor) -> Choice:
+    try:
+        return choose(kernel, weight)
+    except RuntimeError as error:  # "triton" is asked for, and cannot run: to say why is what this is for
+        return Choice("torch", (str(error),))
 
 
 def _sum(costs: list[Cost | None]) -> Cost:

@@ -46,7 +46,7 @@ def assert_compiles_once(
             out = call(*given)
             out = out if isinstance(out, Tensor) else out[0]
             if out.requires_grad:
-                (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
+                (out * torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape)).sum().backward()
             results.append((out.detach(), [x.grad for x in given if x.requires_grad]))
         torch.testing.assert_close(results[1], results[0])
     assert counter.frame_count == 1, f"{counter.frame_count} graphs for batches of {batches}"

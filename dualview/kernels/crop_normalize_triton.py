@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -50,7 +50,7 @@ def make(
     return local_tiles, stride_tiles
 
 
-@lru_cache(maxsize=64)  # nothing is copied to the device again, which could not be captured in a graph
+@cache  # copied to the device once, and kept: a captured graph may hold the address
 def _tables(
     factors: tuple[float, ...],
     offsets: tuple[float, ...],
@@ -92,7 +92,8 @@ def _make(
     stride = stride_tiles + (b * num_stride + stride_slot) * CHANNELS * h * w
     stride += (y // rows)[:, None] * w + (x // cols)[None, :]
     for c in tl.static_range(CHANNELS):
-        pixels = tl.load(read + c * of_channel, mask=inside, other=0).to(tl.float32)
+        channel = tl.full((), c, tl.int64)
+        pixels = tl.load(read + channel * of_channel, mask=inside, other=0).to(tl.float32)
         value = pixels * tl.load(scales + c) + tl.load(scales + CHANNELS + c)
-        tl.store(local + c * h * w, value.to(local_tiles.dtype.element_ty), mask=in_local)
-        tl.store(stride + c * h * w, value.to(stride_tiles.dtype.element_ty), mask=in_stride)
+        tl.store(local + channel * h * w, value.to(local_tiles.dtype.element_ty), mask=in_local)
+        tl.store(stride + channel * h * w, value.to(stride_tiles.dtype.element_ty), mask=in_stride)

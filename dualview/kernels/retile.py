@@ -73,9 +73,11 @@ def _plain(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> T
     whole_cells = height % rows**2 == 0 and width % cols**2 == 0
     if {source, target} == {"local", "global"} and whole_cells and rows * cols > 1:
         # Blocks hold whole cells: one permutation does it, so one copy and not two.
-        block, stride = "b (i j) (u a) (v c) d", "b (a c) (i u) (j v) d"
-        before, after = (block, stride) if source == "local" else (stride, block)
-        return rearrange(x, f"{before} -> {after}", i=rows, a=rows, j=cols, c=cols).contiguous()
+        to_strides, to_blocks = "b (i j) (u a) (v c) d -> b a c i u j v d", "b (a c) (i u) (j v) d -> b i j u a v c d"
+        pattern = to_strides if source == "local" else to_blocks
+        split = rearrange(x, pattern, i=rows, a=rows, j=cols, c=cols)
+        moved: Tensor = split.clone(memory_format=torch.contiguous_format)
+        return moved.flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if source != "raster":
         order = _tile_order(source)
         split = x.unflatten(1, (rows, cols)).permute([order.index(dim) for dim in range(6)])

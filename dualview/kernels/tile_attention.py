@@ -45,7 +45,7 @@ def tile_attention(
         v: Values with as many heads as the keys; may be the keys themselves.
         q_at: Tokens of ``q``, each named once at most; -1 for no query, which adds zeros to the mean.
         k_at: Tokens of ``k`` and ``v``; -1 for no key. Each is a key of one tile only: where p or m does not matter
-            to the keys, that dimension is 1 or expanded.
+            to the keys, that dimension is 1.
         out_at: Tokens of the result, each named exactly once; -1 for none.
         out_tokens: Number of tokens of the result.
         scale: Factor of the scores, positive.
@@ -69,7 +69,6 @@ def tile_attention(
         torch.Size([1, 4, 2, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    k_at = _distinct(k_at)
     _check(q, k, v, q_at, k_at, out_at, scale, key_mask)
     if q_at.device.type == "cpu" and not torch.compiler.is_compiling():
         check_tables(q_at, k_at, out_at, q.shape[1], k.shape[1], out_tokens)
@@ -91,7 +90,7 @@ def check_tables(q_at: Tensor, k_at: Tensor, out_at: Tensor, q_tokens: int, k_to
     """
     for name, table, tokens, rule in (
         ("q_at", q_at, q_tokens, "a query asks once at most. Repeat it in q for every time that it is to ask"),
-        ("k_at", _distinct(k_at), k_tokens, "a key belongs to one tile. Expand k_at where p or m has the same keys"),
+        ("k_at", k_at, k_tokens, "a key belongs to one tile. Let k_at have 1 where p or m does not matter"),
         ("out_at", out_at, out_tokens, "all are named once. Set out_tokens to how many there are"),
     ):
         named = table.flatten().sort().values.tolist()
@@ -115,14 +114,6 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     dtype = torch.get_autocast_dtype(device)
     key = k.to(dtype)
     return q.to(dtype), key, key if v is k else v.to(dtype)
-
-
-def _distinct(k_at: Tensor) -> Tensor:
-    """The table with 1 where a dimension is expanded, so that its rows are the different tiles."""
-    for dim in range(k_at.dim() - 1):
-        if k_at.shape[dim] > 1 and k_at.stride(dim) == 0:
-            k_at = k_at.narrow(dim, 0, 1)
-    return k_at
 
 
 def _check(
@@ -231,7 +222,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, _, _ = inputs
+    *tensors, ctx.scale, _, ctx.keep_lse = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -241,6 +232,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *tensors, lse, out = ctx.saved_tensors
     needed = [grad is not None and need for need in ctx.needs_input_grad]
+    if any(needed) and not ctx.keep_lse:
+        raise RuntimeError(
+            "gradients of a tile_attention that was recorded without any: record or export it with gradients enabled."
+        )
     found = iter(_attend_backward(*tensors, ctx.scale, grad, lse, out, needed[:3]) if any(needed) else ())
     return tuple(next(found) if need else None for need in needed)
 

@@ -150,12 +150,13 @@ def _launch(
         blocks = triton.cdiv(columns, config["CHUNK"]) * triton.cdiv(places, config[block])
         return (blocks * groups * tiles * batch,)
 
+    purpose = (_heads_together(problem), columns == 1, *flags.items())
     sizes = (*problem.q_at.shape, problem.k_at.shape[2], heads, *problem.k_at.shape[:2])
     if dispatch.interpreting():  # of which the one of triton 3.6 cannot count up to a tensor, with numpy 2.4
         sizes = tuple(tl.constexpr(size) for size in sizes)
     bits = q if mask is None else mask.view(torch.uint8)
     with torch.cuda.device_of(q):
-        tuned(kernel, max(width, v.shape[-1]), q.element_size(), block)[grid](
+        tuned(kernel, max(width, v.shape[-1]), q.element_size(), block, *purpose)[grid](
             *(q, k, v, problem.q_at, problem.k_at, problem.out_at, bits, *tensors),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bits.stride(0) if bits.shape[0] > 1 else 0, *strides),
             *(*sizes, problem.scale * LOG2_E),
@@ -171,8 +172,10 @@ def _launch(
 
 
 @cache
-def tuned(kernel: Any, width: int, size: int, own: str) -> Any:
+def tuned(kernel: Any, width: int, size: int, own: str, *purpose: object) -> Any:
     """The kernel for heads of a width and numbers of ``size`` bytes, with the block sizes to try at its first call.
+
+    ``purpose`` is whatever else makes a program of its own: each finds its own block sizes.
 
     What a block needs of the 227 KiB of shared memory, at the widest; buffers count twice while the next is loaded:
 

@@ -13,8 +13,10 @@ from dualview.kernels.dispatch import Backend, choose
 from dualview.ops.gather import Pooling
 
 SCORES_AT_ONCE = {"cpu": 2**19}
-"""Scores held at one time for each image, by device: on a CPU as many as its cache holds; `MOST_SCORES` elsewhere."""
+"""Scores of each image that are held at one time: on a CPU as many as its cache holds, elsewhere `MOST_SCORES`."""
 MOST_SCORES = 2**25
+CHUNKED_DEVICE = "cpu"
+"""Where keys that are their own values are met a few tiles at a time; elsewhere torch's own kernel is left to it."""
 
 
 def attend_rows(
@@ -43,7 +45,7 @@ def attend_rows(
         mask = key_mask[:, :, None, None, :]
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
-    if inside is not None or (v is k and q.device.type == "cpu"):
+    if inside is not None or (v is k and q.device.type == CHUNKED_DEVICE):
         return _by_chunks(q, k, None if v is k else v, at, mask, alive, scale, inside)
     heads = q.shape[2:4]
     if v is k:  # all heads ask the same keys: as many more rows of one
@@ -72,7 +74,8 @@ def _by_kernel(
     queries = tile_major(q)
     q_at = queries.unsqueeze(1) if pool is None else pool.members(queries)
     if at is None:
-        keys, key, value = tile_major(k), tokens(k), tokens(v)
+        keys, key = tile_major(k), tokens(k)
+        value = key if v is k else tokens(v)
     else:
         keys, key = at.to(torch.int32), k.unsqueeze(2)
         value = key
@@ -93,7 +96,7 @@ def _by_kernel(
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor | None, *options: Any) -> Tensor:
     """`_AttendByChunks`, with tensors of one type under autocast too, as torch's own kernel would have them."""
     device, attend = q.device.type, _AttendByChunks.apply
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return cast(Tensor, attend(q, k, v, *options))
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
@@ -146,18 +149,20 @@ class _AttendByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, at, mask, alive = ctx.saved_tensors
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
-        of_q = of_k = of_v = None
+        over_tiles, of_q, of_k, of_v = _over_tiles(ctx.pool), None, None, None
+        mean = grad / q.shape[1]
         for chunk in _chunks(q, k, at):
             keys = _of_tiles(k, at, chunk)
             weights = _weights(q[:, chunk], keys, _of(mask, chunk), _of(alive, chunk), ctx.scale)
-            given = grad / q.shape[1] if _over_tiles(ctx.pool) else grad[:, chunk]
-            of_pooled = _product(given, (keys if v is None else v[:, chunk]).transpose(-2, -1))
-            of_weights = _spread(of_pooled.to(weights.dtype), ctx.pool)
+            given = mean if over_tiles else grad[:, chunk]
+            values = (keys if v is None else v[:, chunk]).to(weights.dtype)
+            of_pooled = _product(given.to(weights.dtype), values.transpose(-2, -1))
+            of_weights = _spread(of_pooled, ctx.pool)
             of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * ctx.scale
             of_scores = of_scores.to(q.dtype)
             if needs_q:
                 of_q = _put(_product(of_scores, keys), chunk, of_q, q.shape[1])
-            if needs_k or needs_v:
+            if needs_v or (needs_k and v is None):
                 of_values = _sum_over_rows(_pooled(weights, ctx.pool).to(q.dtype), given, keys)
             if needs_k:
                 of_keys = _sum_over_rows(of_scores, q[:, chunk], keys)
@@ -190,10 +195,11 @@ def _of(mask: Tensor | None, chunk: slice) -> Tensor | None:
 
 def _weights(q: Tensor, keys: Tensor, mask: Tensor | None, alive: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T) of some tiles, zeros where no key may be attended to, in float32 at least."""
-    scores = _product(q * scale, keys.transpose(-2, -1))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = _product(q.to(wide) * scale, keys.to(wide).transpose(-2, -1))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = scores.softmax(-1)
     return weights if alive is None else weights.masked_fill(~alive, 0.0)
 
 

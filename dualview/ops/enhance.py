@@ -220,7 +220,7 @@ class DualPerspectiveEnhance(nn.Module):
     ) -> Tensor:
         if backend is not None:
             with use_backend(backend):
-                return cast(Tensor, self(local_tiles, stride_tiles, grid, key_mask, live=live))
+                return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
         grid = TileGrid.of(grid)
         maps = self._maps(local_tiles, stride_tiles, grid, live)
         tokens = check_size(local_tiles.shape[2:4], "token map")

@@ -149,10 +149,12 @@ class TileAttention(nn.Module):
         project: bool = True,
     ) -> Tensor:
         if query.dim() != 4:  # any leading dimensions count as tiles
-            flat = (x[None].flatten(0, -3)[None] for x in (query, key))
+            queries, keys = (x[None].flatten(0, -3)[None] for x in (query, key))
             mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
-            tiles: Tensor = self(*flat, mask, absorb=absorb, folded=folded)
+            tiles = self.forward(queries, keys, mask, absorb=absorb, folded=folded, project=project)
             return tiles.reshape(query.shape)
+        if key_mask is not None and key_at is None:
+            key_mask = key_mask.expand(key_mask.shape[0] if key_mask.dim() == 3 else 1, *key.shape[1:3])
         attended = self._attend(query, key, key_mask, key_at, absorb=absorb, folded=folded, pool=pool)
         if absorb and project:
             attended = self._project_values(attended, query, key_mask, pool)

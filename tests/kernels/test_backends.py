@@ -31,8 +31,11 @@ def tiles(device: str, tokens: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("tokens", [(2, 2), (2, 3)], ids=["cells across blocks", "whole cells"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset, tokens",
+    [(preset, (2, 2)) for preset in PRESETS] + [("paper", (2, 3))],  # the last with whole cells in every block
+    ids=str,
+)
 def test_enhancement(preset: str, tokens: tuple[int, int], masked: bool, device: str) -> None:
     dem = randomised(PRESETS[preset](32)).to(device)
     local, stride = tiles(device, tokens)

@@ -9,7 +9,7 @@ from dualview.kernels.crop_normalize import crop_normalize
 from dualview.ops.normalized_crop import normalized_crop
 from dualview.ops.tiling import crop
 from tests.checks import fresh, refuses
-from tests.kernels.conftest import guarded
+from tests.kernels.conftest import examples, guarded
 from tests.strategies import grids, laid_out, tiles
 
 pytest.importorskip("triton")
@@ -43,7 +43,7 @@ def live_tiles(draw, num_tiles):
 
 
 @given(st.data(), grids, tiles, image_types, tile_types, layouts)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_error_is_that_of_torch(device, data, grid, tile, dtype, of_tiles, layout):
     x = image((2, 3, grid[0] * tile[0], grid[1] * tile[1]), dtype, layout, device)
     live = data.draw(live_tiles(grid[0] * grid[1]))
@@ -62,7 +62,7 @@ def test_error_is_that_of_torch(device, data, grid, tile, dtype, of_tiles, layou
 
 
 @given(grids, tiles, st.sampled_from([(), (1,), (2, 2), (0,)]))
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_is_the_normalized_crop(device, grid, tile, batch):
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     x = torch.randint(256, (*batch, 3, grid[0] * tile[0], grid[1] * tile[1]), dtype=torch.uint8, device=device)

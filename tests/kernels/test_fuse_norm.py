@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dualview.kernels.fuse_norm import fuse_norm
 from dualview.ops.fusion import BottleneckConcatFusion
 from tests.checks import fresh, refuses
-from tests.kernels.conftest import guarded
+from tests.kernels.conftest import examples, guarded
 
 pytest.importorskip("triton")
 
@@ -42,7 +42,7 @@ def assert_errs_at_most_twice(found, plain, exact):
 
 
 @given(sizes, cells, widths, dtypes)
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_error_is_that_of_torch(device, size, cell, dim, dtype):
     tensors = operands((size[0] * cell[0], size[1] * cell[1]), dim, dtype, device)
     found, plain = (with_gradients(tensors, cell, backend) for backend in ("triton", "torch"))

@@ -9,7 +9,7 @@ from dualview.kernels import dispatch
 from dualview.kernels.retile import retile
 from dualview.ops.tiling import crop, recombine
 from tests.checks import fresh, refuses
-from tests.kernels.conftest import guarded
+from tests.kernels.conftest import examples, guarded
 from tests.strategies import grids, laid_out, numbered, tiles
 
 pytest.importorskip("triton")
@@ -27,7 +27,7 @@ def map_shape(layout, batch, grid, tile, dim):
 
 
 @given(maps, maps, grids, tiles, widths, dtypes, layouts)
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_moves_what_torch_moves(device, source, target, grid, tile, dim, dtype, layout):
     x = laid_out(guarded(numbered(map_shape(source, (2,), grid, tile, dim), dtype).to(device)), layout)
     moved = retile(x, source, target, grid, backend="triton")
@@ -37,7 +37,7 @@ def test_moves_what_torch_moves(device, source, target, grid, tile, dim, dtype, 
 
 
 @given(grids, tiles, maps)
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_the_plain_version_is_crop_and_recombine(grid, tile, target):
     x = numbered(map_shape("raster", (2, 3), grid, tile, 3))
     cut = x if target == "raster" else crop(x, grid, target, data_format="channels_last")
@@ -67,7 +67,7 @@ def test_nans_keep_their_bits(device):
 
 
 @given(maps, maps, grids, tiles)
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_gradients_move_back(device, source, target, grid, tile):
     x = torch.randn(map_shape(source, (2,), grid, tile, 3), device=device, requires_grad=True)
     moved = retile(x, source, target, grid, backend="triton")

@@ -15,7 +15,7 @@ from dualview.geometry import position
 from dualview.kernels import dispatch
 from dualview.kernels.tile_attention import check_tables, tile_attention
 from tests.checks import assert_compiles_once, refuses
-from tests.kernels.conftest import guarded
+from tests.kernels.conftest import examples, guarded
 from tests.strategies import grids, tiles
 
 pytest.importorskip("triton")
@@ -120,7 +120,7 @@ tile_kinds = st.tuples(st.booleans(), st.booleans())
     dtype=torch.float16,
     seed=0,
 )
-@settings(few, max_examples=3)
+@settings(few, max_examples=examples(3))
 def test_error_is_at_most_twice_that_of_torch(device, sizes, heads, widths, tile, one_kv, mask, dtype, seed):
     torch.manual_seed(seed)
     case = Case(*sizes, heads, *widths, tile_p=tile[0], tile_m=tile[1], one_kv=one_kv)
@@ -136,7 +136,7 @@ def test_error_is_at_most_twice_that_of_torch(device, sizes, heads, widths, tile
     fill=st.sampled_from([0.0, 0.3, 0.9]),
     seed=st.integers(0, 99),
 )
-@settings(few, max_examples=6)
+@settings(few, max_examples=examples(6))
 def test_any_shape_with_gaps_and_few_keys(device, sizes, widths, tile, one_kv, mask, fill, seed):
     torch.manual_seed(seed)
     case = Case(*sizes, 2, *widths, tile_p=tile[0], tile_m=tile[1], one_kv=one_kv, fill=fill)
@@ -258,8 +258,6 @@ def check_grid(device, grid, tile, cut, order_of, pooled, share, masked, backend
     live = {at for at in everywhere if torch.rand(()) < share} or {everywhere[0]}
     tables = pooled_tables(grid, tile, cut, of) if pooled else whole_tables(grid, tile, cut, of, live)
     q_at, k_at, out_at = (torch.tensor(entries, dtype=torch.int32) for entries in tables)
-    if pooled and cut == "local":
-        k_at = k_at.expand(-1, grid[0] * grid[1], -1)
     q, k, v = (torch.randn(len(everywhere), 2, width, dtype=torch.float64) for width in (5, 5, 3))
     mask = torch.rand(len(everywhere)) < (0.5 if masked else 1.1)
     expected = by_hand(q, k, v, mask, grid, tile, cut, of, 0.7)
@@ -281,7 +279,7 @@ def check_grid(device, grid, tile, cut, order_of, pooled, share, masked, backend
 
 
 @given(grids, tiles, st.sampled_from(["local", "global"]), st.tuples(orders, orders, orders), st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_plain_torch_is_the_equation_on_every_grid(device, grid, tile, cut, order_of, masked):
     check_grid(device, grid, tile, cut, order_of, False, 0.6, masked, "torch", torch.float64)
     whole_cells = (2 * grid[0], grid[1]) if cut == "local" else tile
@@ -289,7 +287,7 @@ def test_plain_torch_is_the_equation_on_every_grid(device, grid, tile, cut, orde
 
 
 @given(st.sampled_from(["local", "global"]), st.tuples(orders, orders, orders), st.booleans(), st.booleans())
-@settings(few, max_examples=6)
+@settings(few, max_examples=examples(6))
 def test_kernel_is_the_equation_on_a_grid(device, cut, order_of, pooled, masked):
     tile = (2, 6) if cut == "local" and pooled else (3, 4)
     check_grid(device, (2, 3), tile, cut, order_of, pooled, 0.6, masked, "triton", torch.float32)
@@ -406,7 +404,7 @@ def test_opcheck(device, request, grad, where, m):
 
 @pytest.mark.usefixtures("elsewhere")
 @given(tile=st.tuples(st.booleans(), st.booleans()), one_kv=st.booleans(), seed=st.integers(0, 9))
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_the_operator_runs_where_no_kernel_does(device, tile, one_kv, seed):
     torch.manual_seed(seed)
     case = Case(2, 3, 3, 4, 2, 8, 5, tile_p=tile[0], tile_m=tile[1], one_kv=one_kv, fill=0.2).masked(0.5)
@@ -417,7 +415,7 @@ def test_the_operator_runs_where_no_kernel_does(device, tile, one_kv, seed):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_to_one_graph_for_all_batches(device, backend):
     case = Case(2, 2, 3, 4, 2, 8, 8, tile_m=False)
-    tables = [x.to(device) for x in (case.q_at, case.k_at.expand(-1, 2, -1), case.out_at)]
+    tables = [x.to(device) for x in (case.q_at, case.k_at, case.out_at)]
 
     def attend(q, k, v, mask):
         found = tile_attention(q, k, v, *tables, case.out_tokens, scale=0.3, key_mask=mask, backend=backend)
@@ -483,11 +481,11 @@ def test_says_what_does_not_fit():
         call(q_at=torch.full_like(case.q_at, 15))
     with refuses("q_at names token 3 twice", "asks once"):
         call(q_at=torch.full_like(case.q_at, 3))
-    with refuses("k_at names token", "twice", "Expand"):
+    with refuses("k_at names token", "twice", "Let k_at have 1"):
         call(k_at=case.k_at[:1].repeat(2, 1, 1))
     with refuses("out_at names 6 of the 7", "out_tokens"):
         call(out_tokens=7)
-    check_tables(case.q_at, case.k_at[:, :1].expand(-1, 2, -1), case.out_at, 15, 18, 6)
+    check_tables(case.q_at, case.k_at[:, :1], case.out_at, 15, 18, 6)
 
 
 FITS = """

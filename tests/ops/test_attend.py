@@ -63,27 +63,32 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return request.param
 
 
-def case(over: str | None, *, shared: bool, masked: bool) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+def case(over: str | None, *, keys: str, masked: bool) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
     """What is differentiated, and a function of it: ours, or all at once."""
-    q, k, v = tensors(2, shared=shared)
+    q, k, v = tensors(2, shared=keys != "own")
+    places = torch.randperm(40)[:30].view(6, 5) if keys == "elsewhere" else None
     mask = torch.rand(2, 6, 5) < 0.6 if masked else None
     if mask is not None:
         mask[0, 2], mask[1, 3, 0] = False, True  # a tile without any key, and one with
     pool = None if over is None else pooling(over)
 
     def run(q: Tensor, k: Tensor, v: Tensor | None = None, *, plain: bool = False) -> Tensor:
-        value = k if v is None else v
-        return at_once(q, k, value, mask, 0.7, over) if plain else attend_rows(q, k, value, mask, 0.7, pool)
+        if not plain:
+            return attend_rows(q, k, k if v is None else v, mask, 0.7, pool, places)
+        k = k if places is None else k[:, places].unsqueeze(2)
+        return at_once(q, k, k if v is None else v, mask, 0.7, over)
 
-    return tuple(x.requires_grad_() for x in ((q, k) if shared else (q, k, v))), run
+    if places is not None:
+        k = torch.randn(2, 40, 4, dtype=torch.float64)  # of which ten are no keys
+    return tuple(x.requires_grad_() for x in ((q, k, v) if keys == "own" else (q, k))), run
 
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shared", [False, True], ids=["own keys", "shared keys"])
+@pytest.mark.parametrize("keys", ["own", "shared", "elsewhere"])
 @pytest.mark.parametrize("over", [None, "tiles", "cells"])
-def test_equals_all_at_once(over: str | None, shared: bool, masked: bool) -> None:
-    given, run = case(over, shared=shared, masked=masked)
+def test_equals_all_at_once(over: str | None, keys: str, masked: bool) -> None:
+    given, run = case(over, keys=keys, masked=masked)
     ours, expected = run(*given), run(*given, plain=True)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(expected)
@@ -93,9 +98,11 @@ def test_equals_all_at_once(over: str | None, shared: bool, masked: bool) -> Non
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("over, shared", [(None, True), ("tiles", False), ("tiles", True), ("cells", True)])
-def test_double_backward(over: str | None, shared: bool, masked: bool) -> None:
-    given, run = case(over, shared=shared, masked=masked)
+@pytest.mark.parametrize(
+    "over, keys", [(None, "shared"), ("tiles", "own"), ("tiles", "elsewhere"), ("cells", "shared")]
+)
+def test_double_backward(over: str | None, keys: str, masked: bool) -> None:
+    given, run = case(over, keys=keys, masked=masked)
 
     def size_of_gradient(*, plain: bool) -> Tensor:
         gradients = torch.autograd.grad(run(*given, plain=plain).cos().sum(), given, create_graph=True)
@@ -141,12 +148,33 @@ def test_frozen_keys_cost_no_gradient() -> None:
 @pytest.mark.parametrize("over", ["tiles", "cells", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(over: str | None, dtype: torch.dtype) -> None:
+    """Scores of 20 and more stay in float32, as in torch's own kernel."""
     pool = None if over is None else pooling(over)
-    q, k, _ = (x.to(dtype) for x in tensors(2, shared=True))
-    out = attend_rows(q, k, k, None, 0.7, pool)
-    exact = at_once(q.double(), k.double(), k.double(), None, 0.7, over)
+    q, k, _ = (x.to(dtype).requires_grad_() for x in tensors(2, shared=True))
+    out = attend_rows(q, k, k, None, 8.0, pool)
+    wide = tuple(x.detach().double().requires_grad_() for x in (q, k))
+    exact = at_once(wide[0], wide[1], wide[1], None, 8.0, over)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    of_ours, of_exact = torch.autograd.grad(out.sum(), (q, k)), torch.autograd.grad(exact.sum(), wide)
+    for ours, expected in zip(of_ours, of_exact, strict=True):
+        torch.testing.assert_close(
+            ours.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * expected.abs().max()
+        )
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    q, k, _ = tensors(2, shared=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attend_rows(q, k, k, None, 0.7).dtype == torch.float64
+        assert attend_rows(q.float(), k.float(), k.float(), None, 0.7, pooling("tiles")).dtype == torch.bfloat16
+
+
+def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, run = case(None, keys="elsewhere", masked=True)
+    expected = run(*given, plain=True)
+    monkeypatch.setattr(attend, "CHUNKED_DEVICE", "another")
+    torch.testing.assert_close(run(*given), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)])
