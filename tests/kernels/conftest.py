@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualview.kernels import dispatch
+from tests.strategies import laid_out
 
 if not torch.cuda.is_available():
     assert "triton" not in sys.modules or dispatch.interpreting(), (
@@ -73,8 +74,11 @@ def intact(guard: Tensor) -> bool:
     return bool(guard.isnan().all()) if guard.is_floating_point() else bool((guard == poison(guard.dtype)).all())
 
 
-def guarded(x: Tensor) -> Tensor:
-    """``x`` with its strides, in the middle of poisoned memory: a kernel that reads beside it shows."""
+def guarded(x: Tensor, layout: str = "") -> Tensor:
+    """``x`` in a memory layout, in the middle of poisoned memory: a kernel that reads beside or between it shows."""
+    if layout == "expanded":
+        return laid_out(guarded(x), layout)
+    x = laid_out(x, layout)
     span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     around = torch.full((span + 2 * GUARD,), poison(x.dtype), dtype=x.dtype, device=x.device)
     return around.as_strided(x.shape, x.stride(), GUARD).copy_(x) if x.numel() else x
