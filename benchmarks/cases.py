@@ -433,9 +433,9 @@ def _import_processes(place: Place) -> Comparison:
 def _scaling(size: Size) -> Iterable[Case]:
     tokens, base = {"tiny": (4, 32), "quick": (24, 128)}.get(size, (24, 512))
     sweeps = {
-        "n": {"tiny": (1, 2), "quick": (1, 2, 3, 4)}.get(size, (1, 2, 3, 4, 5, 6)),
-        "batch": {"tiny": (2,), "quick": (1, 2, 4)}.get(size, (1, 2, 4, 8)),
-        "d": {"tiny": (64,), "quick": (64, 128, 256)}.get(size, (128, 256, 512, 1024)),
+        "n": {"tiny": (1, 2), "quick": (1, 2, 3)}.get(size, (1, 2, 3, 4, 5, 6)),
+        "batch": {"tiny": (2,), "quick": (1, 4)}.get(size, (1, 2, 4, 8)),
+        "d": {"tiny": (64,), "quick": (64, 256)}.get(size, (128, 256, 512, 1024)),
     }
     for preset in ("released", "paper"):
         for axis, values in sweeps.items():

@@ -23,7 +23,6 @@ SEED = 0
 GATE = (
     "tests/ops",
     "tests/models/test_dual_view_encoder.py",
-    "tests/models/test_encoders.py",
     "tests/models/test_view_plan.py",
     "tests/test_benchmarks.py",
 )
@@ -127,7 +126,7 @@ def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
     timed, differences, missing = agreeing(comparison)
-    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (1.5, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
+    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (1.0, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
         size
     ]
     spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)

@@ -150,11 +150,11 @@ class _AttendByChunks(torch.autograd.Function):
         q, k, v, at, mask, alive = ctx.saved_tensors
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         over_tiles, of_q, of_k, of_v = _over_tiles(ctx.pool), None, None, None
-        mean = grad / q.shape[1]
+        mean = grad / q.shape[1] if over_tiles else grad
         for chunk in _chunks(q, k, at):
             keys = _of_tiles(k, at, chunk)
             weights = _weights(q[:, chunk], keys, _of(mask, chunk), _of(alive, chunk), ctx.scale)
-            given = mean if over_tiles else grad[:, chunk]
+            given = mean if over_tiles else mean[:, chunk]
             values = (keys if v is None else v[:, chunk]).to(weights.dtype)
             of_pooled = _product(given.to(weights.dtype), values.transpose(-2, -1))
             of_weights = _spread(of_pooled, ctx.pool)
