@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dualview"
 
 FLOORS = (  # from the ground up
     ("geometry.py",),
+    ("views.py",),
     ("kernels/*.py",),
     ("ops/*.py", "cost.py"),
     ("images.py", "testing.py"),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, TileGrid, split_axis
+from dualview.geometry import GridLike, Perspective, TileGrid
 from dualview.kernels import dispatch
+from dualview.views import tile_view
 
 
 def crop_normalize(
@@ -89,11 +90,7 @@ def _plain(
     images = images.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice
 
     def cut(perspective: Perspective, live: Sequence[int]) -> Tensor:
-        height, width = images.shape[-2:]
-        of_rows, of_cols = split_axis(perspective, rows, height // rows), split_axis(perspective, cols, width // cols)
-        tile = of_rows.tile_factor
-        split = images.unflatten(3, of_cols.factors).unflatten(2, of_rows.factors)
-        view = split.permute(0, 2 + tile, 4 + tile, 1, 3 - tile, 5 - tile)
+        view = tile_view(images, TileGrid(rows, cols), perspective, 1, 2)
         if list(live) == list(range(rows * cols)):
             tiles = view.to(wide, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)
         elif live:

@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, TileGrid, split_axis
+from dualview.geometry import GridLike, TileGrid
 from dualview.kernels import dispatch
+from dualview.views import map_view, merged, tile_view
 
 Layout: TypeAlias = Literal["raster", "local", "global"]
 
@@ -79,21 +80,12 @@ def _plain(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> T
         moved: Tensor = split.clone(memory_format=torch.contiguous_format)
         return moved.flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if source != "raster":
-        order = _tile_order(source)
-        split = x.unflatten(1, (rows, cols)).permute([order.index(dim) for dim in range(6)])
-        x = split.clone(memory_format=torch.contiguous_format).view(x.shape[0], height, width, x.shape[-1])
+        split = map_view(x.unflatten(1, (rows, cols)), source, 1, 1)
+        x = merged(split.clone(memory_format=torch.contiguous_format), 1)
     if target == "raster":
         return x.clone(memory_format=torch.contiguous_format) if source == "raster" else x
-    of_rows, of_cols = split_axis(target, rows, height // rows), split_axis(target, cols, width // cols)
-    split = x.unflatten(2, of_cols.factors).unflatten(1, of_rows.factors).permute(_tile_order(target))
-    tiles: Tensor = split.clone(memory_format=torch.contiguous_format).flatten(1, 2)
-    return tiles
-
-
-def _tile_order(perspective: Perspective) -> list[int]:
-    """The permutation of (B, height factors, width factors, D) to (B, tile row, tile column, h, w, D)."""
-    tile = split_axis(perspective, 1, 1).tile_factor
-    return [0, 1 + tile, 3 + tile, 2 - tile, 4 - tile, 5]
+    tiles: Tensor = tile_view(x, TileGrid(rows, cols), target, 1, 1).clone(memory_format=torch.contiguous_format)
+    return tiles.flatten(1, 2)
 
 
 SCHEMA = "(Tensor x, str source, str target, int rows, int cols) -> Tensor"

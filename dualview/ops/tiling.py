@@ -13,10 +13,11 @@ from typing import Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective, split_axis
+from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective
 from dualview.kernels.dispatch import Backend, choose
 from dualview.kernels.retile import retile as _move
 from dualview.ops.tile_batch import TileBatch
+from dualview.views import map_view, merged, tile_view
 
 DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
 
@@ -99,10 +100,12 @@ def crop(
 ) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
     grid = TileGrid.of(grid)
-    tiles = tile_view(x, grid, check_perspective(perspective), data_format)
+    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
+    batch = x.dim() - 3
+    tiles = tile_view(x, grid, check_perspective(perspective), batch, batch + (data_format == "channels_first"))
     if _by_kernel(x, data_format, backend):
         return _move(x, "raster", perspective, grid, backend="triton")
-    return tiles.clone(memory_format=torch.contiguous_format).flatten(x.dim() - 3, x.dim() - 2)
+    return tiles.clone(memory_format=torch.contiguous_format).flatten(batch, batch + 1)
 
 
 def _by_kernel(x: Tensor, data_format: DataFormat, backend: Backend | None = None) -> bool:
@@ -111,35 +114,6 @@ def _by_kernel(x: Tensor, data_format: DataFormat, backend: Backend | None = Non
         return choose("retile", x, backend=backend).name == "triton"
     refused = ("it moves tokens, and these channels come first: pass data_format='channels_last'",)
     return backend == "triton" and choose("retile", x, backend=backend, refused=refused).name == "triton"
-
-
-def tile_view(x: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> Tensor:
-    """The tiles of a map as a view of it: splitting a dimension and permuting copy nothing.
-
-    Shape:
-        (..., C, H, W) -> (..., rows, cols, C, h, w), or (..., H, W, D) -> (..., rows, cols, h, w, D)
-    """
-    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
-    batch = x.dim() - 3
-    plane = batch + (data_format == "channels_first")
-    h, w = grid.tile_size((x.shape[plane], x.shape[plane + 1]))
-    split = x.unflatten(plane + 1, split_axis(perspective, grid.cols, w).factors)
-    split = split.unflatten(plane, split_axis(perspective, grid.rows, h).factors)
-    tiles: Tensor = split.permute(_tile_order(batch, perspective, data_format))
-    return tiles
-
-
-def _tile_order(batch: int, perspective: Perspective, data_format: DataFormat) -> list[int]:
-    """The permutation that brings a map, split along height and width, into tile order.
-
-    Before: (batch dimensions, [C], height factors, width factors, [D]); after: (batch dimensions, row of the tile,
-    column of the tile, [C], h, w, [D]).
-    """
-    plane = batch + (data_format == "channels_first")
-    tile = split_axis(perspective, tiles=1, size=1).tile_factor
-    row, col, h, w = plane + tile, plane + 2 + tile, plane + 1 - tile, plane + 3 - tile
-    cell = [batch, h, w] if data_format == "channels_first" else [h, w, batch + 4]
-    return [*range(batch), row, col, *cell]
 
 
 @overload
@@ -228,11 +202,9 @@ def recombine(
         )
     if _by_kernel(tiles, data_format, backend):
         return _move(tiles, perspective, "raster", grid, backend="triton")
-    order = _tile_order(batch, perspective, data_format)
-    split = tiles.unflatten(batch, (grid.rows, grid.cols)).permute([order.index(dim) for dim in range(len(order))])
     plane = batch + (data_format == "channels_first")
-    merged: Tensor = split.clone(memory_format=torch.contiguous_format)
-    return merged.flatten(plane + 2, plane + 3).flatten(plane, plane + 1)
+    split = map_view(tiles.unflatten(batch, (grid.rows, grid.cols)), perspective, batch, plane)
+    return merged(split.clone(memory_format=torch.contiguous_format), plane)
 
 
 def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLike) -> Tensor:
