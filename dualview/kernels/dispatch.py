@@ -24,31 +24,20 @@ MEASURED: dict[str, str] = {}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Kernel(NamedTuple):
-    """What a kernel does, in a line, and the types of the tensors that it takes."""
-
-    line: str
-    dtypes: tuple[torch.dtype, ...]
-
-
-KERNELS: dict[str, Kernel] = {
-    "tile_attention": Kernel(
-        "attention inside tiles, addressed through the tiling, forward and backward",
-        (*FLOATS, torch.bool),  # bool: masks
-    ),
-    "retile": Kernel(
-        "token maps between raster order, local tiles and stride tiles",
-        (*FLOATS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    ),
-    "crop_normalize": Kernel(
-        "an image to normalised tiles of both perspectives in one read",
-        (torch.uint8, *FLOATS),
-    ),
-    "fuse_norm": Kernel(
-        "residuals, LayerNorm and readout of the released fusion in one pass, forward and backward",
-        FLOATS,
-    ),
+KERNELS: dict[str, tuple[torch.dtype, ...]] = {
+    # attention inside tiles, addressed through the tiling, forward and backward; masks are of torch.bool
+    "tile_attention": (*FLOATS, torch.bool),
+    # token maps between raster order, local tiles and stride tiles
+    "retile": (*FLOATS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    # an image to normalised tiles of both perspectives in one read
+    "crop_normalize": (torch.uint8, *FLOATS),
+    # residuals, LayerNorm and readout of the released fusion in one pass, forward and backward
+    "fuse_norm": FLOATS,
 }
+"""The kernels, and the types of the tensors that each takes."""
+
+OLDEST = (8, 0)
+"""Compute capability that the kernels need: the first whose matrix units take bfloat16."""
 
 
 class Choice(NamedTuple):
@@ -56,11 +45,6 @@ class Choice(NamedTuple):
 
     name: Literal["torch", "triton"]
     reasons: tuple[str, ...]
-
-
-def kernels() -> dict[str, str]:
-    """The names of the kernels, and what each does in a line."""
-    return {name: kernel.line for name, kernel in KERNELS.items()}
 
 
 def check_backend(backend: str, name: str = "backend") -> Backend:
@@ -103,7 +87,7 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
     """The implementation for one call, with the reasons.
 
     Args:
-        kernel: A name among `kernels()`.
+        kernel: A name among `KERNELS`.
         *tensors: What the kernel would read.
         backend: What the call asks for; None if nothing.
         refused: Reasons that the caller sees why the kernel cannot run, each with its remedy after a colon.
@@ -135,8 +119,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU; None for what is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
 # All that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
 interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(x: Tensor) -> bool:
@@ -171,8 +161,12 @@ def _refusals(kernel: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
             f"the tensors are on {devices[0]}: move them to a CUDA device, or set TRITON_INTERPRET=1 before triton is "
             "imported to try the kernel without a GPU"
         )
-    dtypes = KERNELS[kernel].dtypes
-    if unsupported := sorted({str(x.dtype) for x in tensors if x.dtype not in dtypes}):
-        taken = ", ".join(str(dtype) for dtype in dtypes)
+    elif (found := capability(tensors[0].device)) is not None and found < OLDEST and not interpreting():
+        reasons.append(
+            f"the tensors are on a GPU of compute capability {found[0]}.{found[1]}: move them to one of "
+            f"{OLDEST[0]}.{OLDEST[1]} or newer"
+        )
+    if unsupported := sorted({str(x.dtype) for x in tensors if x.dtype not in KERNELS[kernel]}):
+        taken = ", ".join(str(dtype) for dtype in KERNELS[kernel])
         reasons.append(f"tensors of {', '.join(unsupported)}: cast them to one of {taken}")
     return tuple(reasons)

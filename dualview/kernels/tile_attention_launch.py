@@ -65,7 +65,7 @@ def backward(problem: Problem, grad: Tensor, lse: Tensor, out: Tensor | None, ne
     """
     problem = _arranged(problem)
     q, k, v, (p, m, _) = problem.q, problem.k, problem.v, problem.q_at.shape
-    found = [dispatch.empty(*x.shape, like=x).zero_() for x, need in zip((q, k, v), needed, strict=True) if need]
+    found = [_zeros(x) for x, need in zip((q, k, v), needed, strict=True) if need]
     if grad.numel() == 0 or problem.k_at.numel() == 0:
         return found
     need_q, need_k, need_v = needed
@@ -75,7 +75,7 @@ def backward(problem: Problem, grad: Tensor, lse: Tensor, out: Tensor | None, ne
     dk, dv = found[int(need_q)] if need_k else k, found[-1] if need_v else v
     delta = dispatch.empty(*lse.shape, like=lse)
     if out is not None:
-        slopes = (grad.float() * out.float()).sum(-1)
+        slopes = grad.to(torch.float32, copy=True).mul_(out).sum(-1)
         at = problem.out_at.long()
         delta.copy_(slopes[:, at].masked_fill((at < 0)[..., None], 0.0).unsqueeze(2))
     elif need_q or need_k:
@@ -91,6 +91,11 @@ def backward(problem: Problem, grad: Tensor, lse: Tensor, out: Tensor | None, ne
         tensors, tokens, columns = (lse, grad, delta, dk, dv), (*strides, k.shape[1]), max(wanted.values())
         _launch(kernels.key_gradients, problem, tensors, tokens, columns, keys, "BLOCK_K", tiles_p * tiles_m, **flags)
     return found
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """A gradient before it is written: tokens without any keep the zeros, and which these are the GPU alone knows."""
+    return dispatch.empty(*like.shape, like=like).zero_()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -185,6 +190,8 @@ def tuned(kernel: Any, width: int, size: int, own: str, *purpose: object) -> Any
     * wider: values, 64 * 1024 * 2 = 128 KiB or 64 * 512 * 2 = 64 KiB; pieces of two operands for the scores,
       (64 + 64) * 64 * 2 = 16 KiB, twice before the values come
     * float32: 32 * 512 * 4 = 64 KiB and 2 * 32 * 32 * 4 = 8 KiB
+
+    Compiled for an H200, by Triton 3.6 as by 3.9, no kernel needs more than 193 KiB.
     """
     other = "BLOCK_K" if own == "BLOCK_R" else "BLOCK_R"
     whole = triton.next_power_of_2(max(width, 16))

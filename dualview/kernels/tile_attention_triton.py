@@ -80,6 +80,15 @@ def _put(x, rows, ok, start, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rounded(values, like, UPCAST: tl.constexpr):
+    """``values`` in the type of what ``like`` points to, as a product needs them; with UPCAST rounded to it only."""
+    rounded = values.to(like.dtype.element_ty)
+    if UPCAST:
+        rounded = rounded.to(tl.float32)
+    return rounded
+
+
+@triton.jit
 def _products(
     a, a_rows, a_ok, b, b_rows, b_ok,
     WIDTH: tl.constexpr, STEP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -127,7 +136,8 @@ def attend(
         total = total * fade + tl.sum(weights, 1)
         if VALUES:
             values = _take(v, at * v_n, there, chunk * CHUNK, V, CHUNK, UPCAST)
-            collected = tl.dot(weights.to(values.dtype), values, collected * fade[:, None], input_precision=PRECISION)
+            weights = _rounded(weights, v, UPCAST)
+            collected = tl.dot(weights, values, collected * fade[:, None], input_precision=PRECISION)
         highest = higher
 
     empty = (total == 0.0) | (q_row < 0)
@@ -170,7 +180,7 @@ def attend_pooled(
                 scores = _products(q, q_row * q_n + h * q_h, asked, k, at * k_n, there, E, STEP, UPCAST, PRECISION)
                 weights += tl.where(there[None, :], tl.exp2(scores * scale - denominator[:, None]), 0.0)
             values = _take(v, at * v_n, there, chunk * CHUNK, V, CHUNK, UPCAST)
-            collected = tl.dot(weights.to(values.dtype), values, collected, input_precision=PRECISION)
+            collected = tl.dot(_rounded(weights, v, UPCAST), values, collected, input_precision=PRECISION)
 
     out_row, wanted = _tokens(out_at, p * R + r, ok)
     _put(out, ((b * out_n + out_row) * H + h) * V, wanted, chunk * CHUNK, collected / M, V, CHUNK)
@@ -213,7 +223,7 @@ def query_gradients(
             total += tl.sum(weights * slope, 1)
         else:
             keys = _take(k, at * k_n, there, chunk * CHUNK, E, CHUNK, UPCAST)
-            slope = (weights * (slope - mean[:, None])).to(keys.dtype)
+            slope = _rounded(weights * (slope - mean[:, None]), k, UPCAST)
             total = tl.dot(slope, keys, total, input_precision=PRECISION)
     if DELTA:
         tl.store(delta + entry, total, mask=ok)
@@ -257,12 +267,12 @@ def key_gradients(
                 weights = tl.where(there[:, None], tl.exp2(scores * scale - denominator[None, :]), 0.0)
                 if DV:
                     g = _take(grad, g_rows, wanted, chunk * CHUNK, V, CHUNK, UPCAST)
-                    total_v = tl.dot(weights.to(g.dtype), g, total_v, input_precision=PRECISION)
+                    total_v = tl.dot(_rounded(weights, grad, UPCAST), g, total_v, input_precision=PRECISION)
                 if DK:
                     mean = tl.load(delta + entry, mask=ok, other=0.0)
                     slope = _products(v, at * v_n, there, grad, g_rows, wanted, V, STEP, UPCAST, PRECISION)
                     queries = _take(q, q_rows, asked, chunk * CHUNK, E, CHUNK, UPCAST)
-                    slope = (weights * (slope - mean[None, :])).to(queries.dtype)
+                    slope = _rounded(weights * (slope - mean[None, :]), q, UPCAST)
                     total_k = tl.dot(slope, queries, total_k, input_precision=PRECISION)
     rows_of = (b * dk_n + at) * (H // HEADS) + group
     if DK:

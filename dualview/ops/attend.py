@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from dualview.kernels.dispatch import Backend, choose
 from dualview.ops.gather import Pooling
+from dualview.ops.tables import table
 
 SCORES_AT_ONCE = {"cpu": 2**19}
-"""Scores of each image that are held at one time: on a CPU as many as its cache holds, elsewhere `MOST_SCORES`."""
+"""Scores of each image that the cache of a device holds: keys that are their own values are met there by a few tiles at
+a time, and elsewhere by torch's own kernel."""
 MOST_SCORES = 2**25
-CHUNKED_DEVICE = "cpu"
-"""Where keys that are their own values are met a few tiles at a time; elsewhere torch's own kernel is left to it."""
+"""Scores of each image that are held at one time on other devices, for what torch's own kernel cannot do."""
 
 
 def attend_rows(
@@ -45,7 +46,7 @@ def attend_rows(
         mask = key_mask[:, :, None, None, :]
         alive = mask.any(-1, keepdim=True)
         mask = mask | ~alive  # a row without keys would be NaN: let it attend anywhere, then drop it
-    if inside is not None or (v is k and q.device.type == CHUNKED_DEVICE):
+    if inside is not None or (v is k and q.device.type in SCORES_AT_ONCE):
         return _by_chunks(q, k, None if v is k else v, at, mask, alive, scale, inside)
     heads = q.shape[2:4]
     if v is k:  # all heads ask the same keys: as many more rows of one
@@ -68,13 +69,10 @@ def _by_kernel(
     def tokens(x: Tensor) -> Tensor:
         return x if x.dim() == 4 else x.transpose(2, 3).flatten(1, 2)
 
-    def tile_major(x: Tensor) -> Tensor:
-        return torch.arange(x.shape[1] * x.shape[3], device=x.device, dtype=torch.int32).view(x.shape[1], x.shape[3])
-
-    queries = tile_major(q)
-    q_at = queries.unsqueeze(1) if pool is None else pool.members(queries)
+    q_at = table(_asking, q.shape[1], q.shape[3], pool, like=q)
+    out_at = table(_tile_by_tile, q_at.shape[0], q_at.shape[2], like=q)
     if at is None:
-        keys, key = tile_major(k), tokens(k)
+        keys, key = table(_tile_by_tile, k.shape[1], k.shape[3], like=k), tokens(k)
         value = key if v is k else tokens(v)
     else:
         keys, key = at.to(torch.int32), k.unsqueeze(2)
@@ -85,12 +83,22 @@ def _by_kernel(
         mask = mask.flatten(1)
         if at is not None:
             mask = mask.new_zeros(mask.shape[0], k.shape[1]).index_copy(1, at.flatten(), mask)
-    out_at = torch.arange(q_at.shape[0] * q_at.shape[2], device=q.device, dtype=torch.int32).view(q_at.shape[::2])
     out = tile_attention(
         tokens(q), key, value, q_at, k_at, out_at, out_at.numel(), scale=scale, key_mask=mask, backend="triton"
     )
     rows: Tensor = out.unflatten(1, out_at.shape).transpose(2, 3)
     return rows
+
+
+def _tile_by_tile(device: torch.device, tiles: int, rows: int) -> Tensor:
+    """The tokens of tiles that lie one after the other."""
+    return torch.arange(tiles * rows, device=device, dtype=torch.int32).view(tiles, rows)
+
+
+def _asking(device: torch.device, tiles: int, queries: int, pool: Pooling | None) -> Tensor:
+    """Queries that lie tile by tile, by the rows of the result that they are averaged to."""
+    at = _tile_by_tile(device, tiles, queries)
+    return at.unsqueeze(1) if pool is None else pool.members(at)
 
 
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor | None, *options: Any) -> Tensor:
@@ -150,20 +158,21 @@ class _AttendByChunks(torch.autograd.Function):
         q, k, v, at, mask, alive = ctx.saved_tensors
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         over_tiles, of_q, of_k, of_v = _over_tiles(ctx.pool), None, None, None
-        mean = grad / q.shape[1] if over_tiles else grad
+        if over_tiles:  # every tile has the same share in the mean
+            grad = grad / q.shape[1]
         for chunk in _chunks(q, k, at):
             keys = _of_tiles(k, at, chunk)
             weights = _weights(q[:, chunk], keys, _of(mask, chunk), _of(alive, chunk), ctx.scale)
-            given = mean if over_tiles else mean[:, chunk]
+            of_rows = grad if over_tiles else grad[:, chunk]
             values = (keys if v is None else v[:, chunk]).to(weights.dtype)
-            of_pooled = _product(given.to(weights.dtype), values.transpose(-2, -1))
+            of_pooled = _product(of_rows.to(weights.dtype), values.transpose(-2, -1))
             of_weights = _spread(of_pooled, ctx.pool)
             of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * ctx.scale
             of_scores = of_scores.to(q.dtype)
             if needs_q:
                 of_q = _put(_product(of_scores, keys), chunk, of_q, q.shape[1])
             if needs_v or (needs_k and v is None):
-                of_values = _sum_over_rows(_pooled(weights, ctx.pool).to(q.dtype), given, keys)
+                of_values = _sum_over_rows(_pooled(weights, ctx.pool).to(q.dtype), of_rows, keys)
             if needs_k:
                 of_keys = _sum_over_rows(of_scores, q[:, chunk], keys)
                 of_keys = of_keys + of_values if v is None else of_keys

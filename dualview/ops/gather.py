@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dualview.geometry import Perspective, Size, TileGrid, check_size, split_axis
 from dualview.ops.plan import AxisCut, DirectionPlan, EnhancePlan
+from dualview.ops.tables import listed, table
 from dualview.ops.tiling import recombine, retile
 
 
@@ -44,18 +45,31 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
         if len(source.places) == len(wanted) == grid.num_tiles:
             whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
             return whole.flatten(2, 3)
-    at = token_places(source, rows, cols, cut, grid)
+    at = token_places(source, rows, cols, grid)
     taken: Tensor = source.tiles.flatten(1, 3).index_select(1, at.flatten()).unflatten(1, at.shape)
     return taken
 
 
-def token_places(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+def token_places(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor:
     """Where the tokens that `take_tiles` takes stand among all tokens of the map: (tiles, tokens per tile)."""
-    h, w = check_size(source.tiles.shape[2:4], "token map")
-    tile_rows, offset_rows = _locate(source.perspective, rows, grid.rows, h)
-    tile_cols, offset_cols = _locate(source.perspective, cols, grid.cols, w)
-    device = source.tiles.device
-    first = torch.tensor([[source.places[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
+    size = check_size(source.tiles.shape[2:4], "token map")
+    places = tuple(source.places.items())
+    return table(_token_places, source.perspective, places, rows, cols, grid, size, like=source.tiles)
+
+
+def _token_places(
+    device: torch.device,
+    perspective: Perspective,
+    places: tuple[tuple[int, int], ...],
+    rows: AxisCut,
+    cols: AxisCut,
+    grid: TileGrid,
+    size: Size,
+) -> Tensor:
+    place, (h, w) = dict(places), size
+    tile_rows, offset_rows = _locate(perspective, rows, grid.rows, h)
+    tile_cols, offset_cols = _locate(perspective, cols, grid.cols, w)
+    first = torch.tensor([[place[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
     u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
     plane = (first * h + u) * w + v
     split: Tensor = plane.unflatten(1, (len(cols.tiles), cols.per_tile)).unflatten(0, (len(rows.tiles), rows.per_tile))
@@ -167,7 +181,7 @@ def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
     """The live tokens on a map of zeros. (B, fused rows, fused columns, D) -> (B, H, W, D)"""
     if plane.shape[1:3] == size:
         return plane
-    rows, cols = (torch.tensor(positions, device=plane.device) for positions in plan.fused)
+    rows, cols = (table(listed, positions, like=plane) for positions in plan.fused)
     full = plane.new_zeros(plane.shape[0], *size, plane.shape[-1])
     full[:, rows[:, None], cols] = plane
     return full
@@ -191,4 +205,4 @@ def select(x: Tensor, dim: int, places: list[int] | tuple[int, ...]) -> Tensor:
     first = places[0] if places else 0
     if list(places) == list(range(first, first + len(places))):
         return x if len(places) == x.shape[dim] else x.narrow(dim, first, len(places))
-    return x.index_select(dim, torch.tensor(places, device=x.device))
+    return x.index_select(dim, table(listed, tuple(places), like=x))

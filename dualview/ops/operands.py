@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dualview.geometry import Perspective, Size, TileGrid
-from dualview.ops.gather import TileMap, take_tiles, token_places
+from dualview.ops.gather import TileMap, select, take_tiles, token_places
 from dualview.ops.low_pass import low_pass
 from dualview.ops.plan import AxisCut, DirectionPlan
 from dualview.ops.tiling import crop, recombine
@@ -51,7 +51,7 @@ def operands(
         key_maps = [_smooth(tile_map, grid) for tile_map in key_maps]
     if d.absorb and len(key_maps) == 1 and key_maps[0].perspective != d.cut:
         key = key_maps[0].tiles.flatten(1, 3)
-        key_at = token_places(key_maps[0], d.key_rows, d.key_cols, d.cut, grid)
+        key_at = token_places(key_maps[0], d.key_rows, d.key_cols, grid)
     else:
         key = _take_sum(key_maps, d.key_rows, d.key_cols, d.cut, grid)
     if key_mask is None:
@@ -62,8 +62,8 @@ def operands(
         for tile_map in maps[key_role]
     ]
     mask = of_maps[0] if len(of_maps) == 1 else of_maps[0] | of_maps[1]
-    live = torch.tensor([i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles], device=mask.device)
-    return Operands(query, key, key_at, mask.index_select(1, live))
+    live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
+    return Operands(query, key, key_at, select(mask, 1, live))
 
 
 def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:

@@ -1,13 +1,17 @@
 """The public calls on either backend: the same results, and the same gradients."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualview as dv
 from dualview.ops.plan import LiveTiles
+
+pytest.importorskip("triton")
 
 GRID = (2, 3)
 PRESETS = {
@@ -96,3 +100,95 @@ def test_compiled_as_one_graph(preset: str, device: str) -> None:
         compiled, lambda *x: dem(*x, GRID, backend="torch")
     ))  # fmt: skip
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_exported(preset: str, device: str) -> None:
+    class OnAGrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dem = randomised(PRESETS[preset](32)).to(device)
+
+        def forward(self, local: Tensor, stride: Tensor) -> Tensor:
+            return self.dem(local, stride, GRID, backend="triton")
+
+    module, given = OnAGrid(), tiles(device, (2, 2))
+    program = torch.export.export(module, given)
+    assert any("dualview.tile_attention" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*given), module.dem(*given, GRID), rtol=1e-4, atol=2e-5)
+
+
+# --- What a CUDA graph, and a GPU that waits for the host, ask of the enhancement module ------------------------------
+
+
+class MadeOfNumbers(TorchDispatchMode):
+    """Counts tensors that are made of Python's numbers, which a GPU would have to be sent."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("elsewhere")  # what a kernel does itself is not seen, and under the interpreter slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_second_call_sends_no_tables(preset: str, backend: str, device: str) -> None:
+    dem = randomised(PRESETS[preset](32)).to(device)
+    local, stride = tiles(device, (2, 3))
+    mask = torch.ones(4, 9, dtype=torch.bool, device=device)
+    made = []
+    for _ in range(2):
+        with MadeOfNumbers() as numbers:
+            out = dem(local, stride, GRID, mask, backend=backend)
+            torch.autograd.grad(out.sum(), (local, stride, *dem.parameters()), allow_unused=True)
+        made.append(numbers.count)
+    assert made[1] == 0
+
+
+def step(dem: nn.Module, given: tuple[Tensor, ...], backend: str, *, backward: bool) -> tuple[Tensor, ...]:
+    """The result, and the gradients of everything."""
+    with torch.set_grad_enabled(backward):
+        out = dem(*given, GRID, backend=backend)
+    wanted = (*given, *dem.parameters()) if backward else ()
+    grads = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True) if backward else ()
+    return (out, *(grad for grad in grads if grad is not None))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_in_a_graph_on_another_stream(preset: str, backend: str, backward: bool, device: str) -> None:
+    dem, given = randomised(PRESETS[preset](32)).to(device), tiles(device, (4, 6))
+    call = partial(step, dem, given, backend, backward=backward)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        before = call()  # compiled, the blocks chosen and the tables made, before it is captured
+        with torch.cuda.graph(graph, stream=stream):
+            captured = call()
+        with torch.no_grad():
+            for x in given:
+                x.normal_()
+        graph.replay()
+        expected = call()
+    stream.synchronize()
+    assert not torch.equal(expected[0], before[0])
+    torch.testing.assert_close(captured, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_on_the_second_device(preset: str, backend: str) -> None:
+    dem, given = randomised(PRESETS[preset](32)).to("cuda:0"), tiles("cuda:0", (4, 6))
+    expected = step(dem, given, backend, backward=True)
+    moved = tuple(x.detach().to("cuda:1").requires_grad_() for x in given)
+    found = step(dem.to("cuda:1"), moved, backend, backward=True)  # while the first is the current one
+    assert {x.device.index for x in found} == {1}
+    torch.testing.assert_close([x.to("cuda:0") for x in found], list(expected), rtol=1e-4, atol=2e-5)

@@ -1,16 +1,19 @@
 """Who decides which implementation runs, and what it says about it."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from dualview.kernels import dispatch
-from dualview.kernels.dispatch import KERNELS, choose, kernels, use_backend
+from dualview.kernels.dispatch import KERNELS, choose, use_backend
 from dualview.kernels.retile import retile
 from tests.checks import refuses
 
@@ -103,10 +106,32 @@ def test_auto_falls_back_for_each_reason_and_triton_says_it(x, monkeypatch):
     reasons("triton is not installed", 'pip install "dualview[triton]"')
 
 
-def test_kernels_are_listed_with_a_line_each():
-    assert kernels().keys() == KERNELS.keys()
-    assert all(line and "\n" not in line for line in kernels().values())
+def test_every_kernel_has_a_file_with_a_function_of_its_name():
+    for name in KERNELS:
+        assert callable(getattr(import_module(f"dualview.kernels.{name}"), name))
+    with_kernels = Path(dispatch.__file__).parent.glob("*_triton.py")
+    assert {file.stem.removesuffix("_triton") for file in with_kernels} == KERNELS.keys()
     assert dispatch.MEASURED.keys() <= KERNELS.keys()
+
+
+def test_an_old_gpu_is_refused(x, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "runs_on", lambda x: True)
+    monkeypatch.setitem(dispatch.MEASURED, "retile", "2.0x on some GPU")
+    monkeypatch.setattr(dispatch, "capability", lambda device: (7, 5))
+    name, reasons = choose("retile", x)
+    assert name == "torch"
+    assert reasons == ("the tensors are on a GPU of compute capability 7.5: move them to one of 8.0 or newer",)
+    with refuses("retile", "compute capability 7.5", "8.0 or newer", 'backend="auto"', error=RuntimeError):
+        choose("retile", x, backend="triton")
+    for found in ((8, 0), (9, 0), (12, 0)):
+        monkeypatch.setattr(dispatch, "capability", lambda device, found=found: found)
+        assert choose("retile", x).name == choose("retile", x, backend="triton").name == "triton"
+
+
+def test_capability_is_that_of_the_gpu(device):
+    found = torch.cuda.get_device_capability() if device == "cuda" else None
+    assert dispatch.capability(torch.zeros(1, device=device).device) == found
 
 
 def test_a_compiled_function_follows_the_context(device):
@@ -134,48 +159,28 @@ def test_torch_needs_no_triton():
         from dualview.kernels.crop_normalize import crop_normalize
         from dualview.kernels.fuse_norm import fuse_norm
         from dualview.kernels.retile import retile
+        from dualview.ops.enhance import DualPerspectiveEnhance
 
         retile(torch.zeros(4, 6, 2), "raster", "global", (2, 3))
         crop_normalize(torch.zeros(3, 4, 6), (2, 3), [(1.0, 0.0)] * 3)
         fuse_norm(*torch.zeros(2, 2, 3, 8), *torch.zeros(2, 2, 3, 4), *torch.zeros(2, 8))
+        for dem in (DualPerspectiveEnhance.paper(16), DualPerspectiveEnhance.released(16)):
+            local, stride = torch.zeros(2, 2, 6, 2, 3, 16, requires_grad=True)
+            dem(local, stride, (2, 3)).sum().backward()
         print("done")
     """
     assert in_a_fresh_interpreter(code) == "done"
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
-    """What the interpreter does not see: types, shapes and names that the compiler refuses."""
     code = """
-        import torch, triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.runtime.jit import JITFunction
-        from dualview.kernels import dispatch
+        import torch
         from dualview.kernels.crop_normalize import crop_normalize
         from dualview.kernels.fuse_norm import fuse_norm
         from dualview.kernels.retile import retile
+        from tests.kernels.compilation import compile_in_place_of_launching
 
-        TYPES = {"torch.uint8": "u8", "torch.int16": "i16", "torch.int32": "i32", "torch.int64": "i64",
-                 "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
-
-        def compile_only(self, *args, grid, warmup, **options):
-            given = dict(zip(self.arg_names, args)) | {k: v for k, v in options.items() if k in self.arg_names}
-            signature, constants, aligned = {}, {}, {}
-            for i, parameter in enumerate(self.params):
-                value = given[parameter.name]
-                if parameter.is_constexpr:
-                    signature[parameter.name], constants[(i,)] = "constexpr", value
-                elif isinstance(value, torch.Tensor):
-                    signature[parameter.name], aligned[(i,)] = "*" + TYPES[str(value.dtype)], [["tt.divisibility", 16]]
-                else:
-                    signature[parameter.name] = "i32"
-            source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=aligned)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-            assert "ld.global" in compiled.asm["ptx"]
-            print(self.fn.__name__)
-
-        JITFunction.run = compile_only
-        dispatch.runs_on, dispatch._refusals = lambda x: True, lambda kernel, tensors: ()
+        compile_in_place_of_launching()
         for dtype in (torch.bool, torch.bfloat16):
             retile(torch.zeros(4, 6, 2, dtype=dtype), "raster", "global", (2, 3), backend="triton")
         image = torch.zeros(3, 4, 6, dtype=torch.uint8)
@@ -185,4 +190,5 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
         fuse_norm(*tensors, cell=(2, 2), backend="triton").sum().backward()
     """
     printed = in_a_fresh_interpreter(code, TRITON_CACHE_DIR=str(tmp_path))
-    assert printed.split() == ["_move", "_move", "_make", "_forward", "_backward"], printed
+    names = [json.loads(line)["kernel"] for line in printed.splitlines()]
+    assert names == ["_move", "_move", "_make", "_forward", "_backward"], printed

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 maps = st.sampled_from(["raster", "local", "global"])
 widths = st.sampled_from([5, 1, 3, 16, 130])
 layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])
-dtypes = st.sampled_from(dispatch.KERNELS["retile"].dtypes)
+dtypes = st.sampled_from(dispatch.KERNELS["retile"])
 
 
 def map_shape(layout, batch, grid, tile, dim):

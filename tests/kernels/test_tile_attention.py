@@ -1,8 +1,10 @@
 """Tile attention by tables: the kernel against plain torch, and plain torch against the equation, query by query."""
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from itertools import product
 
@@ -25,16 +27,18 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 class Case:
-    """Tensors and tables of one call, with tokens in a random order, and some that no table names."""
+    """Tensors and tables of one call, with tokens in a random order; no table names ``spare`` queries and keys."""
 
-    def __init__(self, p, m, r, keys, heads, e, v, *, batch=2, tile_p=True, tile_m=True, one_kv=False, fill=0.0):
+    def __init__(
+        self, p, m, r, keys, heads, e, v, *, batch=2, tile_p=True, tile_m=True, one_kv=False, fill=0.0, spare=(3, 2)
+    ):
         tiles_of = (p if tile_p else 1, m if tile_m else 1)
-        self.q_at = table((p, m, r), spare=3, fill=fill)
-        self.k_at = table((*tiles_of, keys), spare=2, fill=fill)
+        self.q_at = table((p, m, r), spare[0], fill)
+        self.k_at = table((*tiles_of, keys), spare[1], fill)
         self.out_at, live = torch.full((p, r), -1, dtype=torch.int32), torch.rand(p, r) >= fill
         self.out_tokens, self.scale, self.key_mask = int(live.sum()), e**-0.5, None
         self.out_at[live] = torch.randperm(self.out_tokens).to(torch.int32)
-        q_tokens, k_tokens = p * m * r + 3, tiles_of[0] * tiles_of[1] * keys + 2
+        q_tokens, k_tokens = p * m * r + spare[0], tiles_of[0] * tiles_of[1] * keys + spare[1]
         self.q = torch.randn(batch, q_tokens, heads, e)
         self.k = torch.randn(batch, k_tokens, 1 if one_kv else heads, e)
         self.v = torch.randn(batch, k_tokens, 1 if one_kv else heads, v)
@@ -350,6 +354,18 @@ def test_only_needed_gradients_are_computed(device, monkeypatch, m, needed):
     assert of_queries == [True] * (m > 1 and needed[:2] != (False, False)) + [False] * needed[0]
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("one_kv", [False, True])
+def test_the_gradient_of_every_token_that_is_named_is_written(device, monkeypatch, m, one_kv):
+    from dualview.kernels import tile_attention_launch as launch
+
+    case = Case(1, m, 35, 37, 2, 8, 70, batch=1, one_kv=one_kv, spare=(0, 0))
+    exact = case.results(torch.float64, device, "torch")
+    monkeypatch.setattr(launch, "_zeros", lambda like: dispatch.empty(*like.shape, like=like))  # poisoned
+    for x, y in zip(case.results(torch.float32, device, "triton"), exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
 def test_denominators_are_kept_for_gradients_only(device, monkeypatch):
     made, ordinary = [], dispatch.empty
 
@@ -400,6 +416,18 @@ def test_opcheck(device, request, grad, where, m):
     request.getfixturevalue(where)
     case = Case(2, m, 3, 4, 2, 8, 5, fill=0.2).masked(0.7)
     torch.library.opcheck(torch.ops.dualview.tile_attention.default, arguments(case, device, grad))
+
+
+@pytest.mark.parametrize("where", ["unguarded", "elsewhere"])
+@pytest.mark.parametrize("m, needed", [(1, [True, True, True]), (2, [False, True, False])])
+def test_opcheck_of_the_backward_pass(device, request, needed, where, m):
+    request.getfixturevalue("unguarded")
+    request.getfixturevalue(where)
+    case = Case(2, m, 3, 4, 2, 8, 5, fill=0.2).masked(0.7)
+    *given, out_tokens, _ = arguments(case, device, False)
+    out, lse = torch.ops.dualview.tile_attention(*given, out_tokens, True)
+    found = case.grad.to(device), lse, out if m == 1 else None
+    torch.library.opcheck(torch.ops.dualview.tile_attention_backward.default, (*given, *found, needed))
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -488,51 +516,70 @@ def test_says_what_does_not_fit():
     check_tables(case.q_at, case.k_at[:, :1], case.out_at, 15, 18, 6)
 
 
-FITS = """
-import sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dualview.kernels import tile_attention_launch as launch, tile_attention_triton as kernels
+# --- Every choice of block sizes, compiled for an H200 ---------------------------------------------------------------
 
-flags = {
-    kernels.attend: {"VALUES": True, "KEEP": True},
-    kernels.attend_pooled: {},
-    kernels.query_gradients: {"DELTA": False},
-    kernels.key_gradients: {"DK": True, "DV": False},
-}
-def type_of(name):
-    if name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv"):
-        return "*bf16"
-    others = {"lse": "*fp32", "delta": "*fp32", "mask": "*u8", "scale": "fp32"}
-    return others.get(name, "*i32" if name.endswith("_at") else "i32")
+COMPILE = """
+import json, sys
+import torch
+from dualview.kernels.tile_attention import tile_attention
+from tests.kernels.compilation import compile_in_place_of_launching
 
-for width in (256, 1024):
-    for kernel, given in flags.items():
-        own = "BLOCK_K" if kernel is kernels.key_gradients else "BLOCK_R"
-        for config in launch.tuned(kernel, width, 2, own).configs:
-            given = given | {"E": width, "V": width, "HEADS": 1, "MASKED": True, "UPCAST": False, "PRECISION": "tf32"}
-            given = given | {"COLUMNS": width, **config.kwargs}
-            types = {name: "constexpr" if name in given else type_of(name) for name in kernel.arg_names}
-            known = {
-                (place,): [["tt.divisibility", 16]]
-                for place, name in enumerate(kernel.arg_names)
-                if types[name][0] == "*" or name[-2:] in ("_b", "_n", "_h")
-            }
-            compiled = triton.compile(
-                ASTSource(kernel, types, given, known), target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-            )
-            print(kernel.__name__, width, config.kwargs, compiled.metadata.shared)
-            assert compiled.metadata.shared <= 227 * 1024
+compile_in_place_of_launching()
+for dtype, precision, width, heads, masked, m, needed in json.loads(sys.argv[1]):
+    torch.backends.cuda.matmul.fp32_precision = precision
+    q_at = torch.arange(2 * m * 4, dtype=torch.int32).view(2, m, 4)
+    q, k, v = (
+        torch.zeros(2, 2 * m * 4, h, width, dtype=getattr(torch, dtype), requires_grad=name in needed)
+        for name, h in (("q", heads), ("k", 1), ("v", 1))
+    )
+    mask = torch.ones(1, k.shape[1], dtype=torch.bool) if masked else None
+    out_at = torch.arange(8, dtype=torch.int32).view(2, 4)
+    out = tile_attention(q, k, v, q_at, q_at, out_at, 8, scale=0.3, key_mask=mask, backend="triton")
+    if needed:
+        out.sum().backward()
 """
+
+COVERING = [
+    # type, precision of float32, width, heads, masked, queries per row, gradients
+    ("bfloat16", "ieee", 128, 1, True, 1, "qkv"),
+    ("bfloat16", "ieee", 256, 8, False, 1, "qk"),
+    ("bfloat16", "ieee", 256, 1, True, 2, ""),
+    ("bfloat16", "ieee", 1024, 8, True, 1, "qk"),
+    ("bfloat16", "ieee", 1024, 1, False, 2, ""),
+    ("float32", "ieee", 128, 8, False, 1, ""),
+    ("float32", "ieee", 256, 1, False, 1, ""),
+    ("float32", "tf32", 1024, 1, True, 2, "kv"),
+]
+EVERYTHING = [
+    (*types, *sizes)
+    for types in (("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "ieee"))
+    for sizes in product((128, 256, 1024), (1, 8), (False, True), (1, 2), ("", "qkv", "k", "v"))
+]
 
 
 def test_every_choice_of_blocks_compiles_for_an_h200_and_fits_into_its_shared_memory():
+    """As they are launched, with all that decides which program is compiled: in `make test-all` in every pairing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", FITS], env=environment, capture_output=True, text=True, check=False)
+    calls = json.dumps(EVERYTHING if "TEST_ALL" in os.environ else COVERING)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, calls], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("attend_pooled 1024") == 2
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [kernel for kernel in found if kernel["shared"] > 227 * 1024] == []
+
+    def seen(kernel, *names):
+        return {tuple(x[name] for name in names) for x in found if x["kernel"] == kernel}
+
+    assert seen("attend", "VALUES", "KEEP") == {(True, True), (True, False), (False, True)}
+    assert seen("query_gradients", "DELTA") == {(True,), (False,)}
+    assert seen("key_gradients", "DK", "DV") == {(True, True), (True, False), (False, True)}
+    both = {(False, 1), (False, 8), (True, 1), (True, 8)}
+    assert {pair for kernel in ("attend", "key_gradients") for pair in seen(kernel, "MASKED", "HEADS")} == both
+    choices = Counter(x[:2] for x in seen("attend", "type", "E", "BLOCK_R", "BLOCK_K", "CHUNK"))
+    widths = (128, 256, 1024)
+    assert choices == {("*bf16", width): 2 for width in widths} | {("*fp32", width): 1 for width in widths}
+    assert seen("attend_pooled", "type") == {("*bf16",), ("*fp32",)}
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
 """Attention of a few tiles at a time, against a softmax over all of them at once."""
 
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
@@ -145,6 +148,52 @@ def test_frozen_keys_cost_no_gradient() -> None:
     assert operations(q, k) == 5 * product
 
 
+class ProductCounter(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "over, keys, needed",
+    [
+        (over, keys, needed)
+        for over, keys in [("tiles", "own"), ("cells", "own"), ("cells", "shared"), (None, "elsewhere")]
+        for needed in product([False, True], repeat=3 if keys == "own" else 2)
+        if any(needed)
+    ],
+)
+def test_what_is_frozen_costs_no_product(over: str | None, keys: str, needed: tuple[bool, ...]) -> None:
+    given, run = case(over, keys=keys, masked=False)
+    for x, need in zip(given, needed, strict=True):
+        x.requires_grad_(need)
+    out = run(*given).sum()
+    with ProductCounter() as products:
+        torch.autograd.grad(out, [x for x in given if x.requires_grad])
+    # Two for the scores and the gradient of the weights, and one for each of q, k and v, of which two may be one.
+    assert products.count == 2 + sum(needed) + (keys != "own" and needed[1])
+
+
+@pytest.mark.parametrize("over", ["tiles", "cells", None])
+@pytest.mark.parametrize("at_once, chunks", [(1, [1] * 6), (250, [2, 2, 2]), (500, [4, 2]), (720, [6])])
+def test_few_scores_are_held_at_one_time(
+    over: str | None, at_once: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one image: a tile has 120."""
+    seen, ordinary = [], attend._weights
+    monkeypatch.setitem(attend.SCORES_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(attend, "_weights", lambda q, *others: (seen.append(q.shape[1]), ordinary(q, *others))[1])
+    q, k, _ = tensors(1, shared=True)
+    out = attend_rows(q.requires_grad_(), k, k, None, 0.7, None if over is None else pooling(over))
+    assert seen == chunks
+    out.sum().backward()
+    assert seen == 2 * chunks
+
+
 @pytest.mark.parametrize("over", ["tiles", "cells", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(over: str | None, dtype: torch.dtype) -> None:
@@ -173,7 +222,8 @@ def test_autocast_leaves_float64_alone() -> None:
 def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(monkeypatch: pytest.MonkeyPatch) -> None:
     given, run = case(None, keys="elsewhere", masked=True)
     expected = run(*given, plain=True)
-    monkeypatch.setattr(attend, "CHUNKED_DEVICE", "another")
+    monkeypatch.delitem(attend.SCORES_AT_ONCE, "cpu")
+    monkeypatch.delattr(attend, "_by_chunks")
     torch.testing.assert_close(run(*given), expected, rtol=1e-10, atol=1e-12)
 
 
