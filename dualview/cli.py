@@ -6,9 +6,11 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from dualview import __version__
@@ -16,7 +18,8 @@ from dualview.demo import LOW_RES, SMALL, Preset, run_demo
 from dualview.explain import explain
 from dualview.geometry import Size, TileGrid
 from dualview.images import SAVED_AS, ImageError, load_image, save_image
-from dualview.models.dual_view_encoder import DualViewEncoder
+from dualview.models.dual_view_encoder import DualViewEncoder, Encoder
+from dualview.models.encoders import HfEncoder
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.fusion import FUSIONS
 from dualview.ops.readout import Readout
@@ -98,16 +101,39 @@ def _explain(options: argparse.Namespace) -> None:
     if options.readout == "none" and low_res != "none":
         raise ValueError(f"--readout none gives the full map, and --low-res {low_res} one tile's: use --low-res none.")
     overrides = {name: getattr(options, name) for name in ("readout", "fusion") if getattr(options, name)}
-    dem = getattr(DualPerspectiveEnhance, options.preset)(options.dim, device="meta", **overrides)
+    dem = getattr(DualPerspectiveEnhance, options.preset)(options.dim, **overrides)
     model = DualViewEncoder(
-        _any_encoder, dem, tile=options.tile, grid=options.grid, low_res=None if low_res == "none" else low_res
+        _encoder(options.dim, options.tile, options.tokens),
+        dem,
+        tile=options.tile,
+        grid=options.grid,
+        low_res=None if low_res == "none" else low_res,
     )
     print(explain(model, tokens=options.tokens))
 
 
-def _any_encoder(tiles: Tensor) -> Tensor:
-    """Stands for the vision encoder, whose cost `explain` leaves open because it cannot run it."""
+def uncounted(tiles: Tensor) -> Tensor:
+    """Stands for a vision encoder whose cost `explain` leaves open because it cannot run it."""
     raise NotImplementedError
+
+
+def _encoder(dim: int, tile: Size, tokens: Size) -> Encoder:
+    """A vision transformer of 24 layers, where transformers has one of these sizes to count."""
+    patch = {size // count for size, count in zip(tile, tokens, strict=True)}
+    if find_spec("transformers") is None or len(patch) > 1 or tile[0] != tile[1] or dim % 64:
+        return uncounted
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=dim,
+        intermediate_size=4 * dim,
+        num_hidden_layers=24,
+        num_attention_heads=dim // 64,
+        image_size=tile[0],
+        patch_size=patch.pop(),
+    )
+    with torch.device("meta"):
+        return HfEncoder(CLIPVisionModel(config))
 
 
 def _check_not_input(output: Path, image: Path | None) -> None:

@@ -30,7 +30,9 @@ class Cost(NamedTuple):
 
 
 _MOVE_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.aten.new_empty.default)
+"""Operations that read no element, though their schemas do not say so: a view, and memory as it is found."""
 _GATHERS = (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor, torch.ops.aten.embedding.default)
+"""Operations that read of their first argument only what they take."""
 
 
 class _ByteCounter(TorchDispatchMode):
@@ -42,8 +44,10 @@ class _ByteCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         is_view = any(arg.alias_info is not None for arg in func._schema.arguments) and not func._schema.is_mutable
         read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
-        if func in _GATHERS:  # what is taken is read, not all that there is
+        if func in _GATHERS:
             read[0] = written[0]
+        elif func is torch.ops.aten.copy_.default:  # what is overwritten is not read
+            del read[0]
         if read and written and not is_view and func not in _MOVE_NOTHING:
             self.total += sum(x.numel() * x.element_size() for x in read + written)
         return out

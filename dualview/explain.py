@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from dualview.cost import Cost, cost_of
 from dualview.geometry import GridLike, Size, TileGrid
-from dualview.kernels.dispatch import Choice, choose, use_backend
+from dualview.kernels.dispatch import choose, use_backend
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.view_plan import ViewPlan
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.fusion import BottleneckConcatFusion
-from dualview.ops.plan import DirectionPlan, EnhancePlan, full_computation
+from dualview.ops.plan import DirectionPlan, DirectPlan, EnhancePlan, LayerPlan, full_computation
 from dualview.ops.tile_attention import TileAttention
 
 
@@ -45,11 +46,11 @@ class Explanation:
 
     Attributes:
         stages: The rows, in the order of computation; the last is the sum of those whose cost is known.
-        implementations: The kernels that there are for it, by name: what runs now, and why.
+        implementations: Of everything that there is a kernel for, by name: what runs now, and why.
     """
 
     stages: tuple[Stage, ...]
-    implementations: dict[str, Choice] = field(default_factory=dict)
+    implementations: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("stage", "computed", "in full", "GFLOP", "in full", "MB moved", "in full")]
@@ -64,9 +65,9 @@ class Explanation:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        for choice in dict.fromkeys(self.implementations.values()):
-            names = [name for name, other in self.implementations.items() if other == choice]
-            lines.append(f"{', '.join(names)} by {choice.name}: {'; '.join(choice.reasons)}")
+        for text in dict.fromkeys(self.implementations.values()):
+            names = [name for name, other in self.implementations.items() if other == text]
+            lines.append(f"{', '.join(names)} {text}")
         return "\n".join(lines)
 
 
@@ -113,16 +114,17 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
     with use_backend("torch"):  # tensors without contents are no tensors of a GPU
         if isinstance(module, DualViewEncoder):
             stages = _encoder_stages(module, chosen, tokens)
-        elif isinstance(module, DualPerspectiveEnhance):
-            stages = _dem_stages(module, chosen, tokens)
         else:
-            stages = _direct_stages(module, chosen, tokens)
+            plan = module.plan(chosen, tokens)
+            with full_computation():
+                full = module.plan(chosen, tokens)
+            stages = _stages_of(module, plan, full, chosen, tokens, None)
     known = [s for s in stages if s.planned_cost and s.full_cost]
     total = Stage("total", "", "", _sum([s.planned_cost for s in known]), _sum([s.full_cost for s in known]))
     return Explanation((*stages, total), _implementations(module))
 
 
-def _implementations(module: nn.Module) -> dict[str, Choice]:
+def _implementations(module: nn.Module) -> dict[str, str]:
     """What runs of everything that there is a kernel for, on the device and in the type of the module's weights."""
     dem = module.dem if isinstance(module, DualViewEncoder) else module
     if not isinstance(dem, DualPerspectiveEnhance):
@@ -131,11 +133,12 @@ def _implementations(module: nn.Module) -> dict[str, Choice]:
     return {name: _choice(name, next(dem.parameters())) for name in names}
 
 
-def _choice(kernel: str, weight: torch.Tensor) -> Choice:
+def _choice(kernel: str, weight: torch.Tensor) -> str:
     try:
-        return choose(kernel, weight)
+        choice = choose(kernel, weight)
     except RuntimeError as error:  # "triton" is asked for, and cannot run: to say why is what this is for
-        return Choice("torch", (str(error),))
+        return f"would raise an error: {error}"
+    return f"by {choice.name}: {'; '.join(choice.reasons)}"
 
 
 def _sum(costs: list[Cost | None]) -> Cost:
@@ -145,9 +148,9 @@ def _sum(costs: list[Cost | None]) -> Cost:
 
 def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> list[Stage]:
     size = grid.map_size(module.tile)
-    planned = module.plan(size, grid)
+    planned, (one, width) = module.plan(size, grid, tokens), _run_of_encoder(module)
     with full_computation():
-        full = module.plan(size, grid)
+        full, (one_in_full, _) = module.plan(size, grid, tokens), _run_of_encoder(module)
     resized = ", interpolated inside" if module.resize else ""
     filtered = ", low-pass filtered" if module.low_pass else ""
     passes = module.max_tiles_per_pass
@@ -157,31 +160,37 @@ def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> li
         Stage("stride tiles", f"{len(planned.stride)}{filtered}", str(len(full.stride))),
         Stage("low resolution", _low_view(planned, module.low_res), _low_view(full, module.low_res)),
     ]
-    one = _cost_of_encoder(module)
+    if planned.layers is not None and full.layers is not None:
+        stages.append(Stage("layers", _layers(planned.layers), _layers(full.layers)))
     counts = len(planned.views), len(full.views)
     stages.append(
         Stage(
             "encoder",
             f"{counts[0]} sub-images" + (f", at most {passes} in one pass" if passes else ""),
             f"{counts[1]} sub-images",
-            *(None if one is None else one.times(count) for count in counts),
+            *(None if c is None else c.times(count) for c, count in zip((one, one_in_full), counts, strict=True)),
         )
     )
-    if isinstance(module.dem, DualPerspectiveEnhance):
-        stages += _dem_stages(module.dem, grid, tokens)
-    elif isinstance(module.dem, DirectReadout):
-        stages += _direct_stages(module.dem, grid, tokens)
-    return stages
+    return stages + _stages_of(module.dem, planned.enhance, full.enhance, grid, tokens, width)
 
 
-def _cost_of_encoder(module: DualViewEncoder) -> Cost | None:
-    encoder = module.encoder
+def _layers(layers: LayerPlan) -> str:
+    return f"{layers.run} of {layers.total}, {'and' if layers.norm else 'without'} the final norm"
+
+
+def _run_of_encoder(module: DualViewEncoder) -> tuple[Cost | None, int | None]:
+    """What one sub-image costs, and the width of its tokens; None where the encoder cannot be run without contents."""
+    encoder, widths = module.encoder, []
     inside = encoder if isinstance(encoder, nn.Module) else None
     dtype = torch.float32 if inside is None else next((p.dtype for p in inside.parameters()), torch.float32)
+
+    def call() -> None:
+        widths.append(encoder(torch.empty(1, 3, *module.tile, dtype=dtype)).shape[-1])
+
     try:
-        return cost_of(lambda: encoder(torch.empty(1, 3, *module.tile, dtype=dtype)), inside)
+        return cost_of(call, inside), widths[0]
     except Exception:
-        return None
+        return None, None
 
 
 def _low_view(plan: ViewPlan, mix: str | None) -> str:
@@ -192,9 +201,23 @@ def _low_view(plan: ViewPlan, mix: str | None) -> str:
     return f"{what}, mixed by {mix}" if mix else what
 
 
-def _dem_stages(dem: DualPerspectiveEnhance, grid: TileGrid, tokens: Size) -> list[Stage]:
+Plan: TypeAlias = EnhancePlan | DirectPlan | None
+
+
+def _stages_of(
+    dem: nn.Module | None, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, width: int | None
+) -> list[Stage]:
+    if isinstance(dem, DualPerspectiveEnhance):
+        assert isinstance(planned, EnhancePlan), "a DEM makes such plans"
+        assert isinstance(full, EnhancePlan), "a DEM makes such plans"
+        return _dem_stages(dem, planned, full, grid, tokens)
+    return _direct_stages(dem, planned, full, grid, tokens, width) if isinstance(dem, DirectReadout) else []
+
+
+def _dem_stages(
+    dem: DualPerspectiveEnhance, planned: EnhancePlan, full: EnhancePlan, grid: TileGrid, tokens: Size
+) -> list[Stage]:
     dtype = next(dem.parameters()).dtype
-    options = Stage("DEM", ", ".join(_options(dem)), "")
 
     def map_of_tiles() -> torch.Tensor:
         return torch.empty(1, grid.num_tiles, *tokens, dem.dim, dtype=dtype)
@@ -209,22 +232,20 @@ def _dem_stages(dem: DualPerspectiveEnhance, grid: TileGrid, tokens: Size) -> li
         rest = Cost(*(w - sum(part[i] for part in parts) for i, w in enumerate(whole)))
         return [*parts, rest]
 
-    plan = dem.plan(grid, tokens)
-    planned = costs(plan)
+    cost = costs(planned)
     with full_computation():
-        full_plan = dem.plan(grid, tokens)
-        full = costs(full_plan)
+        full_cost = costs(full)
     stages = [
         Stage("V_loc" if d.query == "local" else "V_glo", _direction(d), _direction(f), p, c)
-        for d, f, p, c in zip(plan.directions, full_plan.directions, planned, full, strict=False)
+        for d, f, p, c in zip(planned.directions, full.directions, cost, full_cost, strict=False)
     ]
-    read = "pooled before W_v" if plan.commutes else f"{len(plan.read[0]) * len(plan.read[1])} tokens"
+    read = "pooled before W_v" if planned.commutes else f"{len(planned.read[0]) * len(planned.read[1])} tokens"
     everything = f"{grid.num_tiles * tokens[0] * tokens[1]} tokens"
     name = "fusion, readout"
     return [
-        options,
+        Stage("DEM", ", ".join(_options(dem)), ""),
         *stages,
-        Stage(name, f"{type(dem.fusion).__name__}, {read}, {dem.readout}", everything, planned[-1], full[-1]),
+        Stage(name, f"{type(dem.fusion).__name__}, {read}, {dem.readout}", everything, cost[-1], full_cost[-1]),
     ]
 
 
@@ -253,9 +274,18 @@ def _direction(d: DirectionPlan) -> str:
     return text + (f", pooled over {d.pool}" if d.pool else "")
 
 
-def _direct_stages(direct: DirectReadout, grid: TileGrid, tokens: Size) -> list[Stage]:
-    live = direct.plan(grid, tokens).live
+def _direct_stages(
+    direct: DirectReadout, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, width: int | None
+) -> list[Stage]:
+    def cost() -> Cost | None:
+        if width is None:
+            return None
+        shape = (1, grid.num_tiles, *tokens, width)
+        return cost_of(lambda: direct(torch.empty(shape), torch.empty(shape), grid))
+
+    assert planned is not None
+    assert full is not None
+    texts = [f"{len(plan.live.local) + len(plan.live.stride)} tiles" for plan in (planned, full)]
     with full_computation():
-        full = direct.plan(grid, tokens).live
-    computed, everything = (f"{len(tiles.local) + len(tiles.stride)} tiles" for tiles in (live, full))
-    return [Stage("readout", f"{computed}, {direct.source}, {direct.readout}", everything)]
+        full_cost = cost()
+    return [Stage("readout", f"{texts[0]}, {direct.source}, {direct.readout}", texts[1], cost(), full_cost)]

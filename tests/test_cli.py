@@ -5,7 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import dualview as dv
 from dualview import cli
@@ -157,19 +159,32 @@ def printed_by(capsys, *argv):
 
 
 def test_explain_prints_what_explain_says(capsys):
-    released = dv.DualViewEncoder(cli._any_encoder, dv.DualPerspectiveEnhance.released(1024), grid=(3, 3))
+    """A vision transformer of 24 layers at the released sizes; any width, tile and token map."""
+    config = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+        image_size=336,
+    )  # fmt: skip
+    with torch.device("meta"):
+        tower = dv.HfEncoder(CLIPVisionModel(config))
+    released = dv.DualViewEncoder(tower, dv.DualPerspectiveEnhance.released(1024), grid=(3, 3))
     assert printed_by(capsys) == str(dv.explain(released))
 
-    dem = dv.DualPerspectiveEnhance.paper(64, readout="none", fusion="max_pool")
-    paper = dv.DualViewEncoder(cli._any_encoder, dem, tile=(28, 42), grid=(2, 5), low_res=None)
-    options = "--preset paper --dim 64 --readout none --fusion max_pool --grid 2x5 --tile 28x42 --tokens 4x6"
+    dem = dv.DualPerspectiveEnhance.paper(96, readout="none", fusion="max_pool")
+    paper = dv.DualViewEncoder(cli.uncounted, dem, tile=(28, 42), grid=(2, 5), low_res=None)
+    options = "--preset paper --dim 96 --readout none --fusion max_pool --grid 2x5 --tile 28x42 --tokens 4x6"
     for low_res in ("", " --low-res none"):
         assert printed_by(capsys, *(options + low_res).split()) == str(dv.explain(paper, tokens=(4, 6)))
 
 
-def test_explain_leaves_the_cost_of_the_encoder_open(capsys):
-    row = next(line for line in printed_by(capsys).splitlines() if line.startswith("encoder "))
-    assert " ".join(row.split()) == "encoder 10 sub-images 19 sub-images"
+@pytest.mark.parametrize(
+    "options", ["--dim 96", "--tile 336x168", "--tokens 24x12", "--tile 336x168 --tokens 24x12", ""], ids=str
+)
+def test_explain_leaves_the_cost_of_other_encoders_open(capsys, monkeypatch, options):
+    if not options:
+        monkeypatch.setattr(cli, "find_spec", lambda name: None)  # as if transformers were not installed
+    rows = [" ".join(line.split()) for line in printed_by(capsys, *options.split()).splitlines()]
+    assert "encoder 10 sub-images 19 sub-images" in rows
+    assert not any(row.startswith("layers") for row in rows)
 
 
 def test_explain_mixes_as_the_preset_does(capsys):

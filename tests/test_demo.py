@@ -64,7 +64,7 @@ def test_stages(photo, tmp_path, capsys):
         ("encoder", (9, 2, 2, 32), 36),
         ("DEM: V_loc", (1, 2, 4, 32), 8),
         ("DEM: V_glo", (1, 4, 2, 32), 8),
-        ("DEM: fusion", (1, 4, 2, 32), 8),
+        ("DEM: fusion", (1, 2, 2, 32), 4),  # which averages the cells of what is read itself
         ("DEM: readout", (1, 2, 2, 32), 4),
         ("mix", (1, 2, 2, 32), 4),
         ("projector", (1, 4, 32), 4),

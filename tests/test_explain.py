@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dualview import (
     DirectReadout,
     DualPerspectiveEnhance,
     DualViewEncoder,
     Explanation,
+    HfEncoder,
     explain,
     full_computation,
     use_backend,
@@ -119,6 +121,38 @@ def test_released_module_at_1008_pixels() -> None:
     assert stages["encoder"].full_cost.operations * 10 == stages["encoder"].planned_cost.operations * 19
 
 
+def test_layers_of_the_encoder() -> None:
+    """Four of six layers planned, all and the norm in full; the tokens' widths come from it, too."""
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    encoder = HfEncoder(CLIPVisionModel(config), layer=4)
+    model = DualViewEncoder(encoder, DirectReadout("sum", "centre"), tile=(28, 28), grid=(3, 3), low_res=None)
+    stages = {stage.name: stage for stage in explain(model, tokens=(4, 4)).stages}
+    assert (stages["layers"].planned, stages["layers"].full) == (
+        "4 of 6, without the final norm", "6 of 6, and the final norm"
+    )  # fmt: skip
+    # 17 tokens: four projections and two of the MLP, scores and values; and the patches.
+    layer = 2 * (4 * 17 * 32**2 + 2 * 17 * 32 * 64 + 2 * 17**2 * 32)
+    patches = 2 * 16 * 3 * 7**2 * 32
+    planned, full = stages["encoder"].planned_cost, stages["encoder"].full_cost
+    assert (planned.operations, full.operations) == (10 * (4 * layer + patches), 18 * (6 * layer + patches))
+    readout = stages["readout"]
+    assert (readout.planned, readout.full) == ("10 tiles, sum, centre", "18 tiles")
+    assert readout.planned_cost.operations == readout.full_cost.operations == 0
+    # In full, two maps of 9 * 16 tokens are put back, added, and read out; planned, only their centres.
+    token = 32 * 4
+    assert readout.full_cost.bytes >= (2 * 2 + 3) * 9 * 16 * token
+    assert 3 * 16 * token <= readout.planned_cost.bytes < readout.full_cost.bytes / 3
+    assert stages["total"].planned_cost.bytes == planned.bytes + readout.planned_cost.bytes
+
+
+def test_a_readout_alone_has_no_width_to_count_with() -> None:
+    stages = explain(DirectReadout(), grid=(2, 3)).stages
+    assert [stage.name for stage in stages] == ["readout", "total"]
+    assert stages[0].planned_cost is None
+
+
 def test_an_encoder_that_cannot_be_counted_has_no_cost() -> None:
     def values_matter(pixels: Tensor) -> Tensor:
         return pixels.movedim(1, -1) if pixels.sum().item() > 0 else pixels.movedim(1, -1) + 1
@@ -131,6 +165,15 @@ def test_an_encoder_that_cannot_be_counted_has_no_cost() -> None:
 def test_creating_a_tensor_moves_nothing() -> None:
     assert cost_of(lambda: torch.ones(4, 8)) == (0, 0)
     assert cost_of(lambda: torch.ones(4, 8) + 1) == (0, 2 * 4 * 8 * 4)
+
+
+def test_what_is_overwritten_or_not_taken_is_not_read() -> None:
+    def copy() -> None:
+        torch.empty(4, 8).copy_(torch.empty(4, 8))
+
+    assert cost_of(copy) == (0, 2 * 4 * 8 * 4)
+    assert cost_of(lambda: torch.empty(100, 8).index_select(0, torch.tensor([3, 5]))) == (0, 2 * 2 * 8 * 4 + 2 * 8)
+    assert cost_of(lambda: torch.empty(4, 8).add_(torch.empty(4, 8))) == (0, 3 * 4 * 8 * 4)
 
 
 def test_figures_are_those_of_the_stages() -> None:
@@ -152,10 +195,17 @@ def test_last_line_says_what_runs() -> None:
     for dem, names in (("released", "retile, tile_attention, fuse_norm"), ("paper", "retile, tile_attention")):
         with use_backend("torch"):
             made = explain(getattr(DualPerspectiveEnhance, dem)(DIM), grid=(2, 3))
-        assert {choice.name for choice in made.implementations.values()} == {"torch"}
-        (reasons,) = {choice.reasons for choice in made.implementations.values()}
-        assert any("use_backend" in reason for reason in reasons)
-        assert str(made).splitlines()[-1] == f"{names} by torch: {'; '.join(reasons)}"
+        (text,) = set(made.implementations.values())
+        assert text == 'by torch: backend="torch", by use_backend'
+        assert str(made).splitlines()[-1] == f"{names} {text}"
+
+
+def test_last_line_says_that_a_call_would_raise() -> None:
+    dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
+    with use_backend("triton"):
+        (line,) = str(explain(dem, grid=(2, 3))).splitlines()[-1:]
+    assert line.startswith("tile_attention would raise an error: ")
+    assert all(part in line for part in ("the kernel tile_attention cannot run", "float64", "cast them to"))
 
 
 def test_table_is_aligned() -> None:

@@ -118,12 +118,14 @@ class DualViewEncoder(nn.Module):
             valid=valid,
         )
 
-    def plan(self, size: Size, grid: GridLike | None = None) -> ViewPlan:
-        """Which sub-images of an image of ``size`` = (H, W) pixels are encoded.
+    def plan(self, size: Size, grid: GridLike | None = None, tokens: Size | None = None) -> ViewPlan:
+        """What is computed for an image of ``size`` = (H, W) pixels.
 
         Args:
             size: Image size in pixels.
             grid: Rows and columns of tiles, where neither the encoder nor the size says them.
+            tokens: Token map (h', w') of one tile, for the plan of the dem, where the encoder does not say it;
+                (rows, cols) if nobody does. The sub-images do not depend on it.
 
         Example:
             >>> model = DualViewEncoder(lambda x: x, DualPerspectiveEnhance.released(16), grid=(3, 3))
@@ -132,7 +134,9 @@ class DualViewEncoder(nn.Module):
         """
         chosen = TileGrid.of(grid) if grid is not None else self.grid or TileGrid.for_image(size, self.tile)
         low = uses_low_view(self.dem, self.low_res)
-        return plan_encoder(self.dem, chosen, self.tile, size, low=low, low_pass=self.low_pass)
+        return plan_encoder(
+            self.encoder, self.dem, chosen, self.tile, size, low=low, low_pass=self.low_pass, tokens=tokens
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -164,6 +168,7 @@ def encode_dual_view(
     grids = [_grid_of(batch, tile, grid, resize) for batch in batches]
     plans = [
         plan_encoder(
+            encoder,
             dem,
             g,
             tile,

@@ -1,6 +1,8 @@
 """Vision towers of transformers, timm and open_clip as encoders (T, 3, h, w) -> (T, h', w', D).
 
-None of these libraries is imported here: each class works on a tower that the caller has made.
+None of these libraries is imported here: each class works on a tower that the caller has made. An encoder may declare
+`layer_plan`, which of its layers it runs, and `token_map`, the size of its result: both go into the plan of what is
+computed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dualview.geometry import Size
+from dualview.ops.plan import LayerPlan, plan_layers, planning
 
 
 class HfEncoder(nn.Module):
@@ -43,44 +46,55 @@ class HfEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int | None = -2) -> None:
         super().__init__()
-        hf_layers(model, layer)
+        hf_plan(model, layer)
         self.model, self.layer = model, layer
 
     def forward(self, pixels: Tensor) -> Tensor:
         return hf_token_map(self.model, pixels, self.layer)
 
+    def layer_plan(self) -> LayerPlan:
+        """Which layers are run."""
+        return hf_plan(self.model, self.layer)
+
+    def token_map(self, tile: Size) -> Size:
+        """Tokens (h', w') of a tile of (h, w) pixels."""
+        return _patches(self.model, tile)
+
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
 
 
-def hf_layers(model: nn.Module, layer: int | None) -> nn.ModuleList:
-    """The transformer layers of a vision tower that ``hidden_states[layer]`` needs; all of them for None.
+def hf_plan(model: nn.Module, layer: int | None) -> LayerPlan:
+    """Which layers of a vision tower ``hidden_states[layer]`` needs; all of them, and the final norm, for None.
 
     Raises:
         ValueError: The model has not the expected parts, or ``layer`` does not exist.
     """
-    encoder, config = getattr(model, "encoder", None), getattr(model, "config", None)
-    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
-    if not (hasattr(model, "embeddings") and hasattr(config, "patch_size") and isinstance(layers, nn.ModuleList)):
+    config, count = getattr(model, "config", None), len(_blocks(model))
+    if not (hasattr(model, "embeddings") and hasattr(config, "patch_size") and count):
         raise ValueError(
             f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings`, "
             "`encoder.layers` (or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and "
             "Dinov2Model have. Of a two-tower model pass its `vision_model`; wrap any other tower in a function "
             "(T, 3, h, w) -> (T, h', w', D)."
         )
-    count = len(layers)
-    if layer is None:
-        return layers
-    if not -count - 1 <= layer <= count:
+    if layer is not None and not -count - 1 <= layer <= count:
         raise ValueError(
             f"layer={layer} does not exist: {type(model).__name__} has {count} layers, so hidden_states has "
             f"indices {-count - 1} to {count}."
         )
-    return layers[: layer % (count + 1)]
+    needed = count if layer is None else layer % (count + 1)
+    return plan_layers(needed, count, norm=layer is None, full=not planning())
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    encoder = getattr(model, "encoder", None)
+    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
+    return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
 
 
 def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
-    """``hidden_states[layer]`` of a vision tower as a token map, running no layer after it."""
+    """``hidden_states[layer]`` of a vision tower as a token map, running the layers that `hf_plan` names."""
     tower = cast(Any, model)
     height, width = pixels.shape[-2:]
     # A fixed table of positions: SigLIP would add it, row by row, to a map of any shape with as many patches.
@@ -89,18 +103,25 @@ def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
             f"{type(model).__name__} got tiles of {height} x {width} (height x width), but it has positions for one "
             f"size alone: use tile={_pair(tower.config.image_size)}."
         )
+    plan = hf_plan(model, layer)
     if layer is None:
         tokens = cast(Tensor, tower(pixel_values=pixels).last_hidden_state)
+    elif plan.norm:  # all that there is
+        tokens = cast(Tensor, tower(pixel_values=pixels, output_hidden_states=True).hidden_states[layer])
     else:
         tokens = tower.embeddings(pixels)
         if hasattr(tower, "pre_layrnorm"):  # CLIP's own spelling
             tokens = tower.pre_layrnorm(tokens)
-        for block in hf_layers(model, layer):
+        for block in _blocks(model)[: plan.run]:
             out = block(tokens, None)
             tokens = out[0] if isinstance(out, tuple) else out
-    patch_height, patch_width = _pair(tower.config.patch_size)
-    h, w = height // patch_height, width // patch_width
+    h, w = _patches(model, (height, width))
     return cast(Tensor, tokens[:, tokens.shape[1] - h * w :].unflatten(1, (h, w)))
+
+
+def _patches(model: nn.Module, tile: Size) -> Size:
+    patch_height, patch_width = _pair(cast(Any, model).config.patch_size)
+    return tile[0] // patch_height, tile[1] // patch_width
 
 
 def _pair(size: int | Size) -> Size:
@@ -139,9 +160,16 @@ class TimmEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         options: dict[str, Any] = {"norm": True} if self.norm else {}
         maps = cast(Any, self.model).forward_intermediates(
-            pixels, indices=[self.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW", **options
-        )
-        return cast(Tensor, maps[0]).movedim(1, -1)
+            pixels, indices=[self.layer], stop_early=planning(), intermediates_only=planning(), output_fmt="NCHW",
+            **options,
+        )  # fmt: skip
+        of_layer = (maps if planning() else maps[1])[0]
+        return cast(Tensor, of_layer).movedim(1, -1)
+
+    def layer_plan(self) -> LayerPlan:
+        """Which blocks (stages, in a convolutional network) are run."""
+        count = len(cast(Any, self.model).feature_info)
+        return plan_layers(self.layer % count + 1, count, norm=self.norm, full=not planning())
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, norm={self.norm}"
@@ -181,12 +209,21 @@ class OpenClipEncoder(nn.Module):
         output = cast(Any, self.model).forward_intermediates(
             pixels,
             indices=[self.layer],
-            stop_early=True,
+            stop_early=planning(),
             normalize_intermediates=self.norm,
             intermediates_only=True,
             output_fmt="NCHW",
         )
         return cast(Tensor, output["image_intermediates"][0]).movedim(1, -1)
+
+    def layer_plan(self) -> LayerPlan | None:
+        """Which blocks are run; None for towers that are neither transformers of open_clip nor of timm."""
+        tower = cast(Any, self.model)
+        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+        levels = blocks if blocks is not None else getattr(getattr(tower, "trunk", None), "feature_info", None)
+        if levels is None:
+            return None
+        return plan_layers(self.layer % len(levels) + 1, len(levels), norm=self.norm, full=not planning())
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, norm={self.norm}"

@@ -1,4 +1,7 @@
-"""Which sub-images of an image are encoded: those that are needed, and each distinct one once."""
+"""The plan of a whole dual-view encoder: what of it is computed for an image.
+
+Which sub-images are encoded (those that are needed, and each distinct one once), by which layers, and what is enhanced.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dualview.geometry import Size, TileGrid, tile_slice
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.low_pass import low_pass as smooth
-from dualview.ops.plan import LiveTiles, constant, planning
+from dualview.ops.plan import DirectPlan, EnhancePlan, LayerPlan, LiveTiles, constant, planning
 
 
 class View(NamedTuple):
@@ -25,14 +28,16 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """Which sub-images of one image are encoded, and which of them serve as what.
+    """What is computed for one image, from pixels to the tokens that are read.
 
     Attributes:
-        views: The distinct sub-images.
+        views: The distinct sub-images that are encoded.
         live: Which tiles they provide.
         local: Places among ``views`` of the live local tiles.
         stride: Places of the live stride tiles.
         low: Place of the low-resolution view, None if it is not needed.
+        layers: Which layers of the encoder are run; None if it does not say.
+        enhance: What the dem computes; None if there is none, or it has no plan.
     """
 
     views: tuple[View, ...]
@@ -40,6 +45,8 @@ class ViewPlan:
     local: tuple[int, ...]
     stride: tuple[int, ...]
     low: int | None
+    layers: LayerPlan | None = None
+    enhance: EnhancePlan | DirectPlan | None = None
 
 
 def view_slices(view: View, grid: TileGrid, tile: Size) -> tuple[slice, slice]:
@@ -107,21 +114,47 @@ def plan_views(
 
 
 def plan_encoder(
-    dem: nn.Module | None, grid: TileGrid, tile: Size, image: Size, *, low: bool, low_pass: bool
+    encoder: object,
+    dem: nn.Module | None,
+    grid: TileGrid,
+    tile: Size,
+    image: Size,
+    *,
+    low: bool,
+    low_pass: bool,
+    tokens: Size | None = None,
 ) -> ViewPlan:
-    """Which sub-images of an image are encoded for this dem."""
+    """What is computed for an image of a size, asked of each stage from the last to the first.
+
+    Args:
+        encoder: May declare ``layer_plan()``, the layers that it runs, and ``token_map(tile)``, the tokens it gives.
+        dem: A module with a plan, any other, or None.
+        grid: Rows and columns of tiles.
+        tile: Tile size (h, w) in pixels.
+        image: Size (H, W) of the image in pixels.
+        low: Whether the low-resolution view is needed.
+        low_pass: Whether the canvas is smoothed before the stride crop.
+        tokens: Token map of one tile, for ``enhance``, where the encoder does not say it.
+    """
     everything = tuple(range(grid.num_tiles))
+    smallest = (grid.rows, grid.cols)  # from so many tokens a tile on, the live tiles are the same
+    enhance: EnhancePlan | DirectPlan | None = None
     if dem is None:
         live = LiveTiles((), ())
-    elif isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
-        # The token map is not known before encoding; from (rows, cols) tokens a tile on, the live tiles are the same.
-        live = dem.plan(grid, (grid.rows, grid.cols)).live
+    elif isinstance(dem, (DualPerspectiveEnhance, DirectReadout)) and planning():
+        live = dem.plan(grid, smallest).live
     else:
         live = LiveTiles(everything, everything)
-    if not planning():
-        live = LiveTiles(everything, everything) if dem is not None else live
-    return plan_views(
+    if isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
+        token_map = getattr(encoder, "token_map", None)
+        enhance = dem.plan(grid, tokens or (smallest if token_map is None else token_map(tile)))
+    plan = plan_views(
         (grid.rows, grid.cols), tile, image, live.local, live.stride, low=low, low_pass=low_pass, full=not planning()
+    )
+    layers = getattr(encoder, "layer_plan", None)
+    # torch.compile traces this, but not dataclasses.replace.
+    return ViewPlan(
+        plan.views, plan.live, plan.local, plan.stride, plan.low, None if layers is None else layers(), enhance
     )
 
 

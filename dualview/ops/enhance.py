@@ -22,6 +22,7 @@ from dualview.ops.gather import (
 )
 from dualview.ops.operands import KeyMask, operands
 from dualview.ops.plan import (
+    SPEED_OF_ABSORBED,
     DirectionPlan,
     Enhance,
     EnhancePlan,
@@ -258,6 +259,7 @@ class DualPerspectiveEnhance(nn.Module):
             linear=attention.norm is None and (plain or bool(getattr(self.fusion, "linear", False))),
             dim=self.dim,
             num_heads=attention.num_heads,
+            speed=SPEED_OF_ABSORBED.get(attention.q_proj.weight.device.type, 1.0),
             full=full,
         )
 
@@ -343,8 +345,12 @@ class DualPerspectiveEnhance(nn.Module):
         return cast(TileAttention, self.attentions[0 if d.query == "global" else -1])
 
     def _fuse(self, enhanced: list[Tensor], plan: EnhancePlan, grid: TileGrid, tokens: Size) -> Tensor:
-        """Fuse the maps, local first, and read the result out."""
+        """Fuse the maps, local first, and read the result out: by one call where the fusion averages cells itself."""
         size = grid.map_size(tokens)
+        if plan.surround == "none" and planning() and self.readout != "none" and getattr(self.fusion, "cells", False):
+            rows, cols = enhanced[0].shape[1:3]
+            out: Tensor = self.fusion(*enhanced, cell=(rows // tokens[0], cols // tokens[1]))
+            return out
         if plan.surround == "none":
             fused = self.fusion(*enhanced)
         elif plan.surround == "windows" and getattr(self.fusion, "windows", False):

@@ -5,8 +5,9 @@ Every fusion is built from the width D alone and called with two maps, ``fusion(
 
 A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
 class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together); ``windows``,
-if it can be called with ``windows=True`` on the surroundings of each token, side by side. A module without them works
-too, with nothing skipped before it.
+if it can be called with ``windows=True`` on the surroundings of each token, side by side; ``cells``, if it can be
+called with ``cell=(r, s)`` for the mean of every r x s neighbouring tokens. A module without them works too, with
+nothing skipped before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.kernels.dispatch import choose
+from dualview.ops.gather import mean_of_cells
 
 
 class LinearConcatFusion(nn.Module):
@@ -65,6 +67,7 @@ class BottleneckConcatFusion(nn.Module):
     """The fusion of the released weights: bottlenecks, concatenation [local; global], residuals, LayerNorm.
 
     LayerNorm([b_loc(V_loc); b_glo(V_glo)] + V_glo + V_loc), where each b is Linear(D, D/16) - GELU - Linear(D/16, D/2).
+    With a ``cell``, the mean of every r x s neighbouring tokens of that, which the kernel takes in the same pass.
 
     Args:
         dim: Width D, a multiple of 16.
@@ -72,7 +75,7 @@ class BottleneckConcatFusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_loc, v_glo: (..., D) -> (..., D)
+        v_loc, v_glo: (..., D) -> (..., D); with ``cell`` (r, s), (..., r*h, s*w, D) -> (..., h, w, D)
 
     Raises:
         ValueError: ``dim`` is no multiple of 16.
@@ -84,6 +87,7 @@ class BottleneckConcatFusion(nn.Module):
 
     radius = 0
     linear = False
+    cells = True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -105,17 +109,19 @@ class BottleneckConcatFusion(nn.Module):
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor, *, cell: tuple[int, int] = (1, 1)) -> Tensor:
         maps = v_loc, v_glo, self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)
         if choose("fuse_norm", *maps, *self.norm.parameters()).name == "triton":
             from dualview.kernels.fuse_norm import fuse_norm
 
-            plane = v_loc.shape[:-1].numel()
-            flat = [x.reshape(1, plane, x.shape[-1]) for x in maps]
-            out = fuse_norm(*flat, *self.norm.parameters(), eps=self.norm.eps, backend="triton")
-            return out.reshape(v_loc.shape)
+            planes = [x[None, None] for x in maps]  # whatever leads, there are rows and columns
+            out = fuse_norm(*planes, *self.norm.parameters(), cell=cell, eps=self.norm.eps, backend="triton")
+            return out.squeeze((0, 1))
         fused: Tensor = self.norm(torch.cat(maps[2:], dim=-1) + v_glo + v_loc)
-        return fused
+        if cell == (1, 1):
+            return fused
+        rows, cols = fused.shape[-3:-1]
+        return mean_of_cells(fused, (rows // cell[0], cols // cell[1]))
 
 
 class _ParameterFreeFusion(nn.Module):

@@ -6,7 +6,8 @@ rows times a set of columns, and the plan is worked out per axis, in integers:
 1. the readout reads some positions of every cell of rows x cols tokens (`readout_support`);
 2. a fusion that looks r tokens around widens that set by r (its ``radius``);
 3. a query needs itself and, as keys and values, the tile it lies in as the maps are cut in its direction;
-4. an encoder tile is live if a needed token lies in it.
+4. an encoder tile is live if a needed token lies in it;
+5. of the encoder, the layers after the one that is read are not needed, nor the final norm.
 
 Nothing here knows the name of a preset. All of it is exact for finite inputs: what is dropped is multiplied by zero, or
 by nothing.
@@ -34,6 +35,10 @@ CROP_OF_QUERY: dict[Pairing, dict[Perspective, Perspective]] = {
     "released": {"global": "local", "local": "global"},
 }
 """How both maps are cut when the map of a perspective asks: Eq. 18-25, and the released code (the other way round)."""
+
+SPEED_OF_ABSORBED = {"cpu": 1.0}
+"""Multiply-additions a second of attention with absorbed projections over those with projected keys, by device, as the
+suite `absorb` of the benchmarks measures them; 1 where nothing has been measured."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -214,6 +219,7 @@ def plan_enhance(
     linear: bool,
     dim: int,
     num_heads: int,
+    speed: float,
     full: bool,
 ) -> EnhancePlan:
     """Push the readout back through fusion, attention and crops.
@@ -230,6 +236,7 @@ def plan_enhance(
         linear: Whether everything between the softmax and the readout is linear.
         dim: Width of the tokens, to count operations.
         num_heads: Heads, to count operations.
+        speed: An entry of `SPEED_OF_ABSORBED`.
         full: Plan to compute everything, and as the equations are written.
     """
     grid = TileGrid(*pair)
@@ -250,7 +257,7 @@ def plan_enhance(
         queries = _both(partial(AxisCut.of, cut), fused, grid, tokens)
         keys = _both(lambda axis, n, h, cut=cut: axis.widened(cut, n, h), queries, grid, tokens)
         pool = _pool(cut, grid, tokens) if commutes else None
-        absorb = not full and _absorbing_pays(queries, keys, pool, tokens, dim, num_heads)
+        absorb = not full and _absorbing_pays(queries, keys, pool, tokens, dim, num_heads, speed)
         d = DirectionPlan(query, cut, *queries, *keys, absorb=absorb, fold=False, pool=pool)
         directions.append(replace(d, fold=absorb and num_heads == 1 and d.num_tiles * d.queries > dim))
         everything = tuple(range(size[0])), tuple(range(size[1]))
@@ -296,6 +303,32 @@ def plan_direct(pair: tuple[int, int], tokens: Size, *, readout: Readout, source
     return DirectPlan(LiveTiles(tiles.get("local", ()), tiles.get("global", ())), tuple(cuts))
 
 
+class LayerPlan(NamedTuple):
+    """Which layers of an encoder are run.
+
+    Attributes:
+        run: Layers that are run, from the first.
+        total: Layers that there are.
+        norm: Whether the final norm is run.
+    """
+
+    run: int
+    total: int
+    norm: bool
+
+
+def plan_layers(needed: int, total: int, *, norm: bool, full: bool) -> LayerPlan:
+    """The layers before what is read, or all.
+
+    Args:
+        needed: Layers that what is read comes after.
+        total: Layers that there are.
+        norm: Whether what is read is normed.
+        full: Run everything.
+    """
+    return LayerPlan(total if full else needed, total, norm or full)
+
+
 def _both(of_axis: Callable[..., R], *pairs: Iterable[Any]) -> tuple[R, R]:
     """The same for rows and for columns."""
     rows, cols = (of_axis(*axis) for axis in zip(*pairs, strict=True))
@@ -333,7 +366,13 @@ def _tiles_of(
 
 
 def _absorbing_pays(
-    queries: tuple[AxisCut, AxisCut], keys: tuple[AxisCut, AxisCut], pool: Pool, tokens: Size, dim: int, num_heads: int
+    queries: tuple[AxisCut, AxisCut],
+    keys: tuple[AxisCut, AxisCut],
+    pool: Pool,
+    tokens: Size,
+    dim: int,
+    num_heads: int,
+    speed: float,
 ) -> bool:
     """Compare multiply-additions of projecting keys and values with those of projecting what depends on the query.
 
@@ -348,4 +387,4 @@ def _absorbing_pays(
     weighted = out if pool == "cells" else q  # rows of attention that meet the values
     projected = 2 * k * dim**2 + (q + weighted) * per_tile * dim
     absorbed = (q + out) * dim**2 + (q + weighted) * per_tile * dim * num_heads
-    return absorbed < projected
+    return absorbed < projected * speed

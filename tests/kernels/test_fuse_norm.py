@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dualview as dv
+from dualview.kernels.dispatch import use_backend
 from dualview.kernels.fuse_norm import fuse_norm
 from dualview.ops.fusion import BottleneckConcatFusion
 from tests.checks import fresh, refuses
@@ -62,13 +64,39 @@ def test_many_cells_share_a_partial_sum(device, monkeypatch):
     assert all(map(torch.equal, *found)), "the order of the sums varies"
 
 
-def test_is_the_tail_of_the_released_fusion(device):
+@pytest.mark.parametrize("cell", [(1, 1), (2, 3)])
+def test_is_the_tail_of_the_released_fusion(device, cell):
     fusion = BottleneckConcatFusion(32, device=device)
     v_loc, v_glo = torch.randn(2, 2, 4, 6, 32, device=device)
     b_loc, b_glo = fusion.local_bottleneck(v_loc), fusion.global_bottleneck(v_glo)
     for backend in ("torch", "triton"):
-        fused = fuse_norm(v_loc, v_glo, b_loc, b_glo, fusion.norm.weight, fusion.norm.bias, backend=backend)
-        torch.testing.assert_close(fused, fusion(v_loc, v_glo))
+        fused = fuse_norm(v_loc, v_glo, b_loc, b_glo, fusion.norm.weight, fusion.norm.bias, cell=cell, backend=backend)
+        torch.testing.assert_close(fused, fusion(v_loc, v_glo, cell=cell))
+    for one in (v_loc, v_loc[0], v_loc[0, 0], v_loc[0, 0, 0])[: None if cell == (1, 1) else 2]:
+        fused = fusion(one, one, cell=cell)
+        with use_backend("triton"):
+            torch.testing.assert_close(fusion(one, one, cell=cell), fused)
+
+
+@pytest.mark.parametrize("grid, cell", [((2, 3), (2, 1)), ((3, 2), (1, 2)), ((4, 2), (2, 2)), ((1, 3), (1, 1))])
+def test_the_enhancement_reads_out_in_the_same_pass(device, grid, cell, monkeypatch):
+    """The kernel is launched once, for cells of the tokens that are read, and what it wrote is the result."""
+    from dualview.kernels import fuse_norm_triton
+
+    written, launch = [], fuse_norm_triton.forward
+
+    def forward(tensors, r, s, *options):
+        written.append(((r, s), launch(tensors, r, s, *options)))
+        return written[-1][1]
+
+    monkeypatch.setattr(fuse_norm_triton, "forward", forward)
+    dem = dv.DualPerspectiveEnhance.released(32, device=device)
+    tiles = torch.randn(2, 1, grid[0] * grid[1], 2, 3, 32, device=device)
+    out = dem(*tiles, grid, backend="triton")
+    ((launched, result),) = written
+    assert launched == cell
+    assert out.data_ptr() == result.data_ptr()
+    torch.testing.assert_close(out, dem(*tiles, grid, backend="torch"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

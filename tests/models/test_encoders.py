@@ -25,7 +25,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dualview import DualViewEncoder, HfEncoder, OpenClipEncoder, TimmEncoder
+from dualview import DualViewEncoder, HfEncoder, OpenClipEncoder, TimmEncoder, full_computation
 from dualview.models.encoders import hf_token_map
 from tests.checks import refuses
 
@@ -100,6 +100,29 @@ def test_runs_nothing_after_the_chosen_layer(kind: str, layer: int) -> None:
     assert all(p.grad is None for module in after.values() for p in module.parameters())
     used = [p for name, p in model.embeddings.named_parameters() if name != "mask_token"]
     assert all(p.grad is not None for p in used)
+
+
+@hf_kinds
+@pytest.mark.parametrize("layer", [0, 1, -2, -1, None])
+def test_plan_of_layers(kind: str, layer: int | None) -> None:
+    """What it says is what is run, planned and in full; the tokens are the same."""
+    model, pixels = hf_tower(kind), torch.randn(2, 3, 28, 28)
+    encoder = HfEncoder(model, layer)
+    norm = next(child for name, child in model.named_children() if name in ("post_layernorm", "layernorm"))
+    called = calls_of({str(i): block for i, block in enumerate(blocks_of(model))} | {"norm": norm})
+    planned = encoder(pixels)
+    assert encoder.layer_plan() == (len(called) - ("norm" in called), LAYERS, "norm" in called)
+    called.clear()
+    with full_computation():
+        torch.testing.assert_close(encoder(pixels), planned)
+        assert encoder.layer_plan() == (LAYERS, LAYERS, True)
+    assert called == [*map(str, range(LAYERS)), "norm"]
+    assert encoder.token_map((28, 28)) == planned.shape[1:3]
+
+
+def test_token_map_of_other_tiles() -> None:
+    encoder = HfEncoder(hf_tower("dinov2", patch_size=(7, 14), image_size=(28, 56)))
+    assert encoder.token_map((30, 45)) == encoder(torch.randn(1, 3, 30, 45)).shape[1:3] == (4, 3)
 
 
 @hf_kinds
@@ -229,6 +252,23 @@ def test_timm_convolutional_networks(name: str, stages: list[str], layer: int, r
     assert called == stages[:run]
 
 
+@pytest.mark.parametrize("name, last", [("vit_tiny_patch16_224", "norm"), ("resnet18", "layer4")])
+@pytest.mark.parametrize("layer", [1, -2, -1])
+def test_timm_plan_of_layers(name: str, last: str, layer: int) -> None:
+    options = SMALL | {"img_size": 64} if name.startswith("vit") else {}
+    model, pixels = timm.create_model(name, **options).eval(), torch.randn(2, 3, 64, 64)
+    called, encoder = calls_of({last: model.get_submodule(last)}), TimmEncoder(model, layer)
+    total = LAYERS if name.startswith("vit") else 5
+    planned = encoder(pixels)
+    assert encoder.layer_plan() == (layer % total + 1, total, False)
+    assert called == ([last] if (name, layer) == ("resnet18", -1) else [])
+    called.clear()
+    with full_computation():
+        assert torch.equal(encoder(pixels), planned)
+        assert encoder.layer_plan() == (total, total, True)
+    assert called == [last]
+
+
 def test_timm_encoder_holds_the_model_and_refuses_others() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
     encoder = TimmEncoder(model, -1, norm=True)
@@ -275,6 +315,27 @@ def test_open_clip_with_a_timm_tower() -> None:
     out = OpenClipEncoder(model)(pixels)
     assert called == [str(i) for i in range(11)]
     assert torch.equal(out, TimmEncoder(model.visual.trunk, -2)(pixels))
+    assert OpenClipEncoder(model).layer_plan() == (11, 12, False)
+
+
+def test_open_clip_tower_of_unknown_layers() -> None:
+    text = CLIPTextCfg(context_length=8, vocab_size=50, width=16, heads=2, layers=1)
+    vision = CLIPVisionCfg(layers=(1, 1, 1, 1), width=8, image_size=64)
+    encoder = OpenClipEncoder(CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval(), -1)
+    assert encoder(torch.randn(1, 3, 64, 64)).shape == (1, 2, 2, 256)
+    assert encoder.layer_plan() is None
+
+
+@pytest.mark.parametrize("layer", [0, -2])
+def test_open_clip_plan_of_layers(layer: int) -> None:
+    model, pixels = open_clip_model(), torch.randn(3, 3, 16, 24)
+    encoder = OpenClipEncoder(model, layer, norm=True)
+    planned, called = encoder(pixels), calls_of(dict(enumerate(model.visual.transformer.resblocks)))
+    assert encoder.layer_plan() == (layer % LAYERS + 1, LAYERS, True)
+    with full_computation():
+        assert torch.equal(encoder(pixels), planned)
+        assert encoder.layer_plan() == (LAYERS, LAYERS, True)
+    assert called == list(range(LAYERS))
 
 
 def test_open_clip_encoder_holds_the_tower_and_refuses_others() -> None:

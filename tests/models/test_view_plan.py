@@ -1,5 +1,6 @@
 """Which sub-images are encoded, and that the others would not have mattered."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -57,6 +58,35 @@ def test_sub_images_of_other_configurations():
     assert count(3, enhance="local") == 9 + 1  # local queries at the centres lie in every block
     assert count(3, source="local") == 9 + 1  # no stride tile, so the low-resolution view stands alone
     assert count(3, source="global") == 9
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_one_plan_holds_what_every_stage_does(full):
+    """Views, layers and what is enhanced: the very plan that the module goes by."""
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    encoder = dv.HfEncoder(CLIPVisionModel(config), layer=-3)
+    model = dv.DualViewEncoder(encoder, dv.DualPerspectiveEnhance.released(32), tile=(28, 28))
+    asked = []
+    model.dem.plan = lambda *args: asked.append(type(model.dem).plan(model.dem, *args)) or asked[-1]
+    with dv.full_computation() if full else contextlib.nullcontext():
+        plan = model.plan((84, 84))
+        model(torch.randn(1, 3, 84, 84))
+        assert plan.enhance is asked[-1]
+        assert plan.enhance is not model.plan((84, 84), tokens=(5, 6)).enhance is model.dem.plan((3, 3), (5, 6))
+    assert plan.layers == ((5, 5, True) if full else (3, 5, False))
+    assert len(plan.views) == (19 if full else 10)
+    assert len(plan.enhance.directions[0].query_rows.positions) == (12 if full else 4)
+
+
+def test_plan_of_stages_that_declare_nothing():
+    model = dv.DualViewEncoder(Count(), dv.DirectReadout("global", "centre"), tile=TILE)
+    plan = model.plan((3 * TILE[0], 5 * TILE[1]))
+    assert plan.layers is None
+    assert plan.enhance is model.dem.plan((3, 5), (3, 5))
+    assert plan.live == ((), (7,))
+    assert dv.DualViewEncoder(Count(), None, tile=TILE).plan(TILE).enhance is None
 
 
 @settings(max_examples=60)

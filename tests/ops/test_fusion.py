@@ -22,6 +22,9 @@ CLASSES = {
 }
 
 
+sizes = st.sampled_from([(2, 3), (3, 1), (1, 1), (4, 4)])
+
+
 def randomised(module: nn.Module) -> nn.Module:
     """All parameters drawn anew, so that no bias, norm or logit is at its neutral start."""
     with torch.no_grad():
@@ -42,7 +45,7 @@ def test_names() -> None:
 @given(
     dim=st.sampled_from([16, 32]),
     batch=st.integers(0, 2),
-    size=st.sampled_from([(2, 3), (3, 1), (1, 1), (4, 4)]),
+    size=sizes,
     seed=st.integers(0, 99),
 )
 @settings(max_examples=12)
@@ -55,6 +58,21 @@ def test_equals_the_formula(name: str, dim: int, batch: int, size: tuple[int, in
     weights = dict(fusion.named_parameters())
     for one, loc, glo in zip(fused, v_loc, v_glo, strict=True):
         torch.testing.assert_close(one, reference.fuse(name, loc, glo, weights), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name, fusion in CLASSES.items() if getattr(fusion, "cells", False)])
+@given(cell=sizes, size=sizes, batch=st.integers(0, 2), seed=st.integers(0, 99))
+@settings(max_examples=20)
+def test_cells_are_averaged(name: str, cell: tuple[int, int], size: tuple[int, int], batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    fusion = randomised(CLASSES[name](16, dtype=torch.float64))
+    v_loc, v_glo = maps(batch, size[0] * cell[0], size[1] * cell[1], 16)
+    fused = fusion(v_loc, v_glo, cell=cell)
+    assert fused.shape == (batch, *size, 16)
+    weights = dict(fusion.named_parameters())
+    for one, loc, glo in zip(fused, v_loc, v_glo, strict=True):
+        averaged = reference.read_out(reference.fuse(name, loc, glo, weights), cell, "average")
+        torch.testing.assert_close(one, averaged, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - {"conv3x3"}))

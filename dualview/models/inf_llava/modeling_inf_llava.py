@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from dualview.geometry import TileGrid
 from dualview.models.dual_view_encoder import encode_dual_view
-from dualview.models.encoders import hf_layers, hf_token_map
+from dualview.models.encoders import hf_plan, hf_token_map
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
 from dualview.models.inf_llava.language_head import build_head, finish_logits
 from dualview.ops.enhance import DualPerspectiveEnhance
@@ -114,7 +114,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        hf_layers(self.vision_tower, config.vision_feature_layer)
+        hf_plan(self.vision_tower, config.vision_feature_layer)
         self.dem = config.build_dem()
         self.language_model = AutoModel.from_config(config.text_config)
         # The width of the embeddings, which need not be that of the layers.
