@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--memory", type=float, help="GiB that direct attention may get; default: all that is free")
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/DEVICE-SIZE-DTYPE.json, or none if only a part is run"
@@ -31,10 +32,11 @@ def main() -> None:
         print(report.compare(*(results.read(path) for path in options.compare)))
         return
     size = "tiny" if options.tiny else "full" if options.full else "quick"
-    gate = "skipped" if options.no_gate else runner.gate()
+    gate = "skipped" if options.no_gate else runner.gate(options.device)
     torch.set_num_threads(options.threads)
     place = Place(options.device, getattr(torch, options.dtype))
-    document = runner.run(place, size, gate=gate, suites=tuple(options.suites))
+    memory = options.memory and int(options.memory * 2**30)
+    document = runner.run(place, size, gate=gate, suites=tuple(options.suites), memory=memory)
     print(report.tables(document))
     whole = None if options.suites else results.FOLDER / f"{options.device}-{size}-{options.dtype}.json"
     if output := options.output or whole:  # a part does not replace the file of the whole

@@ -6,6 +6,7 @@ is bought for: larger batches, and the kernels beside torch.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -20,14 +21,18 @@ from torch import Tensor, nn
 import dualview as dv
 from benchmarks import peers, work
 from benchmarks.measure import Place, Run
-from dualview.kernels.dispatch import Backend
+from dualview.kernels.dispatch import Backend, interpreting
+from dualview.kernels.fuse_norm import fuse_norm
 from dualview.kernels.retile import retile
-from dualview.ops.plan import LiveTiles
+from dualview.ops.plan import SPEED_OF_ABSORBED, LiveTiles
 
 Size = Literal["tiny", "quick", "full", "gpu"]
 Mode = Literal["forward", "frozen features", "features too"]
 OURS = "dualview"
 KERNELS = "dualview, Triton"
+OF_KERNELS = (KERNELS, "projected throughout, Triton", "absorbed throughout, Triton")
+"""All sides that the kernels compute."""
+SEED = 0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference by type, relative to the largest value; what only moves data must be equal."""
@@ -44,6 +49,7 @@ class Comparison:
         other: Sides that compute another function: a cost to know, no values to compare with ours.
         targets: Least ratio of time to each of these sides.
         memory_targets: Least ratio of peak memory.
+        fraction_target: Least fraction of what the machine could do.
     """
 
     sides: dict[str, Run]
@@ -52,39 +58,77 @@ class Comparison:
     other: frozenset[str] = frozenset()
     targets: dict[str, float] = field(default_factory=dict)
     memory_targets: dict[str, float] = field(default_factory=dict)
+    fraction_target: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison that ``build`` makes at a place. ``process``: peak memory is that of a child process."""
+    """A comparison that ``build`` makes at a place.
+
+    Attributes:
+        suite: The suite that it belongs to.
+        name: Its name there.
+        params: What the name stands for.
+        build: Makes the sides.
+        process: Peak memory is that of a child process.
+        alone: Sides that are each measured in a process of their own, where they may fail; empty if all run in turn.
+    """
 
     suite: str
     name: str
     params: dict[str, Any]
     build: Callable[[Place], Comparison]
     process: bool = False
+    alone: tuple[str, ...] = ()
 
 
 def registry(size: Size) -> list[Case]:
-    """All cases of a size."""
-    return [case for suite in (_ops, _photo, _dem, _prefix, _train_step, _preprocess, _imports, _scaling)
-            for case in suite(size)]  # fmt: skip
+    """All cases of a size, what is aimed at first: on a GPU the last ones may find no time."""
+    suites = (
+        _forward, _prefix, _ops, _photo, _backward, _train_step, _absorb, _direct, _preprocess, _imports, _scaling
+    )  # fmt: skip
+    return [case for suite in suites for case in suite(size)]
+
+
+def prepare(case: Case, place: Place) -> Comparison:
+    """The sides of a case, from the same random numbers every time."""
+    torch.manual_seed(SEED)
+    return case.build(place)
+
+
+def _with_kernels(place: Place) -> bool:
+    """Whether a kernel can run, or must say why it cannot."""
+    return place.device == "cuda" or interpreting()
 
 
 # --- ops -------------------------------------------------------------------------------------------------------------
 
 
 def _ops(size: Size) -> Iterable[Case]:
-    for n in {"tiny": (2,), "quick": (3,), "full": (3, 5), "gpu": (3,)}[size]:
-        side, tokens, width = (4, 4, 8) if size == "tiny" else (336, 24, 1024)
-        shapes = {"images": (1, 3, n * side, n * side), "tokens": (1, n * tokens, n * tokens, width)}
-        for kind, shape in shapes.items():
-            for cut in ("local", "global"):
-                for inverse in (False, True):
-                    op = "recombine" if inverse else {"local": "local_crop", "global": "global_stride_crop"}[cut]
-                    name = f"{op}, {cut} {kind}" if inverse else f"{op}, {kind}"
-                    build = partial(_tiling, shape, (n, n), kind, cut, inverse, size != "quick")
-                    yield Case("ops", f"{name}, n={n}", {"n": n, "shape": "x".join(map(str, shape))}, build)
+    side, tokens, width = (4, 4, 8) if size == "tiny" else (336, 24, 1024)
+    ns = {"tiny": (2,), "full": (3, 5)}.get(size, (3,))
+    batches = (1, 8, 32) if size == "gpu" else (1,)
+    compile_too = {"full": batches, "gpu": (8,)}.get(size, ())
+    for n, batch in product(ns, batches):
+        params = {"n": n, "batch": batch}
+        label = f"n={n}" + (f", batch {batch}" if batch > 1 else "")
+        shapes = {"images": (batch, 3, n * side, n * side), "tokens": (batch, n * tokens, n * tokens, width)}
+        for kind, cut, inverse in product(shapes, ("local", "global"), (False, True)):
+            op = "recombine" if inverse else {"local": "local_crop", "global": "global_stride_crop"}[cut]
+            name = f"{op}, {cut} {kind}, {label}" if inverse else f"{op}, {kind}, {label}"
+            compiled = batch in compile_too or size == "tiny"
+            build = partial(_tiling, shapes[kind], (n, n), kind, cut, inverse, compiled)
+            yield Case("ops", name, params | {"shape": "x".join(map(str, shapes[kind]))}, build)
+        tiles = (batch, n * n, tokens, tokens, width)
+        for source, target in (("local", "global"), ("global", "local")):
+            build = partial(_retile, tiles, (n, n), source, target, batch in compile_too)
+            params["shape"] = "x".join(map(str, tiles))
+            yield Case("ops", f"re-tile, {source} to {target}, {label}", dict(params), build)
+    for batch, backward in product(batches, (False, True)):
+        name = f"fuse_norm, {tokens * tokens} tokens{', forward + backward' if backward else ''}"
+        build = partial(_fuse_norm, (batch, tokens, tokens, width), backward, batch in compile_too)
+        params = {"batch": batch, "shape": f"{batch}x{tokens}x{tokens}x{width}"}
+        yield Case("ops", name + (f", batch {batch}" if batch > 1 else ""), params, build)
 
 
 def _tiling(
@@ -98,23 +142,70 @@ def _tiling(
     else:
         crop = dv.local_crop if cut == "local" else dv.global_stride_crop
         ours = lambda: crop(x, grid, data_format=layout)  # noqa: E731
-    others = peers.tiling(kind, cut, compile_too=compile_too)
-    targets = dict.fromkeys(others, 0.9)
-    if kind == "tokens" and place.device == "cuda":
-        others = {KERNELS: _moved_by_kernel(grid, cut), **others}
-    sides = {OURS: ours} | {name: partial(peer, x, grid, inverse=inverse) for name, peer in others.items()}
-    sides["clone of the same bytes"] = x.clone
-    if kind == "tokens" or cut == "local":  # of strided pixels no two neighbours stay neighbours
-        targets["clone of the same bytes"] = 1 / 1.5
-    return Comparison(sides, work.copy(x.numel(), x.element_size()), 0, frozenset({"clone of the same bytes"}), targets)
-
-
-def _moved_by_kernel(grid: tuple[int, int], cut: Any) -> Callable[..., Tensor]:
-    def move(x: Tensor, _: tuple[int, int], *, inverse: bool) -> Tensor:
+    sides: dict[str, Run] = {OURS: ours}
+    if kind == "tokens" and _with_kernels(place):
         source, target = (cut, "raster") if inverse else ("raster", cut)
-        return retile(x, source, target, grid, backend="triton")
+        sides[KERNELS] = partial(retile, x, source, target, grid, backend="triton")
+    others = peers.tiling(kind, cut, compile_too=compile_too)
+    sides |= {name: partial(peer, x, grid, inverse=inverse) for name, peer in others.items()}
+    sides[CLONE] = x.clone
+    alike = kind == "tokens" or cut == "local"  # of strided pixels no two neighbours stay neighbours
+    targets = dict.fromkeys(others, 0.9) | ({CLONE: 1 / 1.5} if alike else {})
+    return _copying(sides, x, targets, place, alike=alike)
 
-    return move
+
+CLONE = "clone of the same bytes"
+
+
+def _copying(sides: dict[str, Run], x: Tensor, targets: dict[str, float], place: Place, *, alike: bool) -> Comparison:
+    """Of sides that move every element of ``x`` once; ``alike`` if whole runs of them stay together."""
+    on_gpu = place.device == "cuda"
+    return Comparison(
+        sides,
+        work.copy(x.numel(), x.element_size()),
+        0,
+        frozenset({CLONE}),
+        {} if on_gpu else targets,
+        fraction_target=0.85 if on_gpu and alike else None,
+    )
+
+
+def _retile(
+    shape: tuple[int, ...], grid: tuple[int, int], source: Any, target: Any, compile_too: bool, place: Place
+) -> Comparison:
+    x = place.randn(*shape)
+    sides: dict[str, Run] = {OURS: partial(retile, x, source, target, grid)}
+    if _with_kernels(place):
+        sides[KERNELS] = partial(retile, x, source, target, grid, backend="triton")
+    others = {"view + permute, twice": peers.retile_by_view, "einops": peers.retile_by_einops}
+    if compile_too:
+        others["view + permute, twice, torch.compile"] = peers.compiled(peers.retile_by_view)
+    sides |= {name: partial(peer, x, grid, source, target) for name, peer in others.items()}
+    sides[CLONE] = x.clone
+    return _copying(sides, x, dict.fromkeys(others, 0.9), place, alike=True)
+
+
+def _fuse_norm(shape: tuple[int, ...], backward: bool, compile_too: bool, place: Place) -> Comparison:
+    half = (*shape[:-1], shape[-1] // 2)
+    given = [place.randn(*size).requires_grad_(backward) for size in (shape, shape, half, half, shape[-1:], shape[-1:])]
+    weight = place.randn(*shape)
+
+    def side(function: Callable[..., Tensor]) -> Run:
+        def both() -> tuple[Tensor, ...]:
+            out = function(*given)
+            return out.detach(), *torch.autograd.grad(out, given, weight)
+
+        return both if backward else partial(function, *given)
+
+    functions: dict[str, Callable[..., Tensor]] = {OURS: fuse_norm, "cat, add, layer_norm": peers.norm_of_sum}
+    if _with_kernels(place):
+        functions[KERNELS] = partial(fuse_norm, backend="triton")
+    if compile_too:
+        functions["the same, torch.compile"] = peers.compiled(peers.norm_of_sum)
+    sides = {name: side(function) for name, function in functions.items()}
+    # Read: two maps and two halves, and with them the gradient; written: one map, and one gradient for all.
+    maps = 4 + 5 * backward
+    return Comparison(sides, work.Work(moved=maps * weight.numel() * weight.element_size()), TOLERANCE[place.dtype])
 
 
 # --- photo: bytes to normalised tiles --------------------------------------------------------------------------------
@@ -145,26 +236,39 @@ def _photograph(n: int, side: int, live: bool, place: Place) -> Comparison:
     out = (n * n + len(stride)) * 3 * side * side * 4
     name = "normalise, permute, rearrange twice"
     sides: dict[str, Run] = {OURS: ours, name: plain}
-    if place.device == "cuda":
+    if _with_kernels(place):
         sides[KERNELS] = partial(ours, "triton")
-    return Comparison(sides, work.Work(moved=photo.numel() + out), 1e-6, targets={} if live else {name: 2.0})
+    on_gpu = place.device == "cuda"
+    targets = {} if live or on_gpu else {name: 2.0}
+    moved = work.Work(moved=photo.numel() + out)
+    return Comparison(sides, moved, 1e-6, targets=targets, fraction_target=0.85 if on_gpu else None)
 
 
 # --- dem -------------------------------------------------------------------------------------------------------------
 
 
-def _dem(size: Size) -> Iterable[Case]:
+def _forward(size: Size) -> Iterable[Case]:
+    return _dem(size, ("forward",), (1, 8, 16, 32) if size == "gpu" else (1,))
+
+
+def _backward(size: Size) -> Iterable[Case]:
+    return _dem(size, ("frozen features", "features too"), (8, 1, 32) if size == "gpu" else (1,))
+
+
+def _dem(size: Size, modes: tuple[Mode, ...], batches: tuple[int, ...]) -> Iterable[Case]:
     tokens, width = (4, 32) if size == "tiny" else (24, 1024)
-    ns = {"tiny": (2, 3), "quick": (3,), "full": (3, 5), "gpu": (3,)}[size]
-    batches = (1, 8, 16, 32) if size == "gpu" else (1,)
-    for preset, n, batch in product(("released", "paper"), ns, batches):
-        for mode in ("forward", "frozen features", "features too"):
-            if size in ("quick", "gpu") and preset == "paper" and mode != "forward":
-                continue
-            params = {"preset": preset, "n": n, "d": width, "batch": batch, "tokens": tokens, "mode": mode}
-            name = mode if mode == "forward" else f"forward + backward, {mode}"
-            name = f"{preset}, n={n}{f', batch {batch}' if batch > 1 else ''}: {name}"
-            yield Case("dem", name, params, partial(_enhance, **params, few=size in ("tiny", "quick")))
+    ns = {"tiny": (2, 3), "full": (3, 5)}.get(size, (3,))
+    for preset, n, batch, mode in product(("released", "paper"), ns, batches, modes):
+        if size == "quick" and preset == "paper" and mode != "forward":
+            continue
+        params = {"preset": preset, "n": n, "d": width, "batch": batch, "tokens": tokens, "mode": mode}
+        name = mode if mode == "forward" else f"forward + backward, {mode}"
+        name = f"{preset}, n={n}{f', batch {batch}' if batch > 1 else ''}: {name}"
+        # What is compiled takes its time, and for every size again.
+        aimed_at = batch == 8 or (preset, mode) == ("released", "forward")
+        compile_too = size == "full" or (size == "gpu" and aimed_at)
+        few = size in ("tiny", "quick")
+        yield Case("dem", name, params, partial(_enhance, **params, few=few, compile_too=compile_too))
 
 
 DEM_TARGETS = {
@@ -174,7 +278,26 @@ DEM_TARGETS = {
     ("released", 3, "features too"): 3.5,
     ("paper", 3, "forward"): 2.2,
 }
-"""Aims at width 1024 against the loop over tiles; memory is a third of the loop's wherever a time is aimed at."""
+"""Aims on a CPU against the loop over tiles; memory is a third of the loop's wherever a time is aimed at."""
+
+LOOP, COMPILED, FLEX = "loop over tiles", "the same, torch.compile", "FlexAttention, permuted"
+
+
+def _dem_aims(
+    device: str, preset: str, n: int, d: int, batch: int, mode: Mode
+) -> tuple[dict[str, float], dict[str, float], float | None]:
+    """Ratios of time, ratios of memory, fraction of what the machine could do; of other widths none."""
+    if d != 1024:
+        return {}, {}, None
+    if device == "cpu":
+        targets = {LOOP: DEM_TARGETS[preset, n, mode]} if (preset, n, mode) in DEM_TARGETS else {}
+        return targets, dict.fromkeys(targets, 3.0), None
+    if (preset, n) != ("released", 3):
+        return {}, {}, None
+    if mode != "forward":
+        return {}, {LOOP: 4.0}, None
+    against_loop = {1: {LOOP: 20.0}, 16: {LOOP: 10.0}}.get(batch, {})
+    return {COMPILED: 1.3, FLEX: 1.3} | against_loop, {}, 0.6 if batch == 32 else None
 
 
 def _enhance(
@@ -187,6 +310,7 @@ def _enhance(
     tokens: int,
     mode: Mode,
     few: bool,
+    compile_too: bool = False,
     only_loop: bool = False,
 ) -> Comparison:
     dem = getattr(dv.DualPerspectiveEnhance, preset)(d).to(place.device, place.dtype)
@@ -215,32 +339,28 @@ def _enhance(
     batched = partial(peers.dem_batched, attend=peers.tiles_as_batch)
     runs: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: dem(local, stride, grid),
-        "loop over tiles": partial(peers.dem_per_tile, *given),
+        LOOP: partial(peers.dem_per_tile, *given),
     }
-    if place.device == "cuda":
+    if _with_kernels(place):
         runs[KERNELS] = lambda: dem(local, stride, grid, backend="triton")
     if not only_loop:
         if not few or mode == "forward":
             runs["dualview, full computation"] = in_full
-        if not few or mode == "forward":
             runs["view + permute + batched SDPA"] = partial(batched, *given)
-        if not few:  # what is compiled takes its time
-            runs["the same, torch.compile"] = partial(peers.compiled(batched), *given)
-            runs["FlexAttention, permuted"] = partial(peers.dem_batched, *given, attend=peers.flex)
-        runs["NATTEN"] = partial(peers.dem_batched, *given, attend=peers.natten)
-        if mode == "forward" and not few:
-            everywhere = partial(peers.everywhere, attention=peers.sdpa)
-            runs["direct cross-attention, SDPA"] = partial(peers.dem_batched, *given, attend=everywhere)
-            runs["direct cross-attention, math"] = partial(peers.direct_in_full, *given)
+        if compile_too:
+            runs[COMPILED] = partial(peers.compiled(batched), *given)
+            runs[FLEX] = partial(peers.dem_batched, *given, attend=peers.flex)
+        if not few:  # without a GPU it is slower than the loop
+            runs["NATTEN"] = partial(peers.dem_batched, *given, attend=peers.natten)
     backward: work.Backward = {"forward": "none", "frozen features": "weights", "features too": "all"}[mode]
-    target = {"loop over tiles": DEM_TARGETS[preset, n, mode]} if (preset, n, mode) in DEM_TARGETS and d == 1024 else {}
+    targets, memory_targets, fraction_target = _dem_aims(place.device, preset, n, d, batch, mode)
     return Comparison(
         {name: step(run) for name, run in runs.items()},
         work.dem(dem, grid, (tokens, tokens), batch, local.element_size(), backward),
         TOLERANCE[place.dtype],
-        frozenset(name for name in runs if name.startswith("direct")),
-        target,
-        dict.fromkeys(target, 3.0),
+        targets={name: target for name, target in targets.items() if name in runs},
+        memory_targets=memory_targets,
+        fraction_target=fraction_target,
     )
 
 
@@ -301,6 +421,10 @@ def _pixels_to_tokens(
         with dv.full_computation():
             return ours()
 
+    def by_kernels() -> Tensor:
+        with dv.use_backend("triton"):
+            return ours()
+
     schedule = f"{2 * n * n + 1} passes, {layers} layers, tile by tile"
     sides: dict[str, Run] = {
         OURS: ours,
@@ -314,7 +438,10 @@ def _pixels_to_tokens(
     views = batch * {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output
     of_tokens = batch * tokens[0] * tokens[1]
     planned += work.vit(tower, layers - 1, views, itemsize) + work.mlp(of_tokens, width, text, itemsize)
-    target = {schedule: 1.9} if layers == 24 and n == 3 else {}
+    if _with_kernels(place):
+        sides[KERNELS] = by_kernels
+    aim = 3.0 if place.device == "cuda" and batch == 1 else 1.9
+    target = {schedule: aim} if layers == 24 and n == 3 else {}
     return Comparison(
         {name: torch.no_grad()(run) for name, run in sides.items()}, planned, TOLERANCE[place.dtype], targets=target
     )
@@ -327,10 +454,11 @@ def _train_step(size: Size) -> Iterable[Case]:
     width, layers, side, patch = (32, 3, 28, 7) if size == "tiny" else (256, 6, 336, 14)
     params = {"n": 3, "d": width, "layers": layers, "batch": 1}
     name = "stage 1 of a small INF-LLaVA, n=3"
-    yield Case("train_step", name, params, partial(_stage_1, width, layers, side, patch), process=True)
+    build = partial(_stage_1, width, layers, side, patch, size != "quick")
+    yield Case("train_step", name, params, build, process=True)
 
 
-def _stage_1(width: int, layers: int, side: int, patch: int, place: Place) -> Comparison:
+def _stage_1(width: int, layers: int, side: int, patch: int, full_too: bool, place: Place) -> Comparison:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration
@@ -377,15 +505,80 @@ def _stage_1(width: int, layers: int, side: int, patch: int, place: Place) -> Co
         tokens = peers.prefix(*parts, pixels, (3, 3), one_batch=False)
         return step(mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(tokens))})
 
-    return Comparison(
-        {
-            OURS: lambda: step(pixel_values=pixels),
-            f"19 passes, {layers} layers, tile by tile": schedule,
-            "dualview, full computation": in_full,
-        },
-        None,
-        TOLERANCE[place.dtype] * 10,
-    )
+    sides: dict[str, Run] = {
+        OURS: lambda: step(pixel_values=pixels),
+        f"19 passes, {layers} layers, tile by tile": schedule,
+    }
+    if full_too:
+        sides["dualview, full computation"] = in_full
+    return Comparison(sides, None, TOLERANCE[place.dtype] * 10)
+
+
+# --- absorb: projections of the keys, or of the queries into key space ------------------------------------------------
+
+
+def _absorb(size: Size) -> Iterable[Case]:
+    """Around the share of live queries, a fifth, from which on counting prefers to project the keys."""
+    tokens, width = (4, 32) if size == "tiny" else (24, 1024)
+    grids = {"tiny": ((2, 3),), "quick": ()}.get(size, ((3, 3), (3, 4), (4, 4)))
+    for grid, mode in product(grids, ("forward", "frozen features")):
+        params = {"rows": grid[0], "cols": grid[1], "d": width, "batch": 1, "tokens": tokens, "mode": mode}
+        build = partial(_either_way, grid, tokens, width, mode)
+        yield Case("absorb", f"released, {grid[0]} x {grid[1]}: {mode}", params, build)
+
+
+def _either_way(grid: tuple[int, int], tokens: int, width: int, mode: Mode, place: Place) -> Comparison:
+    dem = dv.DualPerspectiveEnhance.released(width).to(place.device, place.dtype)
+    local, stride = (place.randn(1, grid[0] * grid[1], tokens, tokens, width) for _ in range(2))
+    weights, of_out = _learnt(dem), place.randn(1, tokens, tokens, width)
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(mode != "forward"):
+            out = dem(local, stride, grid, backend=backend)
+        return (out.detach(), *(torch.autograd.grad((out * of_out).sum(), weights) if mode != "forward" else ()))
+
+    def forced(speed: float, backend: Backend) -> tuple[Tensor, ...]:
+        before = SPEED_OF_ABSORBED.get(place.device, 1.0)
+        SPEED_OF_ABSORBED[place.device] = speed
+        try:
+            return call(backend)
+        finally:
+            SPEED_OF_ABSORBED[place.device] = before
+
+    sides: dict[str, Run] = {OURS: partial(call, "auto")}
+    backends: dict[str, Backend] = {"": "torch"} | ({", Triton": "triton"} if _with_kernels(place) else {})
+    for (way, speed), (name, backend) in product({"projected": 0.0, "absorbed": math.inf}.items(), backends.items()):
+        sides[f"{way} throughout{name}"] = partial(forced, speed, backend)
+    return Comparison(sides, None, TOLERANCE[place.dtype])
+
+
+# --- direct: until memory ends ----------------------------------------------------------------------------------------
+
+
+DIRECT = {
+    "direct cross-attention, SDPA": peers.sdpa,
+    "direct cross-attention, math": peers.math_attention,
+}
+
+
+def _direct(size: Size) -> Iterable[Case]:
+    tokens, width = (4, 32) if size == "tiny" else (24, 1024)
+    ns: Iterable[int] = {"tiny": (2, 8), "quick": (3,)}.get(size, range(2, 13))
+    for n in ns:
+        params = {"preset": "released", "n": n, "d": width, "batch": 1, "tokens": tokens}
+        build = partial(_directly, n, tokens, width)
+        yield Case("direct", f"released, n={n}", params, build, alone=(OURS, *DIRECT))
+
+
+def _directly(n: int, tokens: int, width: int, place: Place) -> Comparison:
+    dem = dv.DualPerspectiveEnhance.released(width).to(place.device, place.dtype)
+    local, stride = (place.randn(1, n * n, tokens, tokens, width) for _ in range(2))
+    runs: dict[str, Run] = {OURS: lambda: dem(local, stride, (n, n))}
+    for name, attention in DIRECT.items():
+        attend = partial(peers.everywhere, attention=attention)
+        runs[name] = partial(peers.dem_batched, dem, local, stride, (n, n), attend)
+    sides = {name: torch.no_grad()(run) for name, run in runs.items()}
+    return Comparison(sides, None, TOLERANCE[place.dtype], frozenset(DIRECT))
 
 
 # --- preprocess ------------------------------------------------------------------------------------------------------
@@ -416,7 +609,7 @@ def _processor(height: int, width: int, side: int, place: Place) -> Comparison:
 
 
 def _imports(size: Size) -> Iterable[Case]:
-    if size != "tiny":
+    if size in ("quick", "full"):
         yield Case("import_time", "a new process that imports it", {}, _import_processes, process=True)
 
 

@@ -6,10 +6,12 @@ import contextlib
 import math
 import os
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ class Place:
     dtype: torch.dtype = torch.float32
 
     def randn(self, *shape: int) -> Tensor:
-        """Normally distributed numbers, the same on every device."""
-        return torch.randn(shape).to(self.device, self.dtype)
+        """Normally distributed numbers, the same in every type but for rounding."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tu
     """Time all sides in turn, so that a change of the machine's speed meets all of them.
 
     Every round has an order of its own, and a side is called once, untimed, before its sample: what the one before left
-    in the caches and in the allocator would count as its time. Calls of more than `LONG_SECONDS` are not repeated so.
+    in the caches and in the allocator would count as its time. A call of more than `LONG_SECONDS` is a sample itself.
 
     Args:
         sides: What to time; every side has been run before, so nothing is compiled or allocated for the first time.
@@ -87,18 +89,15 @@ def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tu
         rounds: Least and most rounds, whatever the budget.
     """
     start, order, shuffle = time.perf_counter(), list(sides), random.Random(0).shuffle
-    once = {name: seconds_of(run, device) for name, run in sides.items()}
-    calls = {name: int(SAMPLE_SECONDS / seconds) + 1 for name, seconds in once.items()}
-    long = min(once.values()) > LONG_SECONDS  # then this was the first round
-    samples = {name: [seconds] if long else [] for name, seconds in once.items()}
-    for done in range(int(long), rounds[1]):
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() - start > budget:
             break
         shuffle(order)
         for name in order:
-            if once[name] < LONG_SECONDS:
-                sides[name]()
-            samples[name].append(seconds_of(sides[name], device, calls[name]))
+            once = seconds_of(sides[name], device)
+            calls = int(SAMPLE_SECONDS / once) + 1
+            samples[name].append(once if once > LONG_SECONDS else seconds_of(sides[name], device, calls))
     return {name: Spread.of(seconds) for name, seconds in samples.items()}
 
 
@@ -177,7 +176,8 @@ def limits(place: Place) -> Limits:
     """
     source = torch.ones(2**28, dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    side = 2048 if place.device == "cuda" or place.dtype == torch.float32 else 256  # half types are slow on a CPU
+    # A GPU is not full with less; half types are slow on a CPU.
+    side = 8192 if place.device == "cuda" else 2048 if place.dtype == torch.float32 else 256
     a, b = place.randn(side, side), place.randn(side, side)
     for run in (warm := (lambda: target.copy_(source), lambda: a @ b)):
         run()
@@ -187,8 +187,27 @@ def limits(place: Place) -> Limits:
     return Limits(2 * source.numel() / copied, 2 * side**3 / multiplied)
 
 
-def memory_of_machine(device: str) -> int:
-    """Bytes of the GPU, or of the computer."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def free_bytes(device: str) -> int:
+    """Bytes of the GPU, or of the computer, that a program could still get."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else of_proc("meminfo", "MemAvailable")
+
+
+def of_proc(file: str, field: str) -> int:
+    """A field of a file of /proc that is given in kB, in bytes."""
+    return int(Path("/proc", file).read_text(encoding="utf-8").partition(f"{field}:")[2].split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def held_to(more: int) -> Iterator[None]:
+    """Let this process get so many more bytes: beyond, its allocators fail as they do at the end of the memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (of_proc("self/status", "VmData") + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocator failed."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

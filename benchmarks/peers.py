@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import memory_of_machine
-
 Grid = tuple[int, int]
 Crop = Callable[[Tensor, Grid], Tensor]
 
@@ -32,6 +30,15 @@ def need(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise Missing(f"not installed: {error}") from error
+
+
+def missing(reason: str) -> Callable[[], Any]:
+    """A side that is not run, for this reason."""
+
+    def refuse() -> Any:
+        raise Missing(reason)
+
+    return refuse
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,6 +167,21 @@ def tiling(kind: str, cut: str, *, compile_too: bool) -> dict[str, Callable[...,
     return {name: partial(peer, kind=kind, cut=cut) for name, peer in peers.items()}
 
 
+def retile_by_view(x: Tensor, grid: Grid, source: str, target: str) -> Tensor:
+    """One set of tiles to the other: recombine, cut again."""
+    return by_view(by_view(x, grid, "tokens", source, inverse=True), grid, "tokens", target)
+
+
+def retile_by_einops(x: Tensor, grid: Grid, source: str, target: str) -> Tensor:
+    """The same by one pattern, where tiles hold whole strides."""
+    if x.shape[2] % grid[0] or x.shape[3] % grid[1]:
+        raise Missing("takes tiles that are a multiple of the grid only")
+    tiles = {"local": "b (i j) (u a) (v c) d", "global": "b (a c) (i u) (j v) d"}
+    i, j = grid
+    pattern = f"{tiles[source]} -> {tiles[target]}"
+    return need("einops").rearrange(x, pattern, i=i, a=i, j=j, c=j).contiguous()
+
+
 # --- A photograph to normalised tiles --------------------------------------------------------------------------------
 
 
@@ -242,6 +264,11 @@ def dem_per_tile(dem: nn.Module, local: Tensor, stride: Tensor, grid: Grid) -> T
     return fuse_and_read(dem, enhanced["local"], enhanced["global"], grid)
 
 
+def norm_of_sum(v_loc: Tensor, v_glo: Tensor, b_loc: Tensor, b_glo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What the released fusion does with its bottlenecks, operator by operator."""
+    return F.layer_norm(torch.cat([b_loc, b_glo], dim=-1) + v_glo + v_loc, weight.shape, weight, bias)
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, Grid, str], Tensor]
 
 
@@ -279,11 +306,12 @@ def _flex(per_tile: int, length: int, device: str) -> tuple[Callable[..., Tensor
     def same_tile(b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return i // per_tile == j // per_tile
 
-    return compiled(flex_attention), create_block_mask(same_tile, None, None, length, length, device, BLOCK_SIZE=64)
+    block = 64 if device == "cpu" else 128  # 64 divides 576 tokens a tile; the blocks of a GPU's kernel are larger
+    return compiled(flex_attention), create_block_mask(same_tile, None, None, length, length, device, BLOCK_SIZE=block)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
-    """FlexAttention on tokens in the order of the tiles, masked to the tile: blocks of 64 divide 576 tokens a tile."""
+    """FlexAttention on tokens in the order of the tiles, masked to the tile."""
     heads, per_tile = q.shape[3], (q.shape[1] // grid[0]) * (q.shape[2] // grid[1])
     length = per_tile * grid[0] * grid[1]
 
@@ -309,24 +337,6 @@ def everywhere(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str, attention:
     """Direct cross-attention: every query asks the whole map. Another function, the one that tiles stand in for."""
     flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     return attention(*flat).transpose(1, 2).unflatten(1, q.shape[1:3])
-
-
-def direct_bytes(tokens: int, heads: int, batch: int, itemsize: int) -> int:
-    """What the written-out direct attention holds at once: scores and their softmax, tokens^2 a head."""
-    return 2 * batch * heads * tokens**2 * itemsize
-
-
-def direct_in_full(dem: nn.Module, local: Tensor, stride: Tensor, grid: Grid) -> Tensor:
-    """Direct cross-attention written out, refused above a quarter of the machine's memory."""
-    tokens = local.shape[1] * local.shape[2] * local.shape[3]
-    predicted = direct_bytes(tokens, dem.attentions[0].num_heads, local.shape[0], local.element_size())
-    budget = memory_of_machine(local.device.type) // 4
-    if predicted > budget:
-        raise Missing(
-            f"not run: scores of {tokens} x {tokens} tokens and their softmax need {predicted / 2**30:.1f} GiB, "
-            f"more than a quarter of the machine's memory ({budget / 2**30:.1f} GiB)"
-        )
-    return dem_batched(dem, local, stride, grid, partial(everywhere, attention=math_attention))
 
 
 # --- The vision prefix -----------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ ROW = {
     "meter": (str, type(None)),
     "ratio": OPTIONAL,  # time of this side over ours
     "memory_ratio": OPTIONAL,
-    "target": OPTIONAL,
+    "target": OPTIONAL,  # of the ratio; of the fraction, where the side is ours
     "memory_target": OPTIONAL,
-    "operations": OPTIONAL,  # that ours cannot do without
+    "operations": OPTIONAL,  # that our sides cannot do without
     "moved_bytes": OPTIONAL,
     "limit_seconds": OPTIONAL,  # for these, on this machine
     "fraction": OPTIONAL,  # limit over measured time

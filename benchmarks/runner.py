@@ -4,40 +4,64 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import measure, results
-from benchmarks.cases import OURS, Case, Comparison, Size, registry
+from benchmarks import children, measure, peers, results
+from benchmarks.cases import KERNELS, OURS, SEED, Case, Comparison, Size, prepare, registry
 from benchmarks.measure import Limits, Place, Run
-from benchmarks.peers import Missing
 
-SEED = 0
 GATE = (
     "tests/ops",
     "tests/models/test_dual_view_encoder.py",
     "tests/models/test_view_plan.py",
     "tests/test_benchmarks.py",
 )
+BUDGETS = {"tiny": 0.0, "quick": 1.5, "full": 10.0, "gpu": 1.0}
+"""Seconds for the rounds of a case; short cases have many rounds, and no case has fewer than these."""
+LEAST_ROUNDS = {"tiny": 1, "quick": 3, "full": 3, "gpu": 3}
 
 
-def gate() -> str:
+def gate(device: str) -> str:
     """Run the tests that the figures rest on; figures of wrong code are worth nothing."""
-    two = ["--numprocesses", "2", "--dist", "loadfile"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *two, *GATE]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout[-3000:], file=sys.stderr)
-        raise SystemExit("The tests are not green, so nothing is measured (--no-gate measures all the same).")
-    return "passed"
+    of_kernels = ("tests/kernels",) if device == "cuda" else ()
+    verdict = run_tests("-x", "--numprocesses", "2", "--dist", "loadfile", *GATE, *of_kernels)
+    if verdict != "passed":
+        raise SystemExit(f"The tests {verdict}, so nothing is measured (--no-gate measures all the same).")
+    return verdict
+
+
+def run_tests(*arguments: str, seconds: float | None = None) -> str:
+    """Run pytest with these arguments, for so long at most; "passed", or how it failed, with its output printed."""
+    options = ("-q", "-p", "no:cacheprovider", "--confcutdir", "tests")  # above there are examples, not tests
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    late = ""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # pytest, and the workers that it started
+        output, _ = process.communicate()
+        late = f"failed: not finished in {seconds:.0f} s"
+    if process.returncode == 0:
+        return "passed"
+    print(output[-6000:], file=sys.stderr, flush=True)
+    return late or f"failed: {(output.strip() or 'no output').splitlines()[-1].strip('= ')}"
 
 
 def run(
@@ -48,11 +72,21 @@ def run(
     suites: tuple[str, ...] = (),
     deadline: float | None = None,
     progress: bool = True,
+    refused: dict[str, str] | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """Measure all cases of a size, or some of them; ``deadline`` in seconds from now leaves the rest out.
+    """Measure all cases of a size, or some of them.
 
-    ``suites`` holds names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name,
-    and with a full stop at its end a name stands for itself alone.
+    Args:
+        place: Where, and in which type.
+        size: Which selection.
+        gate: How the tests went.
+        suites: Names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name, and
+            with a full stop at its end a name stands for itself alone.
+        deadline: Seconds from now, after which the rest is left out.
+        progress: Show a bar.
+        refused: Sides that are not run, and why.
+        memory: Bytes that a side which is measured alone may get; None for all that is free.
     """
     start = time.perf_counter()
     cases = [case for case in registry(size) if not suites or any(_asked(case, name) for name in suites)]
@@ -60,15 +94,19 @@ def run(
         known = sorted({case.suite for case in registry(size)})
         raise SystemExit(f"no case of the {size} selection is called {' or '.join(suites)}; the suites are {known}.")
     document = results.header(place.device, place.dtype, " ".join((size, *suites)), gate, SEED)
-    rows, reached = [], measure.limits(place)
+    rows, reached, ended = [], measure.limits(place), {}
     with tqdm(cases, disable=not progress) as bar:
         for case in bar:
             bar.set_postfix_str(f"{case.suite}: {case.name}")
-            late = deadline is not None and time.perf_counter() - start > deadline
             try:
-                rows += late_rows(case, deadline) if late else rows_of(case, place, size)
+                if deadline is not None and time.perf_counter() - start > deadline:
+                    rows += late_rows(case, deadline)
+                elif case.alone:
+                    rows += rows_alone(case, place, size, ended, memory)
+                else:
+                    rows += rows_of(case, place, size, refused or {})
             except Exception as error:  # such as too little memory for our side: what is measured is not lost
-                rows.append(_empty_row(case, OURS, _failed(error)))
+                rows.append(_empty_row(case, OURS, f"failed: {children.described(error)}"))
             _release(place)
     reached = reached.best(measure.limits(place))
     for row in rows:
@@ -85,12 +123,6 @@ def _asked(case: Case, name: str) -> bool:
     return case.suite == suite.strip() and (part.strip(" .") == case.name if exact else part.strip() in case.name)
 
 
-def prepare(case: Case, place: Place) -> Comparison:
-    """The sides of a case, from the same random numbers every time."""
-    torch.manual_seed(SEED)
-    return case.build(place)
-
-
 def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
     """Run every side once, which also warms it up, and sort them.
 
@@ -104,10 +136,10 @@ def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], 
             continue
         try:
             theirs = side()
-        except Missing as reason:
+        except peers.Missing as reason:
             missing[name] = str(reason)
         except Exception as error:  # whatever a library raises: its row says so, and the others are measured
-            missing[name] = _failed(error)
+            missing[name] = f"failed: {children.described(error)}"
         else:
             if name not in comparison.other:
                 differences[name] = measure.difference(ours, theirs)
@@ -118,39 +150,68 @@ def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], 
     return timed, differences, missing
 
 
-def _failed(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
-
-
-def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
+def rows_of(case: Case, place: Place, size: Size, refused: dict[str, str]) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
+    comparison.sides |= {name: peers.missing(refused[name]) for name in comparison.sides.keys() & refused.keys()}
     timed, differences, missing = agreeing(comparison)
-    budget, rounds = {"tiny": (0.0, (1, 1)), "quick": (1.0, (3, 50)), "full": (20.0, (3, 50)), "gpu": (2.0, (3, 50))}[
-        size
-    ]
-    spreads = measure.interleaved(timed, place.device, budget=budget, rounds=rounds)
+    spreads = measure.interleaved(timed, place.device, budget=BUDGETS[size], rounds=(LEAST_ROUNDS[size], 50))
     if case.process and place.device == "cpu":
-        meter, peaks = "child", {name: child_peak(case, place, size, name) for name in timed}
+        with ThreadPoolExecutor(2) as pool:  # what they hold does not depend on who else is there
+            meter, found = "child", pool.map(partial(children.high_water, case, place, size), timed)
+            peaks = dict(zip(timed, found, strict=True))
     else:
         meter, peaks = place.device, {name: measure.peak_bytes(run, place.device) for name, run in timed.items()}
     rows = []
     for name in comparison.sides:
-        seconds, peak = spreads.get(name), peaks.get(name)
         row = _empty_row(case, name, missing.get(name))
-        row["role"] = "ours" if name == OURS else "other function" if name in comparison.other else "peer"
+        own = name in (OURS, KERNELS)
+        row["role"] = "ours" if own else "other function" if name in comparison.other else "peer"
         row["difference"] = _finite(differences.get(name))
         row["tolerance"] = None if name == OURS or name in comparison.other else comparison.tolerance
-        row["target"] = comparison.targets.get(name)
-        row["memory_target"] = comparison.memory_targets.get(name)
-        if seconds is not None and peak is not None:
-            row |= {"seconds": asdict(seconds), "peak_bytes": peak, "meter": meter}
-            row["ratio"] = seconds.median / spreads[OURS].median
-            row["memory_ratio"] = peak / peaks[OURS] if peaks[OURS] > 0 else None
-        if name == OURS and comparison.work is not None:
-            row |= {"operations": comparison.work.operations, "moved_bytes": comparison.work.moved}
+        if name in timed:
+            row |= {"seconds": asdict(spreads[name]), "peak_bytes": peaks[name], "meter": meter}
+            row["target"] = comparison.fraction_target if own else comparison.targets.get(name)
+            row["memory_target"] = comparison.memory_targets.get(name)
+            if own and comparison.work is not None:
+                row |= {"operations": comparison.work.operations, "moved_bytes": comparison.work.moved}
         rows.append(row)
+    _set_ratios(rows)
     return rows
+
+
+def rows_alone(case: Case, place: Place, size: Size, ended: dict[str, str], memory: int | None) -> list[dict[str, Any]]:
+    """Measure one case of a sweep, every side in a process of its own, where it may fail.
+
+    A side of which one call took too long is not run again, and after the first failure nothing is: ``ended`` holds
+    the reasons, and is filled here. Of a sweep that has ended there are no more rows.
+    """
+    if ended.keys() >= set(case.alone):
+        return []
+    rows = []
+    for name in case.alone:
+        row = _empty_row(case, name, ended.get(name))
+        row["role"] = "ours" if name == OURS else "other function"
+        if name not in ended:
+            row |= children.alone(case, place, size, name, memory)
+            _release(place)
+        rows.append(row)
+    for row in rows:
+        if row["seconds"] is not None and row["seconds"]["median"] > children.TOO_LONG:
+            ended[row["side"]] = f"not run: a call took {row['seconds']['median']:.0f} s in the case {case.name}"
+    if any(row["missing"] is not None and row["side"] not in ended for row in rows):
+        ended |= dict.fromkeys(case.alone, "")
+    _set_ratios(rows)
+    return rows
+
+
+def _set_ratios(rows: list[dict[str, Any]]) -> None:
+    """Time and memory of all sides of a case over ours."""
+    ours = next(row for row in rows if row["side"] == OURS)
+    for row in rows:
+        if ours["seconds"] is not None and row["seconds"] is not None:
+            row["ratio"] = row["seconds"]["median"] / ours["seconds"]["median"]
+            row["memory_ratio"] = row["peak_bytes"] / ours["peak_bytes"] if ours["peak_bytes"] > 0 else None
 
 
 def _set_against(row: dict[str, Any], reached: Limits) -> None:
@@ -174,33 +235,6 @@ def _empty_row(case: Case, side: str, missing: str | None) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and value < float("inf") else None
-
-
-def child_peak(case: Case, place: Place, size: Size, side: str) -> int:
-    """High-water mark of a process that builds the case and runs one side of it once."""
-    given = (size, case.suite, case.name, side, str(place.dtype).removeprefix("torch."), torch.get_num_threads())
-    code = f"from benchmarks.runner import child; child(*{given!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
-def child(size: Size, suite: str, name: str, side: str, dtype: str, threads: int) -> None:
-    """Run in a process of its own: one side once, then print the high-water mark in bytes.
-
-    Of itself it is read from /proc, for ru_maxrss begins with what the parent held; of its children, which were started
-    by a small process, it is ru_maxrss.
-    """
-    import resource
-
-    case = next(case for case in registry(size) if (case.suite, case.name) == (suite, name))
-    torch.set_num_threads(threads)
-    prepare(case, Place(dtype=getattr(torch, dtype))).sides[side]()
-    if suite == "import_time":
-        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    else:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        kilobytes = int(status.partition("VmHWM:")[2].split()[0])
-    print(kilobytes * 1024)
 
 
 def _release(place: Place) -> None:

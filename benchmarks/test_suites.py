@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case, registry
+from benchmarks.cases import Case, prepare, registry
 from benchmarks.measure import Place
-from benchmarks.runner import agreeing, prepare
+from benchmarks.runner import agreeing
 
 
 @pytest.mark.parametrize("case", registry("quick"), ids=lambda case: f"{case.suite}: {case.name}")
