@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report, results, runner
+from benchmarks.cases import OURS
 from benchmarks.measure import Place
 
 
@@ -44,6 +45,9 @@ def main() -> None:
         print(f"wrote {output}")
         if output.resolve().parent == results.FOLDER.resolve():
             report.main()
+    failed = [row for row in document["rows"] if row["side"] == OURS and (row["missing"] or "").startswith("failed")]
+    if failed:
+        raise SystemExit("\n".join(f"{row['suite']}: {row['case']}: {row['missing']}" for row in failed))
 
 
 if __name__ == "__main__":

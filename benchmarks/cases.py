@@ -166,7 +166,8 @@ def _copying(sides: dict[str, Run], x: Tensor, targets: dict[str, float], place:
         0,
         frozenset({CLONE}),
         {} if on_gpu else targets,
-        fraction_target=0.85 if on_gpu and alike else None,
+        # What is smaller stays in a GPU's cache, or is over before it has begun.
+        fraction_target=0.85 if on_gpu and alike and x.nbytes > 2**27 else None,
     )
 
 
@@ -281,6 +282,7 @@ DEM_TARGETS = {
 """Aims on a CPU against the loop over tiles; memory is a third of the loop's wherever a time is aimed at."""
 
 LOOP, COMPILED, FLEX = "loop over tiles", "the same, torch.compile", "FlexAttention, permuted"
+PLAN_COMPILED = "dualview, torch.compile"
 
 
 def _dem_aims(
@@ -297,7 +299,8 @@ def _dem_aims(
     if mode != "forward":
         return {}, {LOOP: 4.0}, None
     against_loop = {1: {LOOP: 20.0}, 16: {LOOP: 10.0}}.get(batch, {})
-    return {COMPILED: 1.3, FLEX: 1.3} | against_loop, {}, 0.6 if batch == 32 else None
+    compiled = dict.fromkeys((PLAN_COMPILED, COMPILED, FLEX), 1.3)
+    return compiled | against_loop, {}, 0.6 if batch == 32 else None
 
 
 def _enhance(
@@ -348,6 +351,7 @@ def _enhance(
             runs["dualview, full computation"] = in_full
             runs["view + permute + batched SDPA"] = partial(batched, *given)
         if compile_too:
+            runs[PLAN_COMPILED] = partial(peers.compiled(lambda a, b: dem(a, b, grid, backend="torch")), local, stride)
             runs[COMPILED] = partial(peers.compiled(batched), *given)
             runs[FLEX] = partial(peers.dem_batched, *given, attend=peers.flex)
         if not few:  # without a GPU it is slower than the loop

@@ -19,7 +19,7 @@ from benchmarks import measure
 from benchmarks.cases import Case, Size, prepare, registry
 from benchmarks.measure import Place, Run
 
-TOO_LONG = 120.0
+TOO_LONG = 60.0
 """Seconds of a call after which it is not repeated."""
 
 WARM = 1.0
@@ -32,7 +32,8 @@ BUDGETS = {"tiny": 0.0, "quick": 0.0, "full": 5.0, "gpu": 0.5}
 def high_water(case: Case, place: Place, size: Size, side: str) -> int:
     """High-water mark, in bytes, of a process that runs a side once."""
     done = _start("run_once", case, place, size, side)
-    done.check_returncode()
+    if done.returncode:
+        raise RuntimeError(f"the process for the memory of {side!r} ended with {done.returncode}: {_last_line(done)}")
     return int(done.stdout.split()[-1])
 
 
@@ -62,8 +63,7 @@ def alone(case: Case, place: Place, size: Size, side: str, memory: int | None = 
         return _outcome(prepare(case, place).sides[side], place, size, case, measure.free_bytes("cuda"))
     done = _start("run_alone", case, place, size, side, memory)
     if done.returncode:
-        last = (done.stderr.strip() or "-").splitlines()[-1]
-        return {"missing": f"failed at n = {case.params['n']}: exit status {done.returncode}: {last[:200]}"}
+        return {"missing": f"failed at n = {case.params['n']}: exit status {done.returncode}: {_last_line(done)}"}
     fields: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return fields
 
@@ -106,6 +106,10 @@ def _samples(run: Run, device: str, budget: float) -> list[float]:
 def described(error: Exception) -> str:
     """The kind of an error, and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
+def _last_line(done: Any) -> str:
+    return (done.stderr.strip() or "no output").splitlines()[-1][:200]
 
 
 def _start(function: str, case: Case, place: Place, size: Size, side: str, *more: Any) -> Any:

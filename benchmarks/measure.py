@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,7 +190,18 @@ def limits(place: Place) -> Limits:
 
 def free_bytes(device: str) -> int:
     """Bytes of the GPU, or of the computer, that a program could still get."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else of_proc("meminfo", "MemAvailable")
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return min(of_proc("meminfo", "MemAvailable"), _of_cgroup())
+
+
+def _of_cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a container leaves; more than any machine has where it sets no limit."""
+    try:
+        most, held = (int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return sys.maxsize
+    return max(0, most - held)
 
 
 def of_proc(file: str, field: str) -> int:

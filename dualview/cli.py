@@ -101,7 +101,7 @@ def _explain(options: argparse.Namespace) -> None:
     if options.readout == "none" and low_res != "none":
         raise ValueError(f"--readout none gives the full map, and --low-res {low_res} one tile's: use --low-res none.")
     overrides = {name: getattr(options, name) for name in ("readout", "fusion") if getattr(options, name)}
-    dem = getattr(DualPerspectiveEnhance, options.preset)(options.dim, **overrides)
+    dem = getattr(DualPerspectiveEnhance, options.preset)(options.dim, device="meta", **overrides)
     model = DualViewEncoder(
         _encoder(options.dim, options.tile, options.tokens),
         dem,

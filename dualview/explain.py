@@ -20,6 +20,8 @@ from dualview.ops.fusion import BottleneckConcatFusion
 from dualview.ops.plan import DirectionPlan, DirectPlan, EnhancePlan, LayerPlan, full_computation
 from dualview.ops.tile_attention import TileAttention
 
+DEFAULT_TOKENS = (24, 24)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -75,7 +77,7 @@ def _figures(cost: Cost | None) -> tuple[str, str]:
     return ("", "") if cost is None else (f"{cost.operations / 1e9:.2f}", f"{cost.bytes / 1e6:.1f}")
 
 
-def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (24, 24)) -> Explanation:
+def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | None = None) -> Explanation:
     """Which sub-images and tokens a DEM or a dual-view encoder computes for one image, and at what cost.
 
     Beside each figure stands that of the full computation, which gives the same output. Operations count matrix
@@ -87,7 +89,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         module: A [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance],
             [`DirectReadout`][dualview.DirectReadout] or [`DualViewEncoder`][dualview.DualViewEncoder].
         grid: Rows and columns of tiles; may be omitted where the encoder has a fixed grid.
-        tokens: Token map (h', w') of one tile; (24, 24) is ViT-L/14 at 336 pixels.
+        tokens: Token map (h', w') of one tile. None: what the encoder gives, or (24, 24), as ViT-L/14 at 336 pixels.
 
     Raises:
         ValueError: No grid is known, or another than the encoder's fixed one is asked for.
@@ -115,6 +117,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
         if isinstance(module, DualViewEncoder):
             stages = _encoder_stages(module, chosen, tokens)
         else:
+            tokens = tokens or DEFAULT_TOKENS
             plan = module.plan(chosen, tokens)
             with full_computation():
                 full = module.plan(chosen, tokens)
@@ -125,12 +128,18 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size = (
 
 
 def _implementations(module: nn.Module) -> dict[str, str]:
-    """What runs of everything that there is a kernel for, on the device and in the type of the module's weights."""
+    """What runs of everything that there is a kernel for, for weights of the module's type where they are.
+
+    Weights on the meta device may come to the GPU, if there is one.
+    """
     dem = module.dem if isinstance(module, DualViewEncoder) else module
     if not isinstance(dem, DualPerspectiveEnhance):
         return {}
     names = ["retile", "tile_attention"] + ["fuse_norm"] * isinstance(dem.fusion, BottleneckConcatFusion)
-    return {name: _choice(name, next(dem.parameters())) for name in names}
+    weight: torch.Tensor = next(dem.parameters())
+    if weight.is_meta:
+        weight = torch.empty(0, dtype=weight.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _choice(name, weight) for name in names}
 
 
 def _choice(kernel: str, weight: torch.Tensor) -> str:
@@ -146,9 +155,11 @@ def _sum(costs: list[Cost | None]) -> Cost:
     return Cost(sum(cost.operations for cost in counted), sum(cost.bytes for cost in counted))
 
 
-def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> list[Stage]:
-    size = grid.map_size(module.tile)
-    planned, (one, width) = module.plan(size, grid, tokens), _run_of_encoder(module)
+def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size | None) -> list[Stage]:
+    size, (one, features) = grid.map_size(module.tile), _run_of_encoder(module)
+    if tokens is None:
+        tokens = DEFAULT_TOKENS if features is None else (features.shape[1], features.shape[2])
+    planned = module.plan(size, grid, tokens)
     with full_computation():
         full, (one_in_full, _) = module.plan(size, grid, tokens), _run_of_encoder(module)
     resized = ", interpolated inside" if module.resize else ""
@@ -171,24 +182,26 @@ def _encoder_stages(module: DualViewEncoder, grid: TileGrid, tokens: Size) -> li
             *(None if c is None else c.times(count) for c, count in zip((one, one_in_full), counts, strict=True)),
         )
     )
-    return stages + _stages_of(module.dem, planned.enhance, full.enhance, grid, tokens, width)
+    return stages + _stages_of(module.dem, planned.enhance, full.enhance, grid, tokens, features)
 
 
 def _layers(layers: LayerPlan) -> str:
     return f"{layers.run} of {layers.total}, {'and' if layers.norm else 'without'} the final norm"
 
 
-def _run_of_encoder(module: DualViewEncoder) -> tuple[Cost | None, int | None]:
-    """What one sub-image costs, and the width of its tokens; None where the encoder cannot be run without contents."""
-    encoder, widths = module.encoder, []
+def _run_of_encoder(module: DualViewEncoder) -> tuple[Cost | None, torch.Tensor | None]:
+    """What one sub-image costs, and features like its own; None where the encoder cannot be run without contents."""
+    encoder = module.encoder
+    found: list[torch.Tensor] = []
     inside = encoder if isinstance(encoder, nn.Module) else None
     dtype = torch.float32 if inside is None else next((p.dtype for p in inside.parameters()), torch.float32)
 
     def call() -> None:
-        widths.append(encoder(torch.empty(1, 3, *module.tile, dtype=dtype)).shape[-1])
+        found.append(encoder(torch.empty(1, 3, *module.tile, dtype=dtype)))
 
     try:
-        return cost_of(call, inside), widths[0]
+        cost = cost_of(call, inside)
+        return cost, torch.empty(found[0].shape, dtype=found[0].dtype, device="meta")
     except Exception:
         return None, None
 
@@ -205,13 +218,13 @@ Plan: TypeAlias = EnhancePlan | DirectPlan | None
 
 
 def _stages_of(
-    dem: nn.Module | None, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, width: int | None
+    dem: nn.Module | None, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, features: torch.Tensor | None
 ) -> list[Stage]:
     if isinstance(dem, DualPerspectiveEnhance):
         assert isinstance(planned, EnhancePlan), "a DEM makes such plans"
         assert isinstance(full, EnhancePlan), "a DEM makes such plans"
         return _dem_stages(dem, planned, full, grid, tokens)
-    return _direct_stages(dem, planned, full, grid, tokens, width) if isinstance(dem, DirectReadout) else []
+    return _direct_stages(dem, planned, full, grid, tokens, features) if isinstance(dem, DirectReadout) else []
 
 
 def _dem_stages(
@@ -275,13 +288,13 @@ def _direction(d: DirectionPlan) -> str:
 
 
 def _direct_stages(
-    direct: DirectReadout, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, width: int | None
+    direct: DirectReadout, planned: Plan, full: Plan, grid: TileGrid, tokens: Size, features: torch.Tensor | None
 ) -> list[Stage]:
     def cost() -> Cost | None:
-        if width is None:
+        if features is None:  # a readout alone has no width
             return None
-        shape = (1, grid.num_tiles, *tokens, width)
-        return cost_of(lambda: direct(torch.empty(shape), torch.empty(shape), grid))
+        shape, dtype = (1, grid.num_tiles, *tokens, features.shape[-1]), features.dtype
+        return cost_of(lambda: direct(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), grid))
 
     assert planned is not None
     assert full is not None

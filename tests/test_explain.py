@@ -108,7 +108,7 @@ def test_costs_are_those_of_the_calls() -> None:
 def test_released_module_at_1008_pixels() -> None:
     """22 billion operations of 113; ten sub-images of nineteen, one of them in two roles."""
     encoder = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(1024, device="meta"), grid=(3, 3))
-    stages = {stage.name: stage for stage in explain(encoder).stages}
+    stages = {stage.name: stage for stage in explain(encoder, tokens=(24, 24)).stages}
     assert stages["low resolution"].planned == "is stride tile 4, mixed by mean"
     assert stages["encoder"].planned == "10 sub-images"
     # d = 1024, 576 keys a tile; two operations a multiply-addition
@@ -128,7 +128,7 @@ def test_layers_of_the_encoder() -> None:
     )
     encoder = HfEncoder(CLIPVisionModel(config), layer=4)
     model = DualViewEncoder(encoder, DirectReadout("sum", "centre"), tile=(28, 28), grid=(3, 3), low_res=None)
-    stages = {stage.name: stage for stage in explain(model, tokens=(4, 4)).stages}
+    stages = {stage.name: stage for stage in explain(model).stages}
     assert (stages["layers"].planned, stages["layers"].full) == (
         "4 of 6, without the final norm", "6 of 6, and the final norm"
     )  # fmt: skip
@@ -145,6 +145,24 @@ def test_layers_of_the_encoder() -> None:
     assert readout.full_cost.bytes >= (2 * 2 + 3) * 9 * 16 * token
     assert 3 * 16 * token <= readout.planned_cost.bytes < readout.full_cost.bytes / 3
     assert stages["total"].planned_cost.bytes == planned.bytes + readout.planned_cost.bytes
+
+
+def test_tokens_and_their_type_are_those_of_the_encoder() -> None:
+    model = DualViewEncoder(Patches(), DualPerspectiveEnhance.paper(DIM), tile=(4, 12), grid=(2, 3))
+    assert explain(model) == explain(model, tokens=(2, 4)) != explain(model, tokens=(4, 4))
+    uncounted = DualViewEncoder(lambda pixels: pixels.item(), model.dem, tile=(4, 12), grid=(2, 3))
+    assert explain(uncounted) == explain(uncounted, tokens=(24, 24))
+    readouts = [
+        explain(DualViewEncoder(Patches().to(dtype), DirectReadout(), tile=TILE, grid=(2, 3), low_res=None)).stages[-2]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert readouts[0].planned_cost.bytes == 2 * readouts[1].planned_cost.bytes
+
+
+def test_implementations_of_weights_that_are_nowhere_yet() -> None:
+    made = (explain(DualPerspectiveEnhance.paper(DIM, device=device), grid=(2, 3)) for device in ("meta", None))
+    if not torch.cuda.is_available():
+        assert len({str(one.implementations) for one in made}) == 1
 
 
 def test_a_readout_alone_has_no_width_to_count_with() -> None:

@@ -37,7 +37,7 @@ KERNELS: dict[str, tuple[torch.dtype, ...]] = {
 """The kernels, and the types of the tensors that each takes."""
 
 OLDEST = (8, 0)
-"""Compute capability that the kernels need: the first whose matrix units take bfloat16."""
+"""Compute capability from which on the kernels are taken: the first whose matrix units know bfloat16."""
 
 
 class Choice(NamedTuple):

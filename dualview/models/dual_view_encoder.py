@@ -124,8 +124,8 @@ class DualViewEncoder(nn.Module):
         Args:
             size: Image size in pixels.
             grid: Rows and columns of tiles, where neither the encoder nor the size says them.
-            tokens: Token map (h', w') of one tile, for the plan of the dem, where the encoder does not say it;
-                (rows, cols) if nobody does. The sub-images do not depend on it.
+            tokens: Token map (h', w') of one tile, for the plan of the dem, where the encoder does not say it. The
+                sub-images do not depend on it.
 
         Example:
             >>> model = DualViewEncoder(lambda x: x, DualPerspectiveEnhance.released(16), grid=(3, 3))

@@ -120,8 +120,13 @@ def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
 
 
 def _patches(model: nn.Module, tile: Size) -> Size:
-    patch_height, patch_width = _pair(cast(Any, model).config.patch_size)
-    return tile[0] // patch_height, tile[1] // patch_width
+    patch = _pair(cast(Any, model).config.patch_size)
+    if tile[0] < patch[0] or tile[1] < patch[1]:
+        raise ValueError(
+            f"a tile of {tile[0]} x {tile[1]} pixels (height x width) is smaller than a patch of "
+            f"{type(model).__name__}, {patch[0]} x {patch[1]}: use larger tiles."
+        )
+    return tile[0] // patch[0], tile[1] // patch[1]
 
 
 def _pair(size: int | Size) -> Size:
@@ -166,10 +171,9 @@ class TimmEncoder(nn.Module):
         of_layer = (maps if planning() else maps[1])[0]
         return cast(Tensor, of_layer).movedim(1, -1)
 
-    def layer_plan(self) -> LayerPlan:
-        """Which blocks (stages, in a convolutional network) are run."""
-        count = len(cast(Any, self.model).feature_info)
-        return plan_layers(self.layer % count + 1, count, norm=self.norm, full=not planning())
+    def layer_plan(self) -> LayerPlan | None:
+        """Which blocks (stages, in a convolutional network) are run; None for models that do not list them."""
+        return _plan_of_levels(self.model, self.layer, norm=self.norm)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, norm={self.norm}"
@@ -211,22 +215,29 @@ class OpenClipEncoder(nn.Module):
             indices=[self.layer],
             stop_early=planning(),
             normalize_intermediates=self.norm,
-            intermediates_only=True,
+            intermediates_only=planning(),
             output_fmt="NCHW",
         )
         return cast(Tensor, output["image_intermediates"][0]).movedim(1, -1)
 
     def layer_plan(self) -> LayerPlan | None:
-        """Which blocks are run; None for towers that are neither transformers of open_clip nor of timm."""
-        tower = cast(Any, self.model)
-        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        levels = blocks if blocks is not None else getattr(getattr(tower, "trunk", None), "feature_info", None)
-        if levels is None:
-            return None
-        return plan_layers(self.layer % len(levels) + 1, len(levels), norm=self.norm, full=not planning())
+        """Which blocks are run; None for towers that are neither transformers of open_clip nor models of timm."""
+        blocks = getattr(getattr(self.model, "transformer", None), "resblocks", None)
+        if blocks is None:
+            return _plan_of_levels(getattr(self.model, "trunk", None), self.layer, norm=self.norm)
+        return plan_layers(self.layer % len(blocks) + 1, len(blocks), norm=self.norm, full=not planning())
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, norm={self.norm}"
+
+
+def _plan_of_levels(model: nn.Module | None, layer: int, *, norm: bool) -> LayerPlan | None:
+    """Of a model of timm, which lists its levels in ``feature_info``."""
+    levels: list[Any] = getattr(model, "feature_info", [])
+    if not levels:
+        return None
+    has_norm = isinstance(getattr(model, "norm", None), nn.Module)
+    return plan_layers(layer % len(levels) + 1, len(levels), norm=norm, full=not planning(), has_norm=has_norm)
 
 
 def _check_intermediates(model: nn.Module) -> None:

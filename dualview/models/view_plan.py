@@ -37,7 +37,8 @@ class ViewPlan:
         stride: Places of the live stride tiles.
         low: Place of the low-resolution view, None if it is not needed.
         layers: Which layers of the encoder are run; None if it does not say.
-        enhance: What the dem computes; None if there is none, or it has no plan.
+        enhance: What the dem computes, by the very plan that it goes by; None if there is none, if it has no plan, or
+            if how many tokens a tile gives is not known before it is encoded.
     """
 
     views: tuple[View, ...]
@@ -147,7 +148,8 @@ def plan_encoder(
         live = LiveTiles(everything, everything)
     if isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
         token_map = getattr(encoder, "token_map", None)
-        enhance = dem.plan(grid, tokens or (smallest if token_map is None else token_map(tile)))
+        known = tokens or (None if token_map is None else token_map(tile))
+        enhance = None if known is None else dem.plan(grid, known)
     plan = plan_views(
         (grid.rows, grid.cols), tile, image, live.local, live.stride, low=low, low_pass=low_pass, full=not planning()
     )

@@ -317,7 +317,7 @@ class LayerPlan(NamedTuple):
     norm: bool
 
 
-def plan_layers(needed: int, total: int, *, norm: bool, full: bool) -> LayerPlan:
+def plan_layers(needed: int, total: int, *, norm: bool, full: bool, has_norm: bool = True) -> LayerPlan:
     """The layers before what is read, or all.
 
     Args:
@@ -325,8 +325,9 @@ def plan_layers(needed: int, total: int, *, norm: bool, full: bool) -> LayerPlan
         total: Layers that there are.
         norm: Whether what is read is normed.
         full: Run everything.
+        has_norm: Whether there is a final norm.
     """
-    return LayerPlan(total if full else needed, total, norm or full)
+    return LayerPlan(total if full else needed, total, norm or (full and has_norm))
 
 
 def _both(of_axis: Callable[..., R], *pairs: Iterable[Any]) -> tuple[R, R]:

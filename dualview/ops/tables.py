@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import TypeVarTuple
 
 import torch
@@ -19,7 +20,7 @@ Ts = TypeVarTuple("Ts")
 def table(make: Callable[[torch.device, *Ts], Tensor], *args: *Ts, like: Tensor) -> Tensor:
     """What ``make`` makes of a device and hashable arguments, for the device of ``like``. Not to be written into.
 
-    Where the call is traced, or ``like`` is a tensor without contents, the table is made on the spot and not kept.
+    Where the call is traced, or ``like`` is a fake tensor, the table is made on the spot and not kept.
 
     Example:
         >>> table(listed, (2, 0, 1), like=torch.zeros(1))
@@ -27,10 +28,15 @@ def table(make: Callable[[torch.device, *Ts], Tensor], *args: *Ts, like: Tensor)
     """
     if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
         return make(like.device, *args)
-    return _kept(make, like.device, args)
+    with _one_at_a_time:
+        return _kept(make, like.device, args)
 
 
-@cache  # without a bound: a captured graph may hold the address. One table for every grid and size of map
+_one_at_a_time = Lock()
+"""Two threads that miss would make two tables, of which one would be freed while it is in use."""
+
+
+@cache  # without a bound: a captured graph may hold the address. A few tables for every grid and size of map
 def _kept(make: Callable[..., Tensor], device: torch.device, args: tuple[Hashable, ...]) -> Tensor:
     """A table that outlives the call, complete on the device when this returns.
 

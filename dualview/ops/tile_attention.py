@@ -229,7 +229,7 @@ class TileAttention(nn.Module):
         values = torch.einsum("btqhd,hed->btqhe", attended, weight)
         if self.v_proj.bias is None:
             return values
-        bias: Tensor = self.v_proj.bias.unflatten(0, (self.num_heads, -1))
+        bias: Tensor = self.v_proj.bias.unflatten(0, (self.num_heads, -1)).to(values.dtype)  # as under autocast
         if key_mask is None:
             return values + bias
         sums = key_mask.any(-1)[:, :, None, None].to(values.dtype).expand(*query.shape[:3], 1)

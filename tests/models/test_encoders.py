@@ -120,6 +120,19 @@ def test_plan_of_layers(kind: str, layer: int | None) -> None:
     assert encoder.token_map((28, 28)) == planned.shape[1:3]
 
 
+def test_a_tile_below_one_patch_is_refused() -> None:
+    encoder = HfEncoder(hf_tower("dinov2", patch_size=(7, 14), image_size=(28, 56)))
+    with refuses("6 x 28", "patch of Dinov2Model, 7 x 14", "larger tiles"):
+        encoder.token_map((6, 28))
+    assert encoder.token_map((7, 14)) == (1, 1)
+
+
+def test_timm_model_that_lists_no_levels() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    model.feature_info = []
+    assert TimmEncoder(model).layer_plan() is None
+
+
 def test_token_map_of_other_tiles() -> None:
     encoder = HfEncoder(hf_tower("dinov2", patch_size=(7, 14), image_size=(28, 56)))
     assert encoder.token_map((30, 45)) == encoder(torch.randn(1, 3, 30, 45)).shape[1:3] == (4, 3)
@@ -265,7 +278,7 @@ def test_timm_plan_of_layers(name: str, last: str, layer: int) -> None:
     called.clear()
     with full_computation():
         assert torch.equal(encoder(pixels), planned)
-        assert encoder.layer_plan() == (total, total, True)
+        assert encoder.layer_plan() == (total, total, last == "norm")
     assert called == [last]
 
 
@@ -329,13 +342,15 @@ def test_open_clip_tower_of_unknown_layers() -> None:
 @pytest.mark.parametrize("layer", [0, -2])
 def test_open_clip_plan_of_layers(layer: int) -> None:
     model, pixels = open_clip_model(), torch.randn(3, 3, 16, 24)
-    encoder = OpenClipEncoder(model, layer, norm=True)
-    planned, called = encoder(pixels), calls_of(dict(enumerate(model.visual.transformer.resblocks)))
-    assert encoder.layer_plan() == (layer % LAYERS + 1, LAYERS, True)
+    encoder, norm = OpenClipEncoder(model, layer), OpenClipEncoder(model, layer, norm=True)
+    blocks = {str(i): block for i, block in enumerate(model.visual.transformer.resblocks)}
+    planned, called = encoder(pixels), calls_of(blocks | {"norm": model.visual.ln_post})
+    assert encoder.layer_plan() == (layer % LAYERS + 1, LAYERS, False)
+    assert norm.layer_plan() == (layer % LAYERS + 1, LAYERS, True)
     with full_computation():
         assert torch.equal(encoder(pixels), planned)
-        assert encoder.layer_plan() == (LAYERS, LAYERS, True)
-    assert called == list(range(LAYERS))
+        assert encoder.layer_plan() == norm.layer_plan() == (LAYERS, LAYERS, True)
+    assert called == [*blocks, "norm"]
 
 
 def test_open_clip_encoder_holds_the_tower_and_refuses_others() -> None:

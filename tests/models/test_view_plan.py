@@ -84,7 +84,9 @@ def test_plan_of_stages_that_declare_nothing():
     model = dv.DualViewEncoder(Count(), dv.DirectReadout("global", "centre"), tile=TILE)
     plan = model.plan((3 * TILE[0], 5 * TILE[1]))
     assert plan.layers is None
-    assert plan.enhance is model.dem.plan((3, 5), (3, 5))
+    assert plan.enhance is None
+    size = (3 * TILE[0], 5 * TILE[1])
+    assert model.plan(size, tokens=(2, 3)).enhance is model.dem.plan((3, 5), (2, 3))
     assert plan.live == ((), (7,))
     assert dv.DualViewEncoder(Count(), None, tile=TILE).plan(TILE).enhance is None
 
