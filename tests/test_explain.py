@@ -159,7 +159,8 @@ def test_tokens_and_their_type_are_those_of_the_encoder() -> None:
     assert readouts[0].planned_cost.bytes == 2 * readouts[1].planned_cost.bytes
 
 
-def test_implementations_of_weights_that_are_nowhere_yet() -> None:
+def test_implementations_of_weights_that_are_nowhere_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     made = (explain(DualPerspectiveEnhance.paper(DIM, device=device), grid=(2, 3)) for device in ("meta", None))
     if not torch.cuda.is_available():
         assert len({str(one.implementations) for one in made}) == 1

@@ -195,6 +195,21 @@ def test_planned_errs_as_full_does(arithmetic, preset, chosen, fusion, grid, tok
             assert_errs_as_full_does(name, *found, gradient, largest)
 
 
+@pytest.mark.parametrize("fusion", ["addition", "multiplication", "bottleneck_concat"])
+@pytest.mark.parametrize("masked", [None, "one"])
+def test_planned_has_the_type_of_full_under_autocast(fusion, masked):
+    """Where the values' bias is added by hand, and no linear layer follows."""
+    plain = {"num_heads": 1, "bias": True, "out_proj": False, "residual": False, "norm": False}
+    dem = build(**plain, fusion=fusion, readout="centre", dtype=torch.float32)
+    tiles, mask = inputs((3, 3), (6, 6), torch.float32, batch=1), mask_of(masked, (18, 18))
+    mask = None if mask is None else mask[:1]
+    with torch.autocast("cpu", torch.bfloat16):
+        planned = dem(*tiles, (3, 3), mask)
+        with dv.full_computation():
+            assert planned.dtype == dem(*tiles, (3, 3), mask).dtype
+    assert any(d.absorb for d in dem.plan((3, 3), (6, 6)).directions)
+
+
 @pytest.mark.parametrize("arithmetic", ["float64", *ARITHMETICS])
 @pytest.mark.parametrize("readout", ["bilinear", "centre"])
 @pytest.mark.parametrize("fusion", ["bottleneck_concat", "conv3x3"])
