@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -23,6 +23,12 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 Perspective: TypeAlias = Literal["local", "global"]
 Size: TypeAlias = tuple[int, int]
 """A pair (height, width)."""
+
+SizeLike: TypeAlias = int | Sequence[int]
+"""A pair (height, width), or one number for a square."""
+
+MOST_TILES = 16_384
+"""Most tiles of a grid, 128 x 128: what follows from a grid is found tile by tile."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class TileGrid:
         cols: Number of tiles along the width (n_W in the paper), at least 1.
 
     Raises:
-        ValueError: A count is not a positive integer.
+        ValueError: A count is not a positive integer, or there are more than 16,384 tiles.
 
     Example:
         >>> grid = TileGrid(rows=2, cols=3)
@@ -56,6 +62,12 @@ class TileGrid:
                 )
             if type(count) is not int:  # NumPy's integers
                 object.__setattr__(self, name, operator.index(count))
+        if self.num_tiles > MOST_TILES:
+            raise ValueError(
+                f"TileGrid(rows={self.rows}, cols={self.cols}) has {self.num_tiles:,} tiles; at most {MOST_TILES:,} "
+                "are taken. If this is the size of a tile in pixels, pass it as `tile`; otherwise cut the image into "
+                "parts first."
+            )
 
     def __iter__(self) -> Iterator[int]:
         return iter((self.rows, self.cols))
@@ -108,27 +120,27 @@ class TileGrid:
         """Read ``"ROWSxCOLS"``, the form that the command line takes and ``str`` gives.
 
         Raises:
-            ValueError: ``text`` has another form.
+            ValueError: ``text`` has another form, or the grid too many tiles.
 
         Example:
             >>> TileGrid.parse("2x3")
             TileGrid(rows=2, cols=3)
         """
-        match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text.strip())
+        match = re.fullmatch(r"([1-9]\d{0,17})[xX]([1-9]\d{0,17})", text.strip())
         if match is None:
             raise ValueError(f"grid {text!r}: write ROWSxCOLS with two positive integers, rows first, such as 2x3.")
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
-    def for_image(cls, size: Size, tile: Size) -> TileGrid:
+    def for_image(cls, size: SizeLike, tile: SizeLike) -> TileGrid:
         """The grid of whole tiles that an image holds, n = floor(size / tile) per axis (Eq. 9-10).
 
         Args:
             size: Image size (H, W) in pixels.
-            tile: Tile size (h, w) in pixels.
+            tile: Tile size (h, w) in pixels, or one number for a square.
 
         Raises:
-            ValueError: The image is smaller than one tile.
+            ValueError: The image is smaller than one tile, or holds more than 16,384.
 
         Example:
             >>> TileGrid.for_image((1008, 700), tile=(336, 336))
@@ -146,16 +158,19 @@ class TileGrid:
 GridLike: TypeAlias = TileGrid | tuple[int, int] | Sequence[int]
 
 
-def check_size(size: Sequence[int], name: str) -> Size:
+def check_size(size: SizeLike, name: str) -> Size:
     """``size`` as a pair of positive integers (height, width), or a ValueError that says what was given.
 
-    Whatever counts as an integer does (NumPy's integers too); under ``torch.export`` and ``torch.compile`` the values
-    may be symbolic.
+    One integer stands for a square. Whatever counts as an integer does (NumPy's integers too); under ``torch.export``
+    and ``torch.compile`` the values may be symbolic.
     """
     try:
-        height, width = (operator.index(side) for side in size)
+        pair = tuple(size) if isinstance(size, Iterable) else (size, size)
+        if any(isinstance(side, bool) for side in pair):
+            raise TypeError
+        height, width = (operator.index(side) for side in pair)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={size!r}: give two positive integers (height, width).") from None
+        raise ValueError(f"{name}={size!r}: give two positive integers (height, width), or one for a square.") from None
     if height < 1 or width < 1:
         raise ValueError(f"{name}={size!r}: height and width must both be at least 1.")
     return height, width
@@ -225,7 +240,7 @@ def tile_slice(perspective: Perspective, tile: int, tiles: int, size: int) -> sl
     return slice(first, last + 1, max(1, (last - first) // max(1, size - 1)))
 
 
-def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
+def choose_grid(size: SizeLike, tile: SizeLike, max_tiles: int) -> TileGrid:
     """The grid that keeps most of an image's detail within a budget of tiles, given its aspect ratio.
 
     Each candidate grid with at most ``max_tiles`` tiles is judged by fitting the image into it with its aspect ratio
@@ -237,30 +252,32 @@ def choose_grid(size: Size, tile: Size, max_tiles: int) -> TileGrid:
 
     Args:
         size: Image size (H, W) in pixels.
-        tile: Tile size (h, w) in pixels.
-        max_tiles: Most tiles that one perspective may have, at least 1.
+        tile: Tile size (h, w) in pixels, or one number for a square.
+        max_tiles: Most tiles that one perspective may have, from 1 to 16,384.
 
     Raises:
-        ValueError: A size or ``max_tiles`` is not positive.
+        ValueError: A size is not positive, or ``max_tiles`` is not from 1 to 16,384.
 
     Example:
         >>> choose_grid((1008, 672), tile=(336, 336), max_tiles=9)
         TileGrid(rows=3, cols=2)
     """
     (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
-    if not hasattr(max_tiles, "__index__") or max_tiles < 1:
-        raise ValueError(f"max_tiles={max_tiles!r}: give a positive integer, at least one tile is needed.")
+    if isinstance(max_tiles, bool) or not hasattr(max_tiles, "__index__") or not 1 <= max_tiles <= MOST_TILES:
+        raise ValueError(
+            f"max_tiles={max_tiles!r}: give a positive integer, at least one tile is needed and at most {MOST_TILES:,} "
+            "are taken."
+        )
 
     def cost(grid: TileGrid) -> tuple[Fraction, int]:
         canvas_height, canvas_width = grid.map_size((h, w))
         scale = min(Fraction(canvas_height, height), Fraction(canvas_width, width), Fraction(1))
         return -scale, grid.num_tiles
 
-    # Rows or columns beyond what the image fills at full size keep no more.
-    most_rows, most_cols = -(-height // h), -(-width // w)
-    candidates = (
-        TileGrid(rows, cols)
-        for rows in range(1, min(max_tiles, most_rows) + 1)
-        for cols in range(1, min(max_tiles // rows, most_cols) + 1)
-    )
-    return min(candidates, key=cost)
+    def best_of(rows: int) -> TileGrid:
+        """Of the grids with these rows: as many columns as the scale that the rows allow can fill, if so many fit."""
+        filled = -(-width * min(rows * h, height) // (height * w))
+        return TileGrid(rows, min(filled, max_tiles // rows))
+
+    # Rows beyond what the image fills at full size keep no more.
+    return min((best_of(rows) for rows in range(1, min(max_tiles, -(-height // h)) + 1)), key=cost)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualview as dv
-from dualview.geometry import check_perspective, check_size, position, split_axis
+from dualview.geometry import MOST_TILES, check_perspective, check_size, position, split_axis
 from tests import reference
 from tests.checks import refuses
 from tests.strategies import grids, perspectives
@@ -119,7 +121,15 @@ def test_check_size_takes_what_counts_as_an_integer() -> None:
     assert check_size(torch.Size([3, 4]), "tile") == check_size(np.array([3, 4]), "tile") == (3, 4)
 
 
-@pytest.mark.parametrize("bad", [3, (3,), (3, 4, 5), (3.0, 4), ("3", 4), None])
+def test_one_number_is_the_size_of_a_square() -> None:
+    assert check_size(336, "tile") == check_size(np.int64(336), "tile") == (336, 336)
+    assert dv.TileGrid.for_image((672, 1008), tile=336) == dv.choose_grid((672, 1008), 336, 9) == dv.TileGrid(2, 3)
+    assert dv.DualPerspectiveCrop(tile=4)(torch.zeros(3, 8, 12)).grid == dv.TileGrid(2, 3)
+    with refuses("tile=0", "at least 1"):
+        check_size(0, "tile")
+
+
+@pytest.mark.parametrize("bad", [3.0, True, (3,), (3, 4, 5), (3.0, 4), ("3", 4), (True, 4), "34", None])
 def test_check_size_refuses(bad: object) -> None:
     with refuses(f"tile={bad!r}", "two positive integers (height, width)"):
         check_size(bad, "tile")  # type: ignore[arg-type]
@@ -238,6 +248,24 @@ class TestChooseGrid:
             dv.choose_grid((5, 5), tile=(1, -2), max_tiles=3)
         with refuses("max_tiles=0", "at least one tile"):
             dv.choose_grid((5, 5), tile=(1, 1), max_tiles=0)
+        with refuses("max_tiles=True", "positive integer"):
+            dv.choose_grid((5, 5), tile=(1, 1), max_tiles=True)
+        with refuses("max_tiles=100000", "at most 16,384"):
+            dv.choose_grid((10**6, 10**6), tile=(1, 1), max_tiles=10**5)
+
+    def test_the_largest_budget_takes_no_time(self) -> None:
+        start = time.perf_counter()
+        assert dv.choose_grid((10**6, 10**6), tile=(1, 1), max_tiles=MOST_TILES) == dv.TileGrid(128, 128)
+        assert dv.choose_grid((1, 10**9), tile=(1, 1), max_tiles=MOST_TILES) == dv.TileGrid(1, MOST_TILES)
+        assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("make", [dv.TileGrid, lambda *grid: dv.TileGrid.parse("{}x{}".format(*grid))])
+def test_a_tile_size_is_no_grid(make: Callable[..., dv.TileGrid]) -> None:
+    assert make(128, 128).num_tiles == make(1, MOST_TILES).num_tiles == MOST_TILES
+    for rows, cols in ((336, 336), (3000, 3000), (1, MOST_TILES + 1), (10**6, 10**6)):
+        with refuses(f"rows={rows}, cols={cols}", f"{rows * cols:,} tiles", "at most 16,384", "pass it as `tile`"):
+            make(rows, cols)
 
 
 def test_numpy_integers_are_integers() -> None:

@@ -258,7 +258,7 @@ class TestRefusals:
     def test_construction(self) -> None:
         with refuses("remainder='wrap'", "error", "pad", "crop", "resize"):
             dv.DualPerspectiveCrop((4, 4), remainder="wrap")
-        for tile in (4, (4,), (4, 0), (4, 4.5)):
+        for tile in (4.0, (4,), (4, 0), (4, 4.5)):
             with refuses(f"tile={tile!r}"):
                 dv.DualPerspectiveCrop(tile)
 
