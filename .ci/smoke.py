@@ -44,7 +44,7 @@ for name in dualview.models.__all__:
         try:
             getattr(dualview.models, name)
         except ImportError as error:
-            assert 'pip install "dualview[hf]"' in str(error), error
+            assert 'pip install -e ".[hf]"' in str(error), error
         else:
             raise AssertionError(f"dualview.models.{name} was found without transformers")
 

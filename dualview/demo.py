@@ -11,18 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from dualview.canvas import fit_canvas
 from dualview.geometry import GridLike, TileGrid
-from dualview.images import CLIP_MEAN, CLIP_STD, fit_canvas, load_image, save_image, to_tensor
+from dualview.images import CLIP_MEAN, CLIP_STD, ImageSource, load_image
 from dualview.models.dual_view_encoder import DualViewEncoder, LowRes
 from dualview.models.encoders import HfEncoder
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.plan import full_computation
+from dualview.outputs import check_output, save_image
+from dualview.terminal import native_messages_dropped, say
 from dualview.visualize import check_drawable, draw_tiles
 
 if TYPE_CHECKING:
@@ -108,8 +110,8 @@ class Stopwatch:
 
 
 def run_demo(
-    image: str | Path | None = None,
-    output: str | Path = "dualview_demo.png",
+    image: ImageSource | None = None,
+    output: str | os.PathLike[str] = "dualview_demo.png",
     *,
     grid: GridLike = (3, 3),
     preset: Preset = "released",
@@ -120,7 +122,7 @@ def run_demo(
     """Run the demo, print what happens, and write the picture.
 
     Args:
-        image: A picture file; None for the photograph that matplotlib ships.
+        image: Whatever [`load_image`][dualview.load_image] takes; None for the photograph that matplotlib ships.
         output: Where the picture of the tiles goes.
         grid: Rows and columns of tiles.
         preset: Which version of the enhancement module, and of mixing in the low-resolution view.
@@ -136,28 +138,30 @@ def run_demo(
     grid, config = TileGrid.of(grid), config or DemoConfig()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_drawable(grid)
+    check_output(output)
     _check_memory(grid, config, device)
     watch = Stopwatch(device)
-    source = image or _bundled_photograph()
-    photo = load_image(source)
-    _say(f"image       {source}{'' if image else ' (Grace Hopper, a photograph that matplotlib ships)'}")
-    watch.lap("image", (photo.height, photo.width, 3))
+    source = _bundled_photograph() if image is None else image
+    with native_messages_dropped():
+        photo = load_image(source)
+    say(f"image       {_named(source)}{' (Grace Hopper, a photograph that matplotlib ships)' * (image is None)}")
+    watch.lap("image", (photo.shape[1], photo.shape[2], 3))
 
     canvas = fit_canvas(photo, grid.map_size((config.tile, config.tile)))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    pixels = ((to_tensor(canvas) / 255 - mean) / std)[None].to(device)
+    pixels = ((canvas / (1 if canvas.is_floating_point() else 255) - mean) / std)[None].to(device)
     watch.lap("scale, pad, normalise", tuple(pixels.shape))
     save_image(draw_tiles(canvas, grid).picture, output)
-    watch.lap("draw the tiles", (canvas.height, canvas.width, 3))
+    watch.lap("draw the tiles", (canvas.shape[1], canvas.shape[2], 3))
 
     torch.manual_seed(seed)
-    _say(f"models      {_describe(config, preset)}, on {device.type}")
+    say(f"models      {_describe(config, preset)}, on {device.type}")
     model, projector, llm = _build(config, grid, preset, device)
     modules = {"encoder": model.get_submodule("encoder"), "DEM": model.get_submodule("dem")}
     modules |= {"projector": projector, "language model": llm}
     counts = (f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in modules.items())
-    _say(f"parameters  {'; '.join(counts)}")
-    _say("weights     RANDOM: shapes, tokens, times and memory mean something, the values of the result do not")
+    say(f"parameters  {'; '.join(counts)}")
+    say("weights     RANDOM: shapes, tokens, times and memory mean something, the values of the result do not")
     watch.lap("build the models", ())
 
     size = grid.map_size((config.tile, config.tile))
@@ -166,7 +170,7 @@ def run_demo(
     with torch.inference_mode():
         with full_computation() if full else nullcontext():
             views = len(model.plan(size).views)
-            _say(f"encoding    {_encoded(views, everything)}")
+            say(f"encoding    {_encoded(views, everything)}")
             with _watched(model, watch, views):
                 features = model(pixels)
         image_tokens = projector(features.flatten(1, 2))
@@ -176,13 +180,13 @@ def run_demo(
         logits = llm(inputs_embeds=embeddings).logits
         watch.lap("language model", tuple(logits.shape), logits.shape[1])
 
-    _say("")
-    _say(table(watch.stages, device))
-    _say("")
-    _say(f"The language model read {image_tokens.shape[1]} image tokens and the {text.shape[1]} bytes of {QUESTION!r}.")
-    _say(f"Wrote {output}: the image under its grid, its local tiles, its stride tiles.")
-    _say("Next: open it; then `dualview demo --image YOUR_IMAGE`, `dualview view YOUR_IMAGE --grid 2x3 -o tiles.png`,")
-    _say("`dualview explain`; in Python, dualview.DualViewEncoder takes your own encoder.")
+    say("")
+    say(table(watch.stages, device))
+    say("")
+    say(f"The language model read {image_tokens.shape[1]} image tokens and the {text.shape[1]} bytes of {QUESTION!r}.")
+    say(f"Wrote {output}: the image under its grid, its local tiles, its stride tiles.")
+    say("Next: open it; then `dualview demo YOUR_IMAGE`, `dualview view YOUR_IMAGE --grid 2x3`,")
+    say("`dualview explain`; in Python, dualview.DualViewEncoder takes your own encoder.")
     return DemoReport(watch.stages, image_tokens, logits)
 
 
@@ -317,6 +321,10 @@ def _whole_memory(device: torch.device) -> int | None:
         return None
 
 
+def _named(source: ImageSource) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+
+
 def _bundled_photograph() -> str:
     from matplotlib.cbook import get_sample_data
 
@@ -332,7 +340,3 @@ def _peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import colorsys
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from dualview.geometry import GridLike, Perspective, Size, TileGrid
-from dualview.images import MEAN_COLOUR, to_image, to_tensor
+from dualview.images import ImageSource, load_image, to_image
 from dualview.ops.tiling import crop, recombine
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom, as Pillow counts: the right and the bottom edge are outside."""
 Colour: TypeAlias = tuple[int, int, int]
-Rest: TypeAlias = Literal["pad", "crop", "resize"]
 
 MOST_TILES = 32
 """Most rows or columns that a picture shows; more could not be told apart."""
@@ -53,56 +52,20 @@ class TilePicture(NamedTuple):
     stride_zoom: Box
 
 
-def fit_to_grid(image: Image.Image, grid: GridLike, remainder: Rest = "pad") -> Image.Image:
-    """An image whose height is a multiple of the grid's rows and whose width is one of its columns.
-
-    Args:
-        image: RGB.
-        grid: Rows and columns of tiles.
-        remainder: "pad" fills up at the bottom and the right with CLIP's mean colour, "crop" drops pixels there,
-            "resize" interpolates to the nearest multiple.
-
-    Raises:
-        ValueError: The grid has more rows or columns than the image has pixels, or ``remainder`` is unknown.
-    """
-    from PIL import Image
-
-    grid = TileGrid.of(grid)
-    size: Size = (image.height, image.width)
-    if image.height < grid.rows or image.width < grid.cols:
-        raise ValueError(
-            f"a grid of {grid} (rows x cols) is larger than the image of {image.height} x {image.width} pixels (height "
-            "x width): every tile needs at least one pixel. Choose a smaller grid."
-        )
-    if remainder == "pad":
-        tile = (-(-size[0] // grid.rows), -(-size[1] // grid.cols))
-    elif remainder == "crop":
-        tile = (size[0] // grid.rows, size[1] // grid.cols)
-    elif remainder == "resize":
-        tile = ((2 * size[0] + grid.rows) // (2 * grid.rows), (2 * size[1] + grid.cols) // (2 * grid.cols))
-    else:
-        raise ValueError(f'remainder={remainder!r}: must be "pad", "crop" or "resize".')
-    height, width = grid.map_size(tile)
-    if remainder == "resize":
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (width, height), MEAN_COLOUR)
-    canvas.paste(image, (0, 0))  # what lies outside is dropped
-    return canvas
-
-
 def check_drawable(grid: TileGrid) -> None:
     """Refuse a grid of more tiles than a picture shows."""
     if max(grid) > MOST_TILES:
         raise ValueError(f"a grid of {grid} cannot be drawn readably: at most {MOST_TILES} rows and {MOST_TILES} cols.")
 
 
-def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
+def draw_tiles(image: ImageSource, grid: GridLike) -> TilePicture:
     """The image under its grid, its local and its stride tiles, and a magnified part that shows which pixel goes where.
 
     An image smaller than its panel is enlarged by a whole factor without interpolation, so every pixel stays visible.
 
     Args:
-        image: RGB; its height and width are multiples of the grid ([`fit_to_grid`][dualview.visualize.fit_to_grid]).
+        image: Whatever [`load_image`][dualview.load_image] takes, of a height and a width that are multiples of the
+            grid ([`fit_to_grid`][dualview.canvas.fit_to_grid] makes them so).
         grid: Rows and columns of tiles, at most 32 of each.
 
     Raises:
@@ -112,14 +75,17 @@ def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
 
     grid = TileGrid.of(grid)
     check_drawable(grid)
-    h, w = grid.tile_size((image.height, image.width))
+    pixels = load_image(image)
+    photograph = to_image(pixels)
+    size = (photograph.height, photograph.width)
+    h, w = grid.tile_size(size)
     shown = _shown_tile((h, w), grid)
     photo_size = grid.map_size(shown)
     spread = _spread(grid, shown)
-    window = _window((image.height, image.width), grid)
+    window = _window(size, grid)
     cell = _ZOOM // max(window[2] - window[0], window[3] - window[1])
     zoom = (cell * (window[3] - window[1]), cell * (window[2] - window[0]))
-    titles = _headings(grid, (h, w), window, (image.height, image.width))
+    titles = _headings(grid, (h, w), window, size)
     lefts, right = [], _MARGIN - _GUTTER
     for heading, panel in zip(titles, (photo_size, spread, spread), strict=True):
         lefts.append(right + _GUTTER)
@@ -131,13 +97,12 @@ def draw_tiles(image: Image.Image, grid: GridLike) -> TilePicture:
     for left, heading in zip(lefts, titles, strict=True):
         heading.draw(pen, left, zoom_top)
 
-    photo = _paste(picture, image, (lefts[0], top + _FRAME), photo_size)
+    photo = _paste(picture, photograph, (lefts[0], top + _FRAME), photo_size)
     _draw_grid(pen, photo, grid)
-    _draw_window(pen, photo, window, (image.height, image.width))
+    _draw_window(pen, photo, window, size)
     pen.rectangle([lefts[0] - 5, zoom_top - 5, lefts[0] + zoom[1] + 4, zoom_top + zoom[0] + 4], fill=_MARK)
-    _draw_zoom(picture, image, window, (lefts[0], zoom_top), cell)
+    _draw_zoom(picture, photograph, window, (lefts[0], zoom_top), cell)
 
-    pixels = to_tensor(image)
     boxes: list[list[Box]] = []
     zooms: list[Box] = []
     perspectives: tuple[Perspective, Perspective] = ("local", "global")

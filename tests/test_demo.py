@@ -7,8 +7,9 @@ from PIL import Image
 
 import dualview as dv
 from dualview import demo
+from dualview.canvas import fit_canvas
 from dualview.demo import DemoConfig, run_demo
-from dualview.images import CLIP_MEAN, CLIP_STD, ImageError, fit_canvas, load_image
+from dualview.images import CLIP_MEAN, CLIP_STD, ImageError, load_image
 from dualview.visualize import draw_tiles
 
 TINY = DemoConfig(tile=28, patch=14, dim=32, mlp_dim=64, layers=3, heads=2, llm_dim=32, llm_layers=1)
@@ -28,7 +29,7 @@ def run(photo, tmp_path, **options):
 
 def by_hand(photo, grid, preset, seed):
     """The image tokens, by the ops alone."""
-    canvas = np.array(fit_canvas(load_image(photo), (28 * grid[0], 28 * grid[1])))
+    canvas = fit_canvas(photo, (28 * grid[0], 28 * grid[1])).permute(1, 2, 0).numpy()
     pixels = ((canvas / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)[None]
     pixels = torch.from_numpy(pixels).float()
     torch.manual_seed(seed)
@@ -130,8 +131,8 @@ def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):
 
 def test_the_picture_is_that_of_the_canvas(photo, tmp_path):
     run(photo, tmp_path, grid=(3, 2))
-    expected = draw_tiles(fit_canvas(load_image(photo), (84, 56)), (3, 2)).picture
-    assert np.array_equal(np.array(load_image(tmp_path / "out.png")), np.array(expected))
+    expected = draw_tiles(fit_canvas(photo, (84, 56)), (3, 2)).picture
+    assert torch.equal(load_image(tmp_path / "out.png"), load_image(expected))
 
 
 def test_seed_and_photograph_matter(photo, tmp_path):

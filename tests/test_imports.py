@@ -1,8 +1,14 @@
 """What an import loads, seen from a fresh interpreter."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import dualview
 
 OPTIONAL = {"transformers", "timm", "open_clip", "triton", "torchvision", "PIL", "matplotlib", "tqdm"}
 
@@ -22,9 +28,48 @@ def top_level(modules: set[str]) -> set[str]:
 
 
 def test_import_dualview_costs_little_over_torch():
-    loaded = top_level(loaded_after("import dualview"))
+    names = "from dualview import *"
+    loaded = top_level(loaded_after(f"{names}\nassert LocalCrop"))
     third_party = {name for name in loaded if name.lstrip("_") not in {n.lstrip("_") for n in sys.stdlib_module_names}}
     assert third_party == {"dualview", "einops"}
+
+
+def test_import_dualview_alone_loads_nothing():
+    """So that the command answers at once."""
+    code = "import sys; import dualview, dualview.cli; print('torch' in sys.modules, 'PIL' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout == "False False\n"
+
+
+def test_every_name_is_found_where_it_is_said_to_be():
+    assert sorted([*dualview._HOME_OF, "testing", "__version__"]) == dualview.__all__
+    assert set(dir(dualview)) >= set(dualview.__all__)
+    tree = ast.parse(Path(dualview.__file__).read_text(encoding="utf-8"))
+    typed = next(node for node in tree.body if isinstance(node, ast.If))  # what type checkers see
+    seen = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert seen.pop("testing") == "dualview"
+    assert seen == {name: f"dualview.{home}" for name, home in dualview._HOME_OF.items()}
+    for name in dualview.__all__:
+        assert getattr(dualview, name) is not None
+
+
+@pytest.mark.parametrize("first", ["import dualview.explain", "from dualview.explain import Stage", "dv.explain"])
+def test_explain_is_the_function_whatever_is_imported_first(first):
+    loaded_after(
+        f"import dualview as dv, pickle\n{first}\n"
+        "from dualview import explain\n"
+        "assert dv.explain is explain and callable(explain)\n"
+        "assert pickle.loads(pickle.dumps(dv.explain)) is explain\n"
+        "made = dv.Explanation(())\n"
+        "assert pickle.loads(pickle.dumps(made)) == made and dv.explain is explain\n"
+    )
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(AttributeError, match=r"module 'dualview' has no attribute 'NoSuchThing'$"):
+        dualview.NoSuchThing  # noqa: B018
+    with pytest.raises(AttributeError, match=r"from dualview\.models import InfLlavaConfig"):
+        dualview.InfLlavaConfig  # noqa: B018
 
 
 def test_import_models_loads_no_optional_dependency():
@@ -41,7 +86,7 @@ def test_inf_llava_without_transformers_says_what_to_install():
         "sys.modules['transformers'] = None\n"
         "import dualview.models\n"
         "try:\n    dualview.models.InfLlavaConfig\n"
-        "except ImportError as error:\n    assert 'pip install \"dualview[hf]\"' in str(error), error\n"
+        "except ImportError as error:\n    assert 'pip install -e \".[hf]\"' in str(error), error\n"
         "else:\n    raise AssertionError('found without transformers')"
     )
 

@@ -15,9 +15,10 @@ FLOORS = (  # from the ground up
     ("views.py",),
     ("kernels/*.py",),
     ("ops/*.py", "cost.py"),
-    ("images.py", "testing.py"),
+    ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
     ("models/*.py", "visualize.py"),
     ("explain.py", "demo.py"),
+    ("commands.py",),
     ("__init__.py",),
     ("cli.py",),
 )

@@ -44,6 +44,7 @@ PUBLIC = {
         "explain",
         "full_computation",
         "global_stride_crop",
+        "load_image",
         "local_crop",
         "low_pass",
         "normalized_crop",

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dualview.geometry import TileGrid
-from dualview.images import MEAN_COLOUR
-from dualview.visualize import draw_tiles, fit_to_grid, tile_colour
+from dualview.visualize import draw_tiles, tile_colour
 
 CASES = [
     ((6, 10), (2, 5)),
@@ -123,44 +123,16 @@ def test_colours_of_tiles_differ(grid):
     assert len(colours) == grid.num_tiles
 
 
-@pytest.mark.parametrize(
-    "remainder, size", [("pad", (8, 12)), ("crop", (4, 9)), ("resize", (8, 12))], ids=["pad", "crop", "resize"]
-)
-def test_fit_to_grid(remainder, size):
-    pixels = noise(7, 11)
-    fitted = np.array(fit_to_grid(Image.fromarray(pixels), (4, 3), remainder))
-    assert fitted.shape[:2] == size
-    if remainder == "pad":
-        assert np.array_equal(fitted[:7, :11], pixels)
-        assert (fitted[7:] == MEAN_COLOUR).all()
-        assert (fitted[:, 11:] == MEAN_COLOUR).all()
-    elif remainder == "crop":
-        assert np.array_equal(fitted, pixels[:4, :9])
-    else:
-        expected = Image.fromarray(pixels).resize((12, 8), Image.Resampling.BICUBIC)
-        assert np.array_equal(fitted, np.array(expected))
-
-
-def test_resize_goes_to_the_nearest_multiple():
-    assert fit_to_grid(Image.new("RGB", (10, 9)), (4, 3), "resize").size == (9, 8)
-    assert fit_to_grid(Image.new("RGB", (11, 10)), (4, 3), "resize").size == (12, 12)
-
-
-@pytest.mark.parametrize("remainder", ["pad", "crop", "resize"])
-def test_an_image_that_fits_is_unchanged(remainder):
-    pixels = noise(8, 9)
-    assert np.array_equal(np.array(fit_to_grid(Image.fromarray(pixels), (4, 3), remainder)), pixels)
-
-
 def test_errors():
     image = Image.new("RGB", (5, 4))
-    with pytest.raises(ValueError, match=r"grid of 5x2 .* image of 4 x 5 pixels"):
-        fit_to_grid(image, (5, 2))
-    with pytest.raises(ValueError, match=r"grid of 2x6 .* image of 4 x 5 pixels"):
-        fit_to_grid(image, (2, 6))
-    with pytest.raises(ValueError, match="remainder='drop'"):
-        fit_to_grid(image, (2, 2), "drop")
     with pytest.raises(ValueError, match="cannot be cut into 3 x 5 tiles"):
         draw_tiles(image, (3, 5))
     with pytest.raises(ValueError, match="grid of 33x1 cannot be drawn readably: at most 32"):
         draw_tiles(Image.new("RGB", (1, 33)), (33, 1))
+
+
+def test_pictures_of_any_kind_are_drawn():
+    pixels = noise(6, 10)
+    expected = np.array(draw_tiles(Image.fromarray(pixels), (2, 5)).picture)
+    for source in (pixels, torch.from_numpy(pixels).permute(2, 0, 1), pixels / 255):
+        assert np.array_equal(np.array(draw_tiles(source, (2, 5)).picture), expected)

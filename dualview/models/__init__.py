@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"dualview.models.{name} needs transformers, torchvision and pillow ({error}): "
-                'pip install "dualview[hf]".'
+                'run pip install -e ".[hf]" in your clone.'
             ) from error
         return getattr(inf_llava, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import binascii
+import os
+from base64 import b64decode
+from collections.abc import Iterable
+from contextlib import suppress
+from io import BytesIO
+from math import isfinite
 from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
 
-from dualview.geometry import choose_grid
+from dualview.canvas import centred, fitted_size, middle_part, place
+from dualview.geometry import Size, check_size, choose_grid
+from dualview.images import ImageError, load_image
 from dualview.ops.tiling import local_crop
+from dualview.pixels import from_array, from_tensor
 
 
 class InfLlavaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -30,15 +47,21 @@ class InfLlavaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
 
 
 class InfLlavaImageProcessor(TorchvisionBackend):
-    """Pad to a square with the mean colour, resize, normalise, as the released model was trained in its second stage.
+    """Fit to a square, pad with the mean colour, normalise, as the released model was trained in its second stage.
 
     The default size is 1008 pixels, three tiles of 336 a side. The released inference code leaves CLIP's 336 and lets
     the model enlarge the picture, which loses its detail: ``InfLlavaImageProcessor(size=336)`` reproduces that. The
-    first training stage did not pad but cut out the centre: ``do_pad=False``.
+    first training stage did not pad but cut out the centre: ``do_pad=False``. Where the released code pads to a square
+    and then scales it, here scaling comes first, so that memory does not grow with the aspect ratio; the pixels next to
+    the padding differ slightly.
 
     With ``max_tiles`` every image gets a grid of its own, chosen by [`choose_grid`][dualview.choose_grid]: it is scaled
     to fit the grid with its aspect ratio kept, and the rest of the canvas, at the bottom and the right, is filled with
     the mean colour. The result then holds the local tiles of all images, ``image_grids`` and ``image_sizes``.
+
+    Pictures are whatever [`load_image`][dualview.load_image] takes, and addresses and base64 as everywhere in
+    transformers. They become RGB. Floating-point pixels lie in 0..1 and stand for the bytes 0..255 that
+    ``rescale_factor`` scales: they give what the same picture in uint8 gives.
 
     Args:
         **kwargs: Any argument of an image processor of transformers (``size``, ``crop_size``, ``do_pad``,
@@ -49,6 +72,12 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         - pixel_values: (num_images, 3, 1008, 1008); with ``max_tiles`` (total_tiles, 3, 336, 336)
         - image_grids, with ``max_tiles``: (num_images, 2), rows and columns
         - image_sizes, with ``max_tiles``: (num_images, 2), height and width of the picture on its canvas
+
+    Raises:
+        ImageError: A picture is refused by [`load_image`][dualview.load_image].
+        ValueError: There is no picture; ``image_mean`` or ``image_std`` is not one number or three; the mean colour is
+            none that bytes can have; or ``size``, ``crop_size``, ``do_pad`` or ``do_resize`` is given beside
+            ``max_tiles``, which decides all of them.
 
     Example:
         >>> picture = torch.randint(256, (3, 400, 600), dtype=torch.uint8)
@@ -73,10 +102,42 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths, addresses and base64 to tensors; what is a picture already stays as it is."""
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(each) for each in source]
+        if isinstance(source, str):
+            return load_image(_file_of(source))
+        # transformers knows neither of the two
+        unknown = isinstance(source, os.PathLike) or getattr(source, "ndim", None) == 2
+        return load_image(source) if unknown else source
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One picture as an RGB tensor, uint8 or floating point in 0..1."""
+        last = None if input_data_format is None else ChannelDimension(input_data_format) == ChannelDimension.LAST
+        if isinstance(image, Tensor):
+            pixels = from_tensor(image, channels_last=last)
+        elif isinstance(image, np.ndarray):
+            pixels = from_array(image, channels_last=last)
+        else:
+            pixels = load_image(image)
+        return pixels if device is None else pixels.to(device)
+
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         tile = kwargs.get("tile_size")
-        if isinstance(tile, int):
-            kwargs["tile_size"] = {"height": tile, "width": tile}
+        if tile is not None:
+            pair: Any = (tile.get("height"), tile.get("width")) if isinstance(tile, dict) else tile
+            kwargs["tile_size"] = dict(zip(("height", "width"), check_size(pair, "tile_size"), strict=True))
+        for name in ("image_mean", "image_std"):
+            kwargs[name] = _per_channel(kwargs.get(name), name)
         standard: dict[str, Any] = super()._standardize_kwargs(**kwargs)
         return standard
 
@@ -85,6 +146,18 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     ) -> None:
         # transformers asks for a crop_size wherever there is a crop; here it follows the size of each call.
         super()._validate_preprocess_kwargs(size=size, crop_size=crop_size or size, **kwargs)
+        if kwargs.get("max_tiles") is None:
+            return
+        usual = self._standardize_kwargs(size=type(self).size, default_to_square=self.default_to_square)["size"]
+        ignored = {"size": size} if size != usual else {}
+        ignored |= {"crop_size": crop_size} if crop_size is not None else {}
+        ignored |= {name: False for name in ("do_pad", "do_resize") if not kwargs.get(name)}
+        if ignored or kwargs.get("tile_size") is None:
+            given = ", ".join(f"{name}={value}" for name, value in (ignored or {"tile_size": None}).items())
+            raise ValueError(
+                f"{given} beside max_tiles={kwargs['max_tiles']}: with max_tiles every picture is scaled and padded to "
+                "a grid of its own, of tiles of tile_size. Leave it out, or give max_tiles=None."
+            )
 
     def _preprocess(
         self,
@@ -98,69 +171,122 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
+        image_mean: tuple[float, ...] | None,
+        image_std: tuple[float, ...] | None,
         do_pad: bool,
         return_tensors: Any = None,
         max_tiles: int | None = None,
         tile_size: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
+        if not images:
+            raise ValueError("images=[]: give at least one picture.")
+
+        def padded(image: Tensor, canvas: Size, corner: tuple[int, int]) -> Tensor:
+            return place(image, canvas, corner, _colour(image, image_mean, rescale_factor if do_rescale else None))
+
         def normalise(image: Tensor) -> Tensor:
-            pixels: Tensor = self.rescale_and_normalize(
-                image, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
+            factor = rescale_factor * (255 if image.is_floating_point() else 1)
+            pixels: Tensor = self.rescale_and_normalize(image, do_rescale, factor, do_normalize, image_mean, image_std)
             return pixels
 
         if max_tiles is not None and tile_size is not None:
             tile = (tile_size["height"], tile_size["width"])
-            grids = [choose_grid((image.shape[-2], image.shape[-1]), tile, max_tiles) for image in images]
+            grids = [choose_grid(_size(image), tile, max_tiles) for image in images]
             fitted = [
-                self._fit(image, grid.map_size(tile), resample) for image, grid in zip(images, grids, strict=True)
+                self._scaled(image, fitted_size(_size(image), grid.map_size(tile)), resample)
+                for image, grid in zip(images, grids, strict=True)
             ]
             tiles = [
-                local_crop(normalise(_pad(image, grid.map_size(tile), (0, 0), image_mean)), grid)
+                local_crop(normalise(padded(image, grid.map_size(tile), (0, 0))), grid)
                 for image, grid in zip(fitted, grids, strict=True)
             ]
             data = {
                 "pixel_values": torch.cat(tiles),
                 "image_grids": torch.tensor([tuple(grid) for grid in grids]),
-                "image_sizes": torch.tensor([tuple(image.shape[-2:]) for image in fitted]),
+                "image_sizes": torch.tensor([_size(image) for image in fitted]),
             }
             return BatchFeature(data=data, tensor_type=return_tensors)
 
-        crop = crop_size or SizeDict(height=size.height or size.shortest_edge, width=size.width or size.shortest_edge)
-        pixels = []
-        for picture in images:
-            image = picture
-            if do_pad:
-                side = max(image.shape[-2:])
-                top, left = (side - image.shape[-2]) // 2, (side - image.shape[-1]) // 2
-                image = _pad(image, (side, side), (top, left), image_mean)
-            if do_resize:
-                image = self.resize(image, size, resample)
-            if do_center_crop:
-                image = self.center_crop(image, crop)
-            pixels.append(normalise(image))
+        cut = crop_size or SizeDict(height=size.height or size.shortest_edge, width=size.width or size.shortest_edge)
+        crop = (cut.height, cut.width) if do_center_crop and cut.height and cut.width else None
+        pixels = [
+            normalise(padded(*self._fitted(image, size if do_resize else None, crop, do_pad, resample)))
+            for image in images
+        ]
         return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def _fit(self, image: Tensor, canvas: tuple[int, int], resample: Any) -> Tensor:
-        """The image scaled to fit the canvas, its aspect ratio kept."""
-        height, width = image.shape[-2:]
-        scale = min(canvas[0] / height, canvas[1] / width)
-        scaled = tuple(
-            min(full, max(1, round(side * scale))) for side, full in zip((height, width), canvas, strict=True)
-        )
-        resized: Tensor = self.resize(image, SizeDict(height=scaled[0], width=scaled[1]), resample)
-        return resized
+    def _fitted(
+        self, image: Tensor, size: SizeDict | None, crop: Size | None, pad: bool, resample: Any
+    ) -> tuple[Tensor, Size, tuple[int, int]]:
+        """The picture at its final scale, the canvas it is shown on, and where on that its top left corner lies."""
+        before = _size(image)
+        square = (max(before), max(before)) if pad else before
+        shown = square if size is None else self._target(square, size)
+        if not pad and crop and size is not None and set(dict(size)) == {"shortest_edge"}:
+            part = middle_part(before, size.shortest_edge, crop)
+            if part is not None:
+                (axis, start, length), corner = part
+                image = image.narrow(1 + axis, start, length)
+                scaled = self._target(_size(image), size)
+                return self._scaled(image, scaled, resample), crop, corner
+        after = tuple(max(1, round(side * new / old)) for side, new, old in zip(before, shown, square, strict=True))
+        image = self._scaled(image, (after[0], after[1]), resample)
+        top, left = centred(_size(image), shown)
+        if crop is not None:
+            top, left = (a + b for a, b in zip((top, left), centred(shown, crop), strict=True))
+        return image, crop or shown, (top, left)
+
+    def _target(self, before: Size, size: SizeDict) -> Size:
+        """The size that ``resize`` gives, asked of a picture without contents."""
+        return _size(self.resize(torch.empty(3, *before, device="meta"), size, PILImageResampling.BILINEAR))
+
+    def _scaled(self, image: Tensor, size: Size, resample: Any) -> Tensor:
+        if _size(image) == size:
+            return image
+        resized: Tensor = self.resize(image, SizeDict(height=size[0], width=size[1]), resample)
+        return resized.clamp(0, 1) if image.is_floating_point() else resized
 
 
-def _pad(image: Tensor, size: tuple[int, int], corner: tuple[int, int], mean: tuple[float, ...]) -> Tensor:
-    """The image on a canvas of the mean colour, its top left corner at ``corner``."""
-    (height, width), (top, left) = image.shape[-2:], corner
-    if (height, width) == size:
-        return image
-    fill = list(mean) if image.is_floating_point() else [int(value * 255) for value in mean]
-    padding = [left, top, size[1] - width - left, size[0] - height - top]
-    padded: Tensor = tv.pad(image, padding, fill=fill)
-    return padded
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
+
+
+def _file_of(source: str) -> str | BytesIO:
+    """What [`load_image`][dualview.load_image] opens: a path, or the bytes of an address or of base64."""
+    if source.startswith(("http://", "https://", "data:")):
+        try:
+            with urlopen(source, timeout=60) as answer:
+                return BytesIO(answer.read())
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{source[:100]} cannot be read: {error}.") from error
+    if len(source) > 64 and not os.path.isfile(source):  # noqa: PTH113 - Path raises where a name is too long
+        with suppress(binascii.Error):
+            return BytesIO(b64decode(source, validate=True))
+    return source
+
+
+def _per_channel(value: Any, name: str) -> tuple[float, ...] | None:
+    """Three numbers, of one or three."""
+    if value is None:
+        return None
+    values = tuple(value) if isinstance(value, Iterable) else (value,) * 3
+    numbers = all(isinstance(v, (int, float, np.number)) and isfinite(v) for v in values)
+    if len(values) != 3 or not numbers or (name == "image_std" and 0 in values):
+        rule = "one number or three, for red, green and blue" + ("; none may be 0" if name == "image_std" else "")
+        raise ValueError(f"{name}={value!r}: give {rule}.")
+    return tuple(float(v) for v in values)
+
+
+def _colour(image: Tensor, mean: tuple[float, ...] | None, rescale_factor: float | None) -> list[float]:
+    """The mean colour in the units of the pixels: nearly zero once they are normalised.
+
+    Bytes are cut off, not rounded, as in the released code. Without a mean it is CLIP's.
+    """
+    white = 1 if image.is_floating_point() else 255
+    values = mean or OPENAI_CLIP_MEAN
+    if rescale_factor is not None:
+        values = [value / (rescale_factor * 255) * white for value in values]
+    elif max(values) <= 1:  # a share of white, and not the brightness itself
+        values = [value * white for value in values]
+    return [min(max(value, 0), white) for value in values]

@@ -1,0 +1,112 @@
+"""What the commands of `dualview` do; imported when one of them runs."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualview.canvas import fit_to_grid, fit_to_tile
+from dualview.demo import LOW_RES, SMALL, run_demo
+from dualview.explain import explain as explained
+from dualview.geometry import Size
+from dualview.images import ImageError, load_image
+from dualview.models.dual_view_encoder import DualViewEncoder, Encoder
+from dualview.models.encoders import HfEncoder
+from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.outputs import check_output, save_image
+from dualview.terminal import native_messages_dropped, say
+from dualview.visualize import draw_tiles
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Run `dualview demo`."""
+    check_output(options.output)
+    _check_not_input(options.output, options.image)
+    run_demo(
+        options.image,
+        options.output,
+        grid=options.grid,
+        preset=options.preset,
+        seed=options.seed,
+        config=SMALL if options.small else None,
+        full=options.full,
+    )
+
+
+def view(options: argparse.Namespace) -> None:
+    """Run `dualview view`."""
+    with native_messages_dropped():
+        image = load_image(options.image)
+    output = options.output or options.image.with_name(f"{options.image.stem}_tiles.png")
+    check_output(output)
+    _check_not_input(output, options.image)
+    if options.tile is None:
+        canvas, grid = fit_to_grid(image, options.grid, options.remainder), options.grid
+    else:
+        canvas, grid = fit_to_tile(image, options.tile, options.remainder)
+    (height, width), (full_height, full_width) = image.shape[-2:], canvas.shape[-2:]
+    save_image(draw_tiles(canvas, grid).picture, output)
+    h, w = grid.tile_size((full_height, full_width))
+    if (height, width) != (full_height, full_width):
+        done = {"pad": "padded", "crop": "cropped", "resize": "resized"}[options.remainder]
+        what = f"multiple of {grid}" if options.tile is None else f"whole number of tiles of {h} x {w}"
+        say(f"{height} x {width} pixels (height x width) are no {what}: {done} to {full_height} x {full_width}")
+    say(f"wrote {output}: {grid.num_tiles} local and {grid.num_tiles} stride tiles of {h} x {w} pixels")
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Run `dualview explain`."""
+    if any(side % count for side, count in zip(options.tile, options.tokens, strict=True)):
+        tile, tokens = (" x ".join(map(str, size)) for size in (options.tile, options.tokens))
+        raise ValueError(f"--tile of {tile} pixels is no whole multiple of --tokens, {tokens}: change one of them.")
+    low_res: Any = options.low_res or ("none" if options.readout == "none" else LOW_RES[options.preset])
+    if options.readout == "none" and low_res != "none":
+        raise ValueError(f"--readout none gives the full map, and --low-res {low_res} one tile's: use --low-res none.")
+    overrides = {name: getattr(options, name) for name in ("readout", "fusion") if getattr(options, name)}
+    dem = getattr(DualPerspectiveEnhance, options.preset)(options.dim, device="meta", **overrides)
+    model = DualViewEncoder(
+        _encoder(options.dim, options.tile, options.tokens),
+        dem,
+        tile=options.tile,
+        grid=options.grid,
+        low_res=None if low_res == "none" else low_res,
+    )
+    say(str(explained(model, tokens=options.tokens)))
+
+
+def uncounted(tiles: Tensor) -> Tensor:
+    """Stands for a vision encoder whose cost `explain` leaves open because it cannot run it."""
+    raise NotImplementedError
+
+
+def _encoder(dim: int, tile: Size, tokens: Size) -> Encoder:
+    """A vision transformer of 24 layers, where transformers has one of these sizes to count."""
+    patch = {size // count for size, count in zip(tile, tokens, strict=True)}
+    if find_spec("transformers") is None or len(patch) > 1 or tile[0] != tile[1] or dim % 64:
+        return uncounted
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=dim,
+        intermediate_size=4 * dim,
+        num_hidden_layers=24,
+        num_attention_heads=dim // 64,
+        image_size=tile[0],
+        patch_size=patch.pop(),
+    )
+    with torch.device("meta"):
+        return HfEncoder(CLIPVisionModel(config))
+
+
+def _check_not_input(output: Path, image: Path | None) -> None:
+    same = False
+    with suppress(OSError):  # one of them does not exist
+        same = image is not None and output.samefile(image)
+    if same:
+        raise ImageError(f"{output} is the input image and would be overwritten: give another output file.")

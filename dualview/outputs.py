@@ -1,0 +1,80 @@
+"""Write picture files: whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dualview.images import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SAVED_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""The extensions that are written, and the formats that they stand for."""
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Refuse what could not be written in the end, before anything is computed.
+
+    Raises:
+        ImageError: The extension is unknown, the folder does not exist or may not be written to, or something else
+            than a file has that name.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SAVED_AS:
+        raise ImageError(f"{path}: the extension {path.suffix!r} is none of {', '.join(SAVED_AS)}: use one of them.")
+    with _writing(path):
+        if not path.parent.is_dir():
+            raise ImageError(f"{path}: the folder {path.parent} does not exist: make it first.")
+        if not os.access(path.parent, os.W_OK):
+            raise ImageError(f"{path} cannot be written: no permission to write to the folder {path.parent}.")
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return
+        if not path.is_file():
+            raise ImageError(f"{path} cannot be written: something other than a file has that name.")
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a picture; the extension says the format. A file of that name is replaced as a whole, or stays as it is.
+
+    Raises:
+        ImageError: [`check_output`][dualview.outputs.check_output] refuses the path, or the file cannot be written.
+    """
+    path = Path(path)
+    check_output(path)
+    encoded = BytesIO()
+    with _writing(path):
+        image.save(encoded, SAVED_AS[path.suffix.lower()], quality=92, optimize=True)  # each takes what it knows
+        _replace(path.resolve(), encoded.getbuffer())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _replace(path: Path, content: memoryview) -> None:
+    """Put a file of this content in the place of what is there, if anything is, in one step."""
+    beside = path.with_name(f".dualview-{secrets.token_hex(8)}")
+    try:
+        with beside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            beside.chmod(path.stat().st_mode & 0o777)
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink()  # gone already, unless something went wrong
