@@ -5,6 +5,7 @@ which holds a picture, photo.jpg; under pytest-xdist they need `--dist loadfile`
 """
 
 import contextlib
+import os
 import shlex
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+os.environ["COLUMNS"] = "80"  # what is printed must not depend on the terminal that the tests run in
 
 ELSEWHERE = ("cd", "git", "make", "pip", ".venv/bin/pip")
 """Commands that .ci/run tries in an environment of its own, or that only fetch the sources."""

@@ -6,21 +6,19 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from dualview import __version__
 from dualview.canvas import Rest
 from dualview.geometry import Size, TileGrid
 from dualview.outputs import SAVED_AS
-from dualview.terminal import printable
+from dualview.terminal import explained, libraries_silent, printable
 
 T = TypeVar("T")
 
@@ -44,12 +42,14 @@ EXAMPLES = """examples:
   dualview view photo.jpg --grid 2x3        the local and the stride tiles of a picture, in photo_tiles.png
   dualview explain --preset paper           what a configuration computes
 """
-EXTRA = ("PIL", "numpy", "matplotlib", "tqdm", "transformers")
-NO_MEMORY = re.compile(r"(can't|cannot|unable to|failed to) (allocate|map)|out of memory", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without repeating the usage."""
+    """Says what is wrong in one line, without repeating the usage, and not nothing where help cannot be printed."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message and file is not None:
+            file.write(message)
 
     def error(self, message: str) -> NoReturn:
         self.exit(
@@ -60,24 +60,20 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments (default: those of the process) and return its exit code."""
     prog, stopped = "dualview", None
-    logging.getLogger("PIL").addHandler(
-        logging.NullHandler()
-    )  # what it says of a file is said in our words, or nothing
     try:
         try:
             options, unknown = _parser().parse_known_args(argv)
             prog = options.parser.prog
             if unknown:
                 options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with libraries_silent():
                 _run(options)
         except SystemExit as stop:  # help is printed, or an argument is wrong
             stopped = stop
         if sys.stdout is not None:
             sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        message = _explained(error)
+        message = explained(error)
         if message is None:
             raise
         return _fail(prog, message, 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -90,25 +86,6 @@ def _run(options: argparse.Namespace) -> None:
     from dualview import commands
 
     getattr(commands, options.command)(options)
-
-
-def _explained(error: BaseException) -> str | None:
-    """The line for what may happen to anybody; None for a fault of the program."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, ImportError, OSError)) and NO_MEMORY.search(text)
-    ):
-        return "out of memory: take a smaller picture, a smaller grid, or free some memory first"
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        return f'{package} is not installed: run pip install -e ".[demo]" in your clone' if package in EXTRA else None
-    if isinstance(error, BrokenPipeError):
-        return "standard output was closed before everything was written"
-    if isinstance(error, OSError):  # files that cannot be read or written are an ImageError
-        return f"{error.filename or 'standard output cannot be written'}: {error.strerror or text}"
-    return text if isinstance(error, ValueError) else None
 
 
 def _fail(prog: str, message: str, code: int) -> int:
@@ -138,9 +115,13 @@ def _parser() -> Parser:
     demo = command("demo", "run a photograph through INF-LLaVA's vision path with random weights")
     picture = demo.add_mutually_exclusive_group()
     picture.add_argument(
-        "image", type=Path, nargs="?", metavar="IMAGE", help="a picture (default: one of matplotlib's)"
+        "image",
+        type=Path,
+        nargs="?",
+        metavar="IMAGE",
+        help="a picture (default: one of matplotlib's)",
     )
-    picture.add_argument("--image", dest="image", type=Path, metavar="IMAGE", help="the same")
+    picture.add_argument("--image", dest="named_image", type=Path, metavar="IMAGE", help="the same")
     _add_output(demo, "dualview_demo.png", Path("dualview_demo.png"))
     _add_grid(demo)
     _add_preset(demo)
@@ -246,7 +227,3 @@ def _parse_seed(text: str) -> int:
     if not re.fullmatch(r"\d{1,19}", text) or int(text) >= 2**63:
         raise ValueError(f"{text!r}: write an integer from 0 to 2**63 - 1.")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

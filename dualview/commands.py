@@ -26,10 +26,11 @@ from dualview.visualize import draw_tiles
 
 def demo(options: argparse.Namespace) -> None:
     """Run `dualview demo`."""
+    image = options.image or options.named_image
     check_output(options.output)
-    _check_not_input(options.output, options.image)
+    _check_not_input(options.output, image)
     run_demo(
-        options.image,
+        image,
         options.output,
         grid=options.grid,
         preset=options.preset,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TypeAlias
 
 import torch
@@ -21,6 +24,9 @@ from dualview.ops.plan import DirectionPlan, DirectPlan, EnhancePlan, LayerPlan,
 from dualview.ops.tile_attention import TileAttention
 
 DEFAULT_TOKENS = (24, 24)
+
+GAP = "  "  # between the columns of the table
+MIN_WIDTH = 24  # of what is said of a stage, however narrow the terminal is
 
 
 @dataclass(frozen=True)
@@ -55,22 +61,36 @@ class Explanation:
     implementations: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [("stage", "computed", "in full", "GFLOP", "in full", "MB moved", "in full")]
+        """Two lines a stage, what is computed and what would be in full, broken at the width of the terminal."""
+        cells: list[tuple[str, str, str, str, str]] = []
         for s in self.stages:
-            costs = [_figures(s.planned_cost), _figures(s.full_cost)]
-            rows.append((s.name, s.planned, s.full, costs[0][0], costs[1][0], costs[0][1], costs[1][1]))
-        widths = [max(len(row[i]) for row in rows) for i in range(7)]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+            both = bool(s.full or s.full_cost)
+            cells.append((s.name, "computed" if both else "", s.planned, *_figures(s.planned_cost)))
+            if both:
+                cells.append(("", "in full", s.full, *_figures(s.full_cost)))
+        headings = ("stage", "", "what", "GFLOP", "MB moved")
+        widths = [max(len(row[i]) for row in (headings, *cells)) for i in range(5)]
+        room = get_terminal_size().columns
+        widths[2] = max(MIN_WIDTH, min(widths[2], room - sum(widths[:2]) - sum(widths[3:]) - 4 * len(GAP)))
+        lines = [line for row in (headings, *cells) for line in _wrapped(row, widths)]
+        lines.insert(1, GAP.join("-" * width for width in widths))
         for text in dict.fromkeys(self.implementations.values()):
             names = [name for name, other in self.implementations.items() if other == text]
-            lines.append(f"{', '.join(names)} {text}")
+            lines += wrap(f"{', '.join(names)} {text}", max(room, MIN_WIDTH), break_on_hyphens=False)
         return "\n".join(lines)
+
+
+def _wrapped(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The lines of a row whose third cell is broken where it is too long; figures stand on the right."""
+    first, *more = wrap(row[2], widths[2], break_on_hyphens=False) or [""]
+    cells = [(row[0], row[1], first, row[3], row[4]), *(("", "", text, "", "") for text in more)]
+    return [
+        GAP.join(
+            text.ljust(width) if i < 3 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def _figures(cost: Cost | None) -> tuple[str, str]:
@@ -137,9 +157,10 @@ def _implementations(module: nn.Module) -> dict[str, str]:
         return {}
     names = ["retile", "tile_attention"] + ["fuse_norm"] * isinstance(dem.fusion, BottleneckConcatFusion)
     weight: torch.Tensor = next(dem.parameters())
-    if weight.is_meta:
-        weight = torch.empty(0, dtype=weight.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
-    return {name: _choice(name, weight) for name in names}
+    if not weight.is_meta:
+        return {name: _choice(name, weight) for name in names}
+    weight = torch.empty(0, dtype=weight.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return {name: _without_remedies(_choice(name, weight)) for name in names}
 
 
 def _choice(kernel: str, weight: torch.Tensor) -> str:
@@ -148,6 +169,12 @@ def _choice(kernel: str, weight: torch.Tensor) -> str:
     except RuntimeError as error:  # "triton" is asked for, and cannot run: to say why is what this is for
         return f"would raise an error: {error}"
     return f"by {choice.name}: {'; '.join(choice.reasons)}"
+
+
+def _without_remedies(text: str) -> str:
+    """What stands before the colon of each reason: who has no tensors can neither move nor cast them."""
+    opening, _, reasons = text.partition(": ")
+    return f"{opening}: {'; '.join(reason.partition(': ')[0] for reason in reasons.split('; '))}"
 
 
 def _sum(costs: list[Cost | None]) -> Cost:

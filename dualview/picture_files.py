@@ -78,7 +78,7 @@ def _reading(name: str) -> Iterator[None]:
     """Whatever goes wrong is one line: the file, why, what to do."""
     try:
         yield
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError, ImportError):
         raise
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not a picture in a format that is read here: {', '.join(FORMATS)}.") from None

@@ -1,12 +1,19 @@
-"""Words for a terminal: nothing in a file's name or in a message takes control of it."""
+"""Words for a terminal: one line for what goes wrong, and nothing in a file's name or a message takes control."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+EXTRA = ("PIL", "numpy", "matplotlib", "tqdm", "transformers")
+NO_MEMORY = re.compile(r"(can't|cannot|unable to|failed to) (allocate|map)|out of memory", re.IGNORECASE)
 
 
 def printable(text: str, stream: TextIO | None = None) -> str:
@@ -28,6 +35,8 @@ def printable(text: str, stream: TextIO | None = None) -> str:
 
 def say(text: str) -> None:
     """Print lines at once, on standard output."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # print would say nothing
     print(printable(text, sys.stdout), flush=True)
 
 
@@ -47,3 +56,35 @@ def native_messages_dropped() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@contextmanager
+def libraries_silent() -> Iterator[None]:
+    """Whatever matters to the user is an error, and that is said in our words."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def explained(error: BaseException) -> str | None:
+    """The line for what may happen to anybody; None for a fault of the program."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, ImportError, OSError)) and NO_MEMORY.search(text)
+    ):
+        return "out of memory: take a smaller picture, a smaller grid, or free some memory first"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return f'{package} is not installed: run pip install -e ".[demo]" in your clone' if package in EXTRA else None
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before everything was written"
+    if isinstance(error, OSError):  # files that cannot be read or written are an ImageError
+        return f"{error.filename or 'standard output cannot be written'}: {error.strerror or text}"
+    return text if isinstance(error, ValueError) else None

@@ -1,7 +1,13 @@
 """The command: what it prints, writes and returns, and one clear line for every kind of bad input."""
 
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,10 +16,14 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import dualview as dv
-from dualview import cli
+from dualview import cli, commands, demo
+from dualview.canvas import Rest, fit_to_grid
+from dualview.demo import LOW_RES, Preset
 from dualview.images import load_image
-from dualview.visualize import draw_tiles, fit_to_grid
-from tests.test_images import png_header
+from dualview.ops.fusion import FUSIONS
+from dualview.ops.readout import Readout
+from dualview.visualize import draw_tiles
+from tests.pictures import png_header, saved
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def test_view_writes_the_picture(photo, tmp_path, capsys, remainder):
     out = tmp_path / "tiles.png"
     assert cli.main(["view", str(photo), "--grid", "3x4", "--remainder", remainder, "-o", str(out)]) == 0
     canvas = fit_to_grid(load_image(photo), (3, 4), remainder)
-    assert np.array_equal(np.array(load_image(out)), np.array(draw_tiles(canvas, (3, 4)).picture))
+    assert torch.equal(load_image(out), load_image(draw_tiles(canvas, (3, 4)).picture))
     printed = capsys.readouterr().out
     done = {"pad": "padded to 42 x 68", "crop": "cropped to 39 x 64", "resize": "resized to 39 x 68"}[remainder]
     assert done in printed
@@ -64,6 +74,49 @@ def test_view_pads_by_default_and_keeps_quiet_where_nothing_is_done(photo, tmp_p
     assert "padded" in capsys.readouterr().out
     cli.main(["view", str(photo), "--grid", "4x6", "-o", str(tmp_path / "a.png")])
     assert capsys.readouterr().out == f"wrote {tmp_path / 'a.png'}: 24 local and 24 stride tiles of 10 x 11 pixels\n"
+
+
+def test_view_writes_beside_the_picture(photo, capsys, monkeypatch, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["view", str(photo)]) == 0
+    assert f"wrote {photo.with_name('photo_tiles.png')}" in capsys.readouterr().out
+    assert torch.equal(
+        load_image(tmp_path / "photo_tiles.png"), load_image(draw_tiles(fit_to_grid(photo, (3, 3)), (3, 3)).picture)
+    )
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tile, remainder, grid, done",
+    [
+        ("20", "pad", (2, 4), "padded to 40 x 80"),
+        ("20", "crop", (2, 3), "cropped to 40 x 60"),
+        ("20", "resize", (2, 3), "resized to 40 x 60"),
+        ("20x33", "pad", (2, 2), ""),
+        ("15x33", "pad", (3, 2), "padded to 45 x 66"),
+    ],
+)
+def test_view_by_tile_size(photo, tmp_path, capsys, tile, remainder, grid, done):
+    out = tmp_path / "o.png"
+    assert cli.main(["view", str(photo), "--tile", tile, "--remainder", remainder, "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert done in printed
+    assert printed.count("\n") == (2 if done else 1)
+    assert f"wrote {out}: {grid[0] * grid[1]} local" in printed
+    assert torch.equal(
+        load_image(out),
+        load_image(
+            draw_tiles(
+                commands.fit_to_tile(photo, tuple(map(int, (tile.split("x") * 2)[:2])), remainder)[0], grid
+            ).picture
+        ),
+    )
+
+
+def test_a_grid_and_a_tile_size_at_once(photo, capsys):
+    assert "not allowed with" in failure(capsys, "view", photo, "--tile", "20", "--grid", "2x3")[0]
 
 
 def test_view_of_a_jpeg_into_a_jpeg(tmp_path):
@@ -97,7 +150,7 @@ def bad_files(folder):
 def test_bad_images(tmp_path, capsys, command):
     out = tmp_path / "out.png"
     for name, word in bad_files(tmp_path).items():
-        source = [tmp_path / name] if command == "view" else ["--small", "--image", tmp_path / name]
+        source = [tmp_path / name] if command == "view" else ["--small", tmp_path / name]
         err, code = failure(capsys, command, *source, "-o", out)
         assert code == 1
         assert err.startswith(f"dualview {command}: error: ")
@@ -106,9 +159,19 @@ def test_bad_images(tmp_path, capsys, command):
 
 
 @pytest.mark.parametrize(
-    "name, word", [("out.xyz", "'.xyz' is none of"), ("out", "is none of"), ("none/out.png", "does not exist")]
+    "name, word",
+    [
+        ("out.xyz", "'.xyz' is none of"),
+        ("out", "is none of"),
+        ("none/out.png", "does not exist"),
+        ("x" * 300 + ".png", "File name too long"),
+    ],
+    ids=lambda value: value[:9],
 )
-def test_bad_outputs(photo, tmp_path, capsys, name, word):
+def test_bad_outputs(photo, tmp_path, capsys, monkeypatch, name, word):
+    """Before anything is drawn or computed."""
+    for module in (commands, demo):
+        monkeypatch.setattr(module, "draw_tiles", lambda *_: pytest.fail("drawn"))
     for source in (["view", photo], ["demo", "--small", "--image", photo]):
         err, code = failure(capsys, *source, "-o", tmp_path / name)
         assert code == 1
@@ -120,7 +183,7 @@ def test_output_that_cannot_be_written(photo, tmp_path, capsys):
     assert "cannot be written" in failure(capsys, "view", photo, "-o", tmp_path / "out.png")[0]
 
 
-@pytest.mark.parametrize("command", [["view"], ["demo", "--small", "--image"]])
+@pytest.mark.parametrize("command", [["view"], ["demo", "--small"], ["demo", "--small", "--image"]])
 def test_the_input_is_not_overwritten(photo, tmp_path, capsys, command):
     before = photo.read_bytes()
     (tmp_path / "link.png").symlink_to(photo)
@@ -132,7 +195,7 @@ def test_the_input_is_not_overwritten(photo, tmp_path, capsys, command):
 @pytest.mark.parametrize("grid", ["3", "0x2", "2x-1", "3*3", "two", "", "1.5x2"])
 @pytest.mark.parametrize("command", ["view", "demo", "explain"])
 def test_wrong_grid(photo, capsys, command, grid):
-    source = [photo, "-o", "out.png"] if command == "view" else []
+    source = [photo] if command == "view" else []
     err, code = failure(capsys, command, *source, f"--grid={grid}")
     assert code == 2
     assert "write ROWSxCOLS" in err
@@ -153,6 +216,15 @@ def test_line_of_pixels(tmp_path, capsys):
     assert cli.main(["view", str(tmp_path / "line.png"), "--grid", "1x3", "-o", str(out)]) == 0
 
 
+@pytest.mark.parametrize("command", ["view", "demo", "explain"])
+def test_a_grid_without_end(photo, capsys, command):
+    source = [photo] if command == "view" else []
+    for grid in ("3000x3000", "1000000x1000000"):
+        err, code = failure(capsys, command, *source, "--grid", grid)
+        assert code == 2
+        assert "at most 16,384" in err
+
+
 def printed_by(capsys, *argv):
     assert cli.main(["explain", *argv]) == 0
     return capsys.readouterr().out.rstrip("\n")
@@ -170,7 +242,7 @@ def test_explain_prints_what_explain_says(capsys):
     assert printed_by(capsys) == str(dv.explain(released))
 
     dem = dv.DualPerspectiveEnhance.paper(96, readout="none", fusion="max_pool")
-    paper = dv.DualViewEncoder(cli.uncounted, dem, tile=(28, 42), grid=(2, 5), low_res=None)
+    paper = dv.DualViewEncoder(commands.uncounted, dem, tile=(28, 42), grid=(2, 5), low_res=None)
     options = "--preset paper --dim 96 --readout none --fusion max_pool --grid 2x5 --tile 28x42 --tokens 4x6"
     for low_res in ("", " --low-res none"):
         assert printed_by(capsys, *(options + low_res).split()) == str(dv.explain(paper, tokens=(4, 6)))
@@ -181,9 +253,10 @@ def test_explain_prints_what_explain_says(capsys):
 )
 def test_explain_leaves_the_cost_of_other_encoders_open(capsys, monkeypatch, options):
     if not options:
-        monkeypatch.setattr(cli, "find_spec", lambda name: None)  # as if transformers were not installed
+        monkeypatch.setattr(commands, "find_spec", lambda name: None)  # as if transformers were not installed
     rows = [" ".join(line.split()) for line in printed_by(capsys, *options.split()).splitlines()]
-    assert "encoder 10 sub-images 19 sub-images" in rows
+    start = rows.index("encoder computed 10 sub-images")
+    assert rows[start + 1] == "in full 19 sub-images"
     assert not any(row.startswith("layers") for row in rows)
 
 
@@ -214,14 +287,16 @@ def test_explain_of_impossible_configurations(capsys, options, word, code):
 
 def test_demo_passes_its_options_on(photo, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(commands, "run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
     out = tmp_path / "o.png"
-    options = f"--image {photo} -o {out} --grid 2x4 --preset paper --seed 7 --small --full"
-    assert cli.main(["demo", *options.split()]) == 0
+    options = f"-o {out} --grid 2x4 --preset paper --seed 7 --small --full"
+    assert cli.main(["demo", str(photo), *options.split()]) == 0
     assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--image", str(photo), *options.split()]) == 0
+    assert calls.pop() == calls[0]
     grid = dv.TileGrid(2, 4)
     assert calls[0][0] == (photo, out)
-    assert calls[0][1] == {"grid": grid, "preset": "paper", "seed": 7, "config": cli.SMALL, "full": True}
+    assert calls[0][1] == {"grid": grid, "preset": "paper", "seed": 7, "config": demo.SMALL, "full": True}
     assert calls[1][0] == (None, cli.Path("dualview_demo.png"))
     default = {"grid": dv.TileGrid(3, 3), "preset": "released", "seed": 0, "config": None, "full": False}
     assert calls[1][1] == default
@@ -238,7 +313,7 @@ def test_small_demo(photo, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5 x 24 x 24 x 128" in printed  # the token counts of the real model
     assert "RANDOM" in printed
-    assert load_image(out).width > 1000
+    assert load_image(out).shape[2] > 1000
 
 
 @pytest.mark.parametrize("package, command", [("PIL", "view"), ("transformers", "demo"), ("matplotlib", "demo")])
@@ -249,14 +324,14 @@ def test_missing_extra(photo, tmp_path, capsys, monkeypatch, package, command):
     source = [photo] if command == "view" else ["--small", *(["--image", photo] if package != "matplotlib" else [])]
     err, code = failure(capsys, command, *source, "-o", tmp_path / "out.png")
     assert code == 1
-    assert f'{package} is not installed: pip install "dualview[demo]"' in err
+    assert f'{package} is not installed: run pip install -e ".[demo]" in your clone' in err
 
 
 def test_other_missing_modules_are_not_hidden(photo, monkeypatch):
     def broken(*_, **__):
         raise ModuleNotFoundError("no module", name="dualview.forgotten")
 
-    monkeypatch.setattr(cli, "run_demo", broken)
+    monkeypatch.setattr(commands, "run_demo", broken)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["demo"])
 
@@ -265,9 +340,9 @@ def test_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_demo", interrupted)
+    monkeypatch.setattr(commands, "run_demo", interrupted)
     assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == "\ndualview demo: error: interrupted\n"
+    assert capsys.readouterr().err == "dualview demo: error: interrupted\n"
 
 
 def test_version_and_help(capsys):
@@ -277,33 +352,199 @@ def test_version_and_help(capsys):
         assert stop.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"dualview {dv.__version__}\n")
-    assert "dualview view photo.jpg --grid 2x3 -o tiles.png" in out
+    assert "dualview view photo.jpg --grid 2x3" in out
 
 
-@pytest.mark.parametrize("argv", [[], ["frob"], ["view"], ["view", "x.png"], ["demo", "--what"]])
+@pytest.mark.parametrize("argv", [[], ["frob"], ["view"], ["demo", "--what"], ["demo", "a.jpg", "--image", "b.jpg"]])
 def test_wrong_usage(capsys, argv):
     err, code = failure(capsys, *argv)
     assert code == 2
     assert "--help" in err
 
 
-def test_as_a_process(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dualview.cli", "view", str(tmp_path / "none.png"), "-o", str(tmp_path / "o.png")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == f"dualview view: error: {tmp_path / 'none.png'}: no such file.\n"
+def test_the_help_is_that_of_the_command(capsys):
+    for command in ("demo", "view", "explain"):
+        source = ["x.png"] if command == "view" else []
+        err = failure(capsys, command, *source, "--what\x1b[31m")[0]
+        assert err == (
+            f"dualview {command}: error: unrecognized arguments: --what\\x1b[31m (help: dualview {command} --help)\n"
+        )
+
+
+def test_what_help_offers_is_what_there_is():
+    assert get_args(Preset) == cli.PRESETS == tuple(LOW_RES)
+    assert get_args(Readout) == cli.READOUTS
+    assert tuple(FUSIONS) == cli.FUSIONS
+    assert set(LOW_RES.values()) | {"none"} == set(cli.LOW_RES)
+    assert get_args(Rest) == ("pad", "crop", "resize")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (MemoryError(), "out of memory: take a smaller picture"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory"),
+        (OSError(12, "Cannot allocate memory"), "out of memory"),
+        (BrokenPipeError(32, "Broken pipe"), "standard output was closed before"),
+        (OSError(28, "No space left on device"), "standard output cannot be written: No space left on device"),
+        (ValueError("some\n  \x1b[31m rule"), "some \\x1b[31m rule"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_may_happen_to_anybody_is_one_line(monkeypatch, capsys, error, line):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(commands, "run_demo", fail)
+    err, code = failure(capsys, "demo")
+    assert code == 1
+    assert err.startswith(f"dualview demo: error: {line}")
+
+
+def test_faults_of_the_program_are_not_hidden(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(commands, "run_demo", fail)
+    with pytest.raises(RuntimeError):
+        cli.main(["demo"])
+
+
+class TestAsAProcess:
+    """What only a process of its own shows."""
+
+    def run(self, *argv, before="", **env):
+        shell = f"{before} exec {shlex.quote(sys.executable)} -m dualview {argv[0]}"
+        return subprocess.run(
+            ["bash", "-c", shell, "dualview", *map(str, argv[1:])],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | env,
+        )
+
+    def fails(self, done, line, code=1):
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert line in done.stderr
+
+    def test_a_missing_file(self, tmp_path):
+        done = self.run('view "$1"', tmp_path / "none.png")
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr == f"dualview view: error: {tmp_path / 'none.png'}: no such file.\n"
+
+    def test_names_do_not_reach_the_terminal(self, photo, tmp_path):
+        out = tmp_path / "\x1b[31m\u202e.png"
+        done = self.run('view "$1" -o "$2"', photo, out)
+        assert done.returncode == 0
+        assert out.exists()
+        assert f"wrote {tmp_path}/\\x1b[31m\\u202e.png: 9 local" in done.stdout
+        self.fails(self.run('view "$1"', "\x1b[31m\n.png"), "\\x1b[31m .png: no such file")
+
+    def test_names_that_the_terminal_cannot_show(self, photo, tmp_path):
+        done = self.run('view "$1" -o "$2"', photo, tmp_path / "é.png", PYTHONIOENCODING="ascii")
+        assert done.returncode == 0
+        assert "\\xe9.png" in done.stdout
+
+    def test_a_switch_of_the_environment(self):
+        self.fails(self.run("explain", DUALVIEW_BACKEND="xyz"), "DUALVIEW_BACKEND='xyz': must be")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+    @pytest.mark.parametrize("command", ["explain", "--help", "--version", "view --help"])
+    def test_a_full_device(self, command):
+        self.fails(self.run(f"{command} >/dev/full"), "standard output cannot be written: No space left on device")
+
+    def test_no_output_at_all(self):
+        self.fails(self.run("explain >&-"), "standard output cannot be written: Bad file descriptor")
+        assert self.run("explain >&- 2>&-").returncode == 1
+
+    def test_a_closed_pipe(self):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {shlex.quote(sys.executable)} -m dualview explain | true"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.fails(done, "standard output was closed before everything was written")
+
+    def test_memory_that_ends(self, photo):
+        self.fails(self.run('view "$1"', photo, before="ulimit -v 500000;"), "out of memory")
+
+    def test_a_file_that_may_not_grow(self, photo, tmp_path):
+        out = tmp_path / "o.jpg"
+        out.write_bytes(b"before")
+        done = self.run('view "$1" -o "$2"', photo, out, before="ulimit -f 8;")
+        self.fails(done, f"{out} cannot be written: File too large")
+        assert out.read_bytes() == b"before"
+
+    @pytest.mark.parametrize("command", ["explain", "demo"])
+    def test_an_interruption_while_libraries_are_loaded(self, command, tmp_path):
+        """The signal comes while torch is imported: at the first of its files that is opened."""
+        code = (
+            "import builtins, os, signal, sys\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "def hook(event, args):\n"
+            "    if event == 'import' and args[0] == 'torch.nn':\n"
+            "        os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.addaudithook(hook)\n"
+            "from dualview.__main__ import main\n"
+            f"sys.argv = ['dualview', {command!r}]\n"
+            "sys.exit(main())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode in (130, -signal.SIGINT)  # Python itself may pass the signal on at its end
+        assert done.stderr == f"dualview {command}: error: interrupted\n"
+        assert done.stdout == ""
+
+    def test_an_interruption_while_the_command_is_loaded(self, tmp_path):
+        code = (
+            "import sys\n"
+            "def hook(event, args):\n"
+            "    if event == 'import' and args[0] == 'dualview.cli':\n"
+            "        raise KeyboardInterrupt\n"
+            "sys.addaudithook(hook)\n"
+            "from dualview.__main__ import main\n"
+            "sys.exit(main())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 130
+        assert done.stderr == "dualview: error: interrupted\n"
+
+    def test_warnings_of_libraries_are_not_printed(self, tmp_path):
+        """libtiff's on standard error, Pillow's as a warning and in its log."""
+        path = tmp_path / "odd.tif"
+        content = bytearray(saved(Image.new("RGB", (64, 64)), "TIFF", compression="tiff_lzw"))
+        start = int.from_bytes(content[4:8], "little")
+        content[start + 2 : start + 4] = (65000).to_bytes(2, "little")  # a field that nobody knows
+        path.write_bytes(content)
+        direct = subprocess.run(
+            [sys.executable, "-c", "import sys; from PIL import Image; Image.open(sys.argv[1]).load()", str(path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert direct.stderr
+        done = self.run('view "$1"', path)
+        assert done.stderr.count("\n") <= 1
+        assert "Warning" not in done.stderr
+        assert "TIFF" not in done.stderr.replace("PPM", "").split("format")[0]
+
+    def test_help_comes_at_once(self):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            assert self.run("--help").returncode == 0
+            times.append(time.perf_counter() - start)
+        assert min(times) < 0.5
 
 
 def test_the_command_loads_nothing_heavy():
     code = (
-        "import sys, torch; before = set(sys.modules); import dualview.cli; "
+        "import sys; before = set(sys.modules); import dualview.cli; "
         "print({name.partition('.')[0] for name in set(sys.modules) - before}"
-        " & {'PIL', 'numpy', 'matplotlib', 'tqdm', 'transformers', 'timm', 'open_clip', 'triton'})"
+        " & {'torch', 'PIL', 'numpy', 'matplotlib', 'tqdm', 'transformers', 'timm', 'open_clip', 'triton'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

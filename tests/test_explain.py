@@ -1,5 +1,7 @@
 """The table says what is computed: its numbers are compared with those of a real call."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,9 +163,13 @@ def test_tokens_and_their_type_are_those_of_the_encoder() -> None:
 
 def test_implementations_of_weights_that_are_nowhere_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    made = (explain(DualPerspectiveEnhance.paper(DIM, device=device), grid=(2, 3)) for device in ("meta", None))
+    nowhere, here = (
+        explain(DualPerspectiveEnhance.paper(DIM, device=device), grid=(2, 3)).implementations
+        for device in ("meta", None)
+    )
     if not torch.cuda.is_available():
-        assert len({str(one.implementations) for one in made}) == 1
+        assert nowhere.keys() == here.keys()
+        assert all(here[name].startswith(text) for name, text in nowhere.items())  # but for what to do about it
 
 
 def test_a_readout_alone_has_no_width_to_count_with() -> None:
@@ -197,15 +203,16 @@ def test_what_is_overwritten_or_not_taken_is_not_read() -> None:
 
 def test_figures_are_those_of_the_stages() -> None:
     made = explain(DualPerspectiveEnhance.released(1024, device="meta"), grid=(3, 5), tokens=(4, 6))
-    lines = str(made).splitlines()[3:]  # below the options
-    for stage, line in zip(made.stages[1:], lines, strict=False):
-        planned, full = stage.planned_cost, stage.full_cost
-        assert planned.operations < full.operations
-        assert planned.bytes < full.bytes
-        figures = [f"{cost.operations / 1e9:.2f}" for cost in (planned, full)]
-        figures += [f"{cost.bytes / 1e6:.1f}" for cost in (planned, full)]
-        assert line.startswith(stage.name)
-        assert line.split()[-4:] == figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        lines = str(made).splitlines()[3:]  # below the options
+    for stage, pair in zip(made.stages[1:], zip(lines[::2], lines[1::2], strict=False), strict=False):
+        assert stage.planned_cost.operations < stage.full_cost.operations
+        assert stage.planned_cost.bytes < stage.full_cost.bytes
+        assert pair[0].startswith(stage.name)
+        for cost, line, what in zip((stage.planned_cost, stage.full_cost), pair, ("computed", "in full"), strict=True):
+            assert what in line
+            assert line.split()[-2:] == [f"{cost.operations / 1e9:.2f}", f"{cost.bytes / 1e6:.1f}"]
     fusion = made.stages[-2]
     assert (fusion.planned, fusion.full) == ("BottleneckConcatFusion, 24 tokens, bilinear", "360 tokens")
 
@@ -222,21 +229,42 @@ def test_last_line_says_what_runs() -> None:
 def test_last_line_says_that_a_call_would_raise() -> None:
     dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
     with use_backend("triton"):
-        (line,) = str(explain(dem, grid=(2, 3))).splitlines()[-1:]
-    assert line.startswith("tile_attention would raise an error: ")
+        made = explain(dem, grid=(2, 3))
+    assert made.implementations["tile_attention"] in " ".join(str(made).split())
+    line = made.implementations["tile_attention"]
+    assert line.startswith("would raise an error: ")
     assert all(part in line for part in ("the kernel tile_attention cannot run", "float64", "cast them to"))
 
 
-def test_table_is_aligned() -> None:
-    with use_backend("torch"):  # one line for all
-        *lines, _ = str(explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))).splitlines()
-    assert lines[0].split() == ["stage", "computed", "in", "full", "GFLOP", "in", "full", "MB", "moved", "in", "full"]
+def test_who_has_no_tensors_is_not_told_to_move_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a configuration that is only explained are nowhere."""
+    dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64, device="meta")
+    for backend in ("auto", "triton"):
+        with use_backend(backend):
+            text = str(explain(dem, grid=(2, 3)))
+        assert not re.search(r"(move|cast) them", text)
+        assert "the tensors are on" in text or "not installed" in text or "float64" in text
+
+
+@pytest.mark.parametrize("columns", [1, 70, 80, 100, 300])
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_table_is_aligned_and_fits_the_terminal(columns: int, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    made = explain(getattr(DualPerspectiveEnhance, preset)(1024, device="meta"), grid=(2, 3))
+    lines = str(made).splitlines()
+    assert lines[0].split() == ["stage", "what", "GFLOP", "MB", "moved"]
     assert set(lines[1]) == {"-", " "}
-    assert len(lines) == 2 + 5
     ends = [i for i, c in enumerate(lines[1] + " ") if c == " " and lines[1][i - 1] == "-"]
-    for line in lines[2:]:
+    below = next(i for i, line in enumerate(lines) if line.startswith("retile"))
+    for line in lines[2:below]:
         assert all(len(line) <= end or line[end] == " " for end in ends)
     assert all(line == line.rstrip() for line in lines)
+    if columns > 1:
+        assert max(map(len, lines)) <= columns
+    words = " ".join(" ".join(line[ends[1] : ends[2]] for line in lines[2:below]).split())
+    for stage in made.stages:  # whatever is broken, nothing is lost
+        assert stage.planned in words
+        assert stage.full in words
 
 
 def test_a_dem_of_another_kind_has_no_rows_of_its_own() -> None:

@@ -21,6 +21,7 @@ FLOORS = (  # from the ground up
     ("commands.py",),
     ("__init__.py",),
     ("cli.py",),
+    ("__main__.py",),
 )
 
 
