@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
@@ -25,6 +26,9 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF
 
 WITH_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 """Modes whose colours are multiplied by alpha, and what they are converted to before anything else."""
+
+RUN_LENGTHS = (1, 2)
+"""The compressed kinds of BMP."""
 
 TRNS_STEP = {"L;2": 85, "L;4": 17}
 """Pillow scales grey of 2 and 4 bits to 8 as it decodes, but not the grey level that a PNG declares transparent."""
@@ -105,6 +109,15 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _pixels(image: Image.Image, name: str) -> Tensor:
     if 0 in image.size:
         raise ImageError(f"{name} has {image.height} x {image.width} pixels (height x width): at least one is needed.")
+    if (
+        image.format == "BMP"
+        and image.info.get("compression") in RUN_LENGTHS
+        and int(PIL.__version__.split(".")[0]) < 13
+    ):
+        raise ImageError(
+            f"{name} is a BMP with run lengths, which Pillow {PIL.__version__} may decode wrongly: install Pillow 13 "
+            "or newer, or save it as PNG."
+        )
     raw = _raw_mode(image)
     _decode(image)
     transparent, white, inverted = (

@@ -74,6 +74,21 @@ def tiff(values: np.ndarray, depth: int, photometric: int, orientation: int = 1,
     return b"II*\0" + struct.pack("<I", after + len(many)) + data + many + directory
 
 
+def bmp_of_runs() -> tuple[bytes, np.ndarray]:
+    """A BMP of 4 bits with runs, plain stretches and ends of lines, bottom row first; and its palette's indices."""
+    rows = (
+        bytes([5, 0x12, 3, 0x33, 0, 0]),  # 1 2 1 2 1, 3 3 3
+        bytes([0, 5, 0x45, 0x01, 0x20, 0, 3, 0x22, 0, 0]),  # as they stand: 4 5 0 1 2, padded to two bytes; 2 2 2
+        bytes([8, 0x66, 0, 1]),  # 6 eight times, and the end
+    )
+    palette = np.append(noise(8, 1)[:, 0], np.zeros((8, 1), np.uint8), axis=1)  # blue, green, red, 0
+    data, start = b"".join(rows), 54 + 4 * 8
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 3, 1, 4, 2, len(data), 2835, 2835, 8, 0)
+    content = b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette.tobytes() + data
+    index = np.array([[6] * 8, [4, 5, 0, 1, 2, 2, 2, 2], [1, 2, 1, 2, 1, 3, 3, 3]])
+    return content, palette[index][..., 2::-1].astype(float)
+
+
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     out = BytesIO()
     image.save(out, kind, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 import dualview as dv
 from dualview.images import ImageError, to_image
 from dualview.models import InfLlavaImageProcessor
-from tests.pictures import OddFile, noise, odd_files, png_header, saved, tiff
+from tests.pictures import OddFile, bmp_of_runs, noise, odd_files, png_header, saved, tiff
 
 FILES = {file.name: file for file in odd_files()}
 RAW = {"do_resize": False, "do_pad": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
@@ -241,6 +242,17 @@ def test_postscript_is_not_run(tmp_path, monkeypatch, name):
     path.write_bytes(saved(Image.new("RGB", (4, 4)), "EPS"))
     monkeypatch.setattr("subprocess.check_call", lambda *a, **o: pytest.fail("a program was started"))
     refused(path, "not a picture in a format that is read here")
+
+
+def test_runs_of_a_bmp(tmp_path, monkeypatch):
+    """Pillow 12 loses its place in them."""
+    content, expected = bmp_of_runs()
+    (tmp_path / "runs.bmp").write_bytes(content)
+    assert np.array_equal(by_opencv(content), expected)
+    if int(PIL.__version__.split(".")[0]) > 12:
+        assert np.array_equal(seen(dv.load_image(tmp_path / "runs.bmp")), expected)
+    monkeypatch.setattr(PIL, "__version__", "12.3.0")
+    refused(tmp_path / "runs.bmp", "Pillow 12.3.0", "install Pillow 13")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
