@@ -1,6 +1,6 @@
 """Pictures as tensors: one loader for files, Pillow's images, arrays and tensors.
 
-What cannot be read is an [`ImageError`][dualview.images.ImageError], whose message is one line for the user.
+What cannot be read is an [`ImageError`][dualview.pixels.ImageError], whose message is one line for the user.
 """
 
 from __future__ import annotations
