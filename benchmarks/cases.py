@@ -621,7 +621,7 @@ def _import_processes(place: Place) -> Comparison:
     def importing(name: str) -> Run:
         return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True) and None
 
-    return Comparison({OURS: importing("dualview"), "torch alone": importing("torch")}, None, 0)
+    return Comparison({OURS: importing("dualview.models"), "torch alone": importing("torch")}, None, 0)
 
 
 # --- scaling: cost against n, batch and width -------------------------------------------------------------------------

@@ -381,12 +381,12 @@ def prefix(
 
 
 def preprocess(photo: Tensor, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Pad (3, H, W) bytes to a square of the mean colour, resize, scale, normalise, with torchvision."""
+    """Resize (3, H, W) bytes into a square, pad it with the mean colour, scale, normalise, with torchvision."""
     tv = need("torchvision.transforms.v2.functional")
-    height, width = photo.shape[-2:]
-    most = max(height, width)
-    top, left = (most - height) // 2, (most - width) // 2
+    most = max(photo.shape[-2:])
+    height, width = (round(side * length / most) for length in photo.shape[-2:])
+    small = tv.resize(photo, [height, width], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+    top, left = (side - height) // 2, (side - width) // 2
     fill = [int(255 * value) for value in mean]
-    square = tv.pad(photo, [left, top, most - width - left, most - height - top], fill=fill)
-    small = tv.resize(square, [side, side], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-    return tv.normalize(small.float() / 255, list(mean), list(std))
+    square = tv.pad(small, [left, top, side - width - left, side - height - top], fill=fill)
+    return tv.normalize(square.float() / 255, list(mean), list(std))

@@ -213,13 +213,13 @@ def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
 def _parse_size(text: str) -> Size:
     match = re.fullmatch(r"([1-9]\d{0,8})(?:[xX]([1-9]\d{0,8}))?", text.strip())
     if match is None:
-        raise ValueError(f"size {text!r}: write a positive integer, or HEIGHTxWIDTH such as 336x448.")
+        raise ValueError(f"size {text!r}: write a positive integer of up to 9 digits, or HEIGHTxWIDTH, as 336x448.")
     return int(match[1]), int(match[2] or match[1])
 
 
 def _parse_width(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,8}", text):
-        raise ValueError(f"{text!r}: write a positive integer.")
+        raise ValueError(f"{text!r}: write a positive integer of at most 9 digits.")
     return int(text)
 
 

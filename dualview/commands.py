@@ -23,6 +23,9 @@ from dualview.outputs import check_output, save_image
 from dualview.terminal import native_messages_dropped, say
 from dualview.visualize import draw_tiles
 
+MOST_TILES, MOST_TOKENS = 256, 1024
+"""What `dualview explain` goes through, tile by tile and row by row."""
+
 
 def demo(options: argparse.Namespace) -> None:
     """Run `dualview demo`."""
@@ -63,6 +66,11 @@ def view(options: argparse.Namespace) -> None:
 
 def explain(options: argparse.Namespace) -> None:
     """Run `dualview explain`."""
+    if options.grid.num_tiles > MOST_TILES or max(options.tokens) > MOST_TOKENS:
+        raise ValueError(
+            f"--grid {options.grid} of --tokens {' x '.join(map(str, options.tokens))}: a table is made for at most "
+            f"{MOST_TILES} tiles of at most {MOST_TOKENS} x {MOST_TOKENS} tokens. Take fewer; costs grow in proportion."
+        )
     if any(side % count for side, count in zip(options.tile, options.tokens, strict=True)):
         tile, tokens = (" x ".join(map(str, size)) for size in (options.tile, options.tokens))
         raise ValueError(f"--tile of {tile} pixels is no whole multiple of --tokens, {tokens}: change one of them.")

@@ -62,15 +62,15 @@ def test_place_is_what_loops_do(height, width, rows, cols, top, left):
     assert np.array_equal(seen(place(tensor(pixels), (rows, cols), (top, left), (1, 2, 3))), expected)
 
 
-@pytest.mark.parametrize("size", [(12, 8), (3, 5), (7, 40), (1, 1)])
+@pytest.mark.parametrize("size", [(12, 8), (3, 5), (7, 40), (1, 1), (5, 1), (20, 1), (1, 30)])
 def test_resize_is_pillows(size):
     pixels = noise(7, 11)
     expected = np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(seen(resize(tensor(pixels), size)) - expected).max() <= 1
+    assert np.abs(seen(resize(tensor(pixels), size)) - expected).max() <= 2  # both round twice
     shares = seen(resize(tensor(pixels / 255).float(), size))
     assert shares.min() >= 0
     assert shares.max() <= 1
-    assert np.abs(shares * 255 - expected).max() <= 1.5
+    assert np.abs(shares * 255 - expected).max() <= 2.5
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 20), st.integers(1, 30), st.booleans())

@@ -277,6 +277,10 @@ def test_explain_mixes_as_the_preset_does(capsys):
         ("--tile 336x", "HEIGHTxWIDTH", 2),
         ("--tokens 0", "HEIGHTxWIDTH", 2),
         ("--preset mine", "invalid choice", 2),
+        ("--grid 16x17", "--grid 16x17 of --tokens 24 x 24: a table is made for at most 256 tiles", 1),
+        ("--tokens 1x1025 --tile 14x14350", "at most 1024 x 1024 tokens", 1),
+        ("--tile 1234567890", "HEIGHTxWIDTH", 2),
+        ("--dim 1234567890", "positive integer", 2),
     ],
 )
 def test_explain_of_impossible_configurations(capsys, options, word, code):

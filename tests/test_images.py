@@ -205,7 +205,7 @@ class TestArrays:
         (Image.new("F", (4, 4)), "floating-point"),
         ("a\0b.png", "cannot be read"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) and value.isprintable() else type(value).__name__,
 )
 def test_what_is_no_picture_is_refused(source, word):
     refused(source, word)

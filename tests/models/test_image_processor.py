@@ -110,6 +110,9 @@ def test_a_deviation_is_not_zero():
 def test_floats_are_the_bytes_that_they_stand_for():
     square = noise(28, 28)
     torch.testing.assert_close(pixels(square / 255), pixels(square), atol=1e-5, rtol=0)
+    for size in ((200, 1), (900, 5), (1, 200)):  # one pixel wide at the end, or high
+        thin = noise(*size)
+        torch.testing.assert_close(pixels(thin / 255), pixels(thin), atol=3 / 255 / 0.26, rtol=0)
     with refuses("from 0 to 1", "Divide 0..255 by 255"):
         pixels(square.astype(np.float32))
 

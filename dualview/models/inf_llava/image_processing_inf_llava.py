@@ -26,7 +26,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from dualview.canvas import centred, fitted_size, middle_part, place
+from dualview.canvas import centred, fitted_size, middle_part, place, upright
 from dualview.geometry import Size, check_size, choose_grid
 from dualview.images import ImageError, load_image
 from dualview.ops.tiling import local_crop
@@ -244,7 +244,12 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     def _scaled(self, image: Tensor, size: Size, resample: Any) -> Tensor:
         if _size(image) == size:
             return image
-        resized: Tensor = self.resize(image, SizeDict(height=size[0], width=size[1]), resample)
+
+        def resizing(pixels: Tensor, to: Size) -> Tensor:
+            scaled: Tensor = self.resize(pixels, SizeDict(height=to[0], width=to[1]), resample)
+            return scaled
+
+        resized = upright(resizing, image, size)
         return resized.clamp(0, 1) if image.is_floating_point() else resized
 
 
