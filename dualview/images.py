@@ -47,6 +47,7 @@ def load_image(source: ImageSource) -> Tensor:
         ImageError: There is no such file, or it is no picture in a format that is read, damaged, or larger than
             Pillow's limit against decompression bombs; or the numbers have no known range; or the shape is not that of
             a picture.
+        ModuleNotFoundError: Pillow is not installed, and the source is neither an array nor a tensor.
 
     Example:
         >>> import numpy as np
@@ -60,8 +61,12 @@ def load_image(source: ImageSource) -> Tensor:
         return from_tensor(source)
     if isinstance(source, np.ndarray):
         return from_array(source)
-    from dualview.picture_files import from_pillow, read_file
-
+    try:
+        from dualview.picture_files import from_pillow, read_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'dualview.load_image needs pillow ({error}): run pip install -e ".[hf]" in your clone.', name=error.name
+        ) from error
     if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
         return read_file(cast("str | os.PathLike[str] | IO[bytes]", source))
     if hasattr(source, "getexif"):

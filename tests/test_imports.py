@@ -91,6 +91,17 @@ def test_inf_llava_without_transformers_says_what_to_install():
     )
 
 
+def test_pictures_without_pillow_say_what_to_install():
+    loaded_after(
+        "sys.modules['PIL'] = None\n"
+        "import dualview\n"
+        "assert dualview.load_image(torch.zeros(3, 4, 5)).shape == (3, 4, 5)\n"
+        "try:\n    dualview.load_image('a.png')\n"
+        "except ImportError as error:\n    assert 'pip install -e \".[hf]\"' in str(error), error\n"
+        "else:\n    raise AssertionError('read without pillow')"
+    )
+
+
 def test_unknown_name_is_an_attribute_error():
     loaded_after(
         "import dualview.models\n"
