@@ -21,6 +21,9 @@ from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Perspective: TypeAlias = Literal["local", "global"]
+Layout: TypeAlias = Literal["raster", "local", "global"]
+"""How a map lies in memory: row by row, or tile by tile of a perspective."""
+DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
 Size: TypeAlias = tuple[int, int]
 """A pair (height, width)."""
 
@@ -156,6 +159,13 @@ class TileGrid:
 
 
 GridLike: TypeAlias = TileGrid | tuple[int, int] | Sequence[int]
+
+
+class LiveTiles(NamedTuple):
+    """Which tiles of either perspective are present, by index, in order."""
+
+    local: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 def check_size(size: SizeLike, name: str) -> Size:

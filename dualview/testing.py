@@ -8,8 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective, check_size
-from dualview.ops.tiling import DataFormat, crop
+from dualview.geometry import DataFormat, GridLike, Perspective, Size, TileGrid, check_perspective, check_size
+from dualview.ops.tiling import crop
 
 __all__ = ["assert_tile_order", "coordinate_images"]
 

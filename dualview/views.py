@@ -1,42 +1,121 @@
-"""The tiles of a map as a view of it, and the map as a view of its tiles: splitting and permuting copy nothing.
+"""How maps and their tiles lie in tensors, and views of one in the order of the other: they copy nothing.
 
-Dimensions are (batch, [channels first], height, width, [channels last]), with any number of each kind. ``batch`` counts
-those of the batch, ``plane`` is where the height stands.
+A map has the dimensions (batch, [C], H, W, [D]), its tiles have (batch, rows*cols, [C], h, w, [D]): any number of batch
+dimensions, and one of channels, first or last. H and W are products of factors; tiles have the same factors in another
+order. A view has every factor as a dimension of its own.
 """
 
 from __future__ import annotations
 
+from itertools import permutations
+from typing import get_args
+
+import torch
 from torch import Tensor
 
-from dualview.geometry import Perspective, TileGrid, split_axis
+from dualview.geometry import DataFormat, Layout, Perspective, Size, TileGrid, split_axis
+
+DIMENSIONS = {
+    (True, "channels_first"): "(..., C, H, W)",
+    (True, "channels_last"): "(..., H, W, D)",
+    (False, "channels_first"): "(..., rows*cols, C, h, w)",
+    (False, "channels_last"): "(..., rows*cols, h, w, D)",
+}
+"""The dimensions of a map (True) and of tiles (False)."""
 
 
-def tile_view(x: Tensor, grid: TileGrid, perspective: Perspective, batch: int, plane: int) -> Tensor:
-    """(batch, [C], H, W, [D]) -> (batch, rows, cols, [C], h, w, [D])"""
-    h, w = grid.tile_size((x.shape[plane], x.shape[plane + 1]))
-    split = x.unflatten(plane + 1, split_axis(perspective, grid.cols, w).factors)
-    split = split.unflatten(plane, split_axis(perspective, grid.rows, h).factors)
-    tiles: Tensor = split.permute(_tile_order(split.dim(), perspective, batch, plane))
-    return tiles
+def check_data_format(data_format: str) -> DataFormat:
+    """``data_format`` if it is one of the two, else a ValueError."""
+    if data_format not in get_args(DataFormat):
+        raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
+    return data_format  # type: ignore[return-value]  # narrowed by the check above
 
 
-def map_view(tiles: Tensor, perspective: Perspective, batch: int, plane: int) -> Tensor:
-    """(batch, rows, cols, [C], h, w, [D]) -> (batch, [C], both factors of H, both of W, [D]), for `merged` to close up.
+def check_rank(x: Tensor, layout: Layout, data_format: str) -> None:
+    """Raise a ValueError for an unknown ``data_format``, or where ``x`` has too few dimensions for the layout."""
+    expected = DIMENSIONS[layout == "raster", check_data_format(data_format)]
+    if x.dim() < expected.count(","):
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
+            f"{expected} with any leading batch dimensions."
+        )
 
-    ``plane`` is that of the map.
+
+def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat) -> Size:
+    """The size (h, w) of the tiles of a map in this layout.
+
+    Raises:
+        ValueError: ``x`` is no map of this grid, or ``data_format`` is unknown.
     """
-    order = _tile_order(tiles.dim(), perspective, batch, plane)
-    return tiles.permute([order.index(dim) for dim in range(len(order))])
+    check_rank(x, layout, data_format)
+    h, w = x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]
+    if layout == "raster":
+        return grid.tile_size((h, w))
+    if x.shape[-4] != grid.num_tiles:
+        raise ValueError(
+            f"got {x.shape[-4]} tiles (dimension {x.dim() - 4} of {tuple(x.shape)}) for a grid of {grid}: it needs "
+            f"rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut with."
+        )
+    if h < 1 or w < 1:
+        raise ValueError(f"got tiles of {h} x {w} (height x width): a tile must hold at least one cell.")
+    return h, w
 
 
-def merged(split: Tensor, plane: int) -> Tensor:
-    """A contiguous tensor with height and width in two factors each as a map: (..., H, W, [D])."""
-    whole: Tensor = split.flatten(plane + 2, plane + 3).flatten(plane, plane + 1)
-    return whole
+def batch_of(x: Tensor, layout: Layout) -> torch.Size:
+    """The batch dimensions of a map in this layout."""
+    return x.shape[: x.dim() - (3 if layout == "raster" else 4)]
 
 
-def _tile_order(dims: int, perspective: Perspective, batch: int, plane: int) -> list[int]:
-    """The permutation of (batch, [C], height factors, width factors, [D]) to (batch, rows, cols, [C], h, w, [D])."""
-    tile = split_axis(perspective, tiles=1, size=1).tile_factor
-    row, col, h, w = plane + tile, plane + 2 + tile, plane + 1 - tile, plane + 3 - tile
-    return [*range(batch), row, col, *range(batch, plane), h, w, *range(plane + 4, dims)]
+def shape_in(
+    target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Size, data_format: DataFormat
+) -> tuple[int, ...]:
+    """The shape of ``x`` in another layout."""
+    first = data_format == "channels_first"
+    plane = grid.map_size(tile) if target == "raster" else tile
+    around = batch_of(x, source) if target == "raster" else (*batch_of(x, source), grid.num_tiles)
+    return (*around, x.shape[-3], *plane) if first else (*around, *plane, x.shape[-1])
+
+
+def view_in(target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Size, data_format: DataFormat) -> Tensor:
+    """``x`` in the order of another layout, as a view.
+
+    Between the perspectives there is one only where tiles hold whole cells: h divisible by rows, and w by cols.
+
+    Shape:
+        (batch, rows, cols, [C], h, w, [D]) from a map; else every factor of h, w, H or W is a dimension
+    """
+    (rows, cols), (h, w) = grid, tile
+    factors: tuple[int, ...] = rows, h // rows, rows, cols, w // cols, cols
+    if target == "raster" or source == "raster":
+        perspective: Perspective = source if target == "raster" else target  # type: ignore[assignment]
+        factors = split_axis(perspective, rows, h).factors + split_axis(perspective, cols, w).factors
+    here, there = ORDERS[source, target, data_format]
+    batch = batch_of(x, source)
+    sizes = *factors, x.shape[-3 if data_format == "channels_first" else -1]
+    split = x.view(*batch, *[sizes[factor] for factor in here])
+    return split.permute(*range(len(batch)), *there)
+
+
+def _order(layout: Layout, factors: int, data_format: DataFormat) -> list[int]:
+    """The factors of a height (0, 1, ...), those of a width (the next) and the channels, in the order of a layout."""
+    rows, cols, channels = list(range(factors)), list(range(factors, 2 * factors)), [2 * factors]
+    tiles = []
+    if layout != "raster":
+        of_tiles = -split_axis(layout, tiles=1, size=1).tile_factor  # the first factor or the last
+        tiles = [rows.pop(of_tiles), cols.pop(of_tiles)]
+    return [*tiles, *channels, *rows, *cols] if data_format == "channels_first" else [*tiles, *rows, *cols, *channels]
+
+
+def _orders(source: Layout, target: Layout, data_format: DataFormat) -> tuple[list[int], list[int]]:
+    """The factors as the source has them, and the dimensions of that, counted from the last, as the target has them."""
+    factors = 2 if "raster" in (source, target) else 3
+    here, there = (_order(layout, factors, data_format) for layout in (source, target))
+    return here, [here.index(factor) - len(here) for factor in there]
+
+
+ORDERS = {
+    (source, target, data_format): _orders(source, target, data_format)
+    for source, target in permutations(get_args(Layout), 2)
+    for data_format in get_args(DataFormat)
+}
+"""Of every move from layout to layout: `_orders`, made once, for a call has no time for it."""

@@ -1,11 +1,10 @@
-"""Device code of `dualview.kernels.crop_normalize`. Imports triton, so it is imported only to launch it."""
-# ruff: noqa: N803
+"""The Triton kernel of `dualview.kernels.crop_normalize` and its launch. Imports triton."""
+# ruff: noqa: N803 - sizes have the names of the equations
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -13,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dualview.kernels import dispatch
+from dualview.kernels.tables import table
 
 PIXELS = 1024
 """Pixels that a program handles, of all channels: 8 for each of its 128 threads."""
@@ -20,56 +20,53 @@ PIXELS = 1024
 
 def make(
     images: Tensor,
+    shapes: Sequence[tuple[int, ...]],
     factors: Sequence[float],
     offsets: Sequence[float],
-    rows: int,
-    cols: int,
+    grid: Sequence[int],
     local: Sequence[int],
     stride: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel."""
-    batch, channels, height, width = images.shape
-    h, w = height // rows, width // cols
-    local_tiles = dispatch.empty(batch, len(local), channels, h, w, like=images, dtype=dtype)
-    stride_tiles = dispatch.empty(batch, len(stride), channels, h, w, like=images, dtype=dtype)
+    """The live local and the live stride tiles, of these shapes."""
+    local_tiles, stride_tiles = (dispatch.empty(*shape, like=images, dtype=dtype) for shape in shapes)
     if not local_tiles.numel() + stride_tiles.numel():
         return local_tiles, stride_tiles
-    scales, slots = _tables(
-        tuple(factors), tuple(offsets), rows * cols, tuple(local), tuple(stride), str(images.device)
-    )
+    (batch, _, channels, h, w), (rows, cols) = shapes[0], grid
+    live = tuple(local), tuple(stride)
+    scales = table(_scales, tuple(factors), tuple(offsets), like=images)
+    index = table(_live_index, rows * cols, live, like=images)
     block_v = min(triton.next_power_of_2(w), 128)
     block_u = min(triton.next_power_of_2(h), PIXELS // block_v)
     blocks = triton.cdiv(h, block_u)
     with torch.cuda.device_of(images):
         _make[(batch * rows * cols * blocks, triton.cdiv(w, block_v))](
-            images, local_tiles, stride_tiles, scales, slots,
-            rows, cols, h, w, blocks, len(local), len(stride), *images.stride(),
-            CHANNELS=channels, BLOCK_U=block_u, BLOCK_V=block_v,
-        )  # fmt: skip
+            *(images, local_tiles, stride_tiles, scales, index),
+            *(rows, cols, h, w, blocks, *map(len, live), *images.stride()),
+            CHANNELS=channels,
+            BLOCK_U=block_u,
+            BLOCK_V=block_v,
+        )
     return local_tiles, stride_tiles
 
 
-@cache  # copied to the device once, and kept: a captured graph may hold the address
-def _tables(
-    factors: tuple[float, ...],
-    offsets: tuple[float, ...],
-    tiles: int,
-    local: tuple[int, ...],
-    stride: tuple[int, ...],
-    device: str,
-) -> tuple[Tensor, Tensor]:
-    """(2, C) factors and offsets; (2, tiles) places of every tile among the live ones of either perspective, or -1."""
-    slots = torch.full((2, tiles), -1, dtype=torch.int32)
-    for of_perspective, live in zip(slots, (local, stride), strict=True):
-        of_perspective[list(live)] = torch.arange(len(live), dtype=torch.int32)
-    return torch.tensor((factors, offsets), dtype=torch.float32).to(device), slots.to(device)
+def _scales(device: torch.device, factors: tuple[float, ...], offsets: tuple[float, ...]) -> Tensor:
+    """(2, C)"""
+    return torch.tensor((factors, offsets), dtype=torch.float32, device=device)
+
+
+def _live_index(device: torch.device, tiles: int, live: tuple[tuple[int, ...], ...]) -> Tensor:
+    """(2, tiles): the index of every tile among the live ones of a perspective, or -1."""
+    index = torch.full((2, tiles), -1, dtype=torch.int32, device=device)
+    for of_perspective, chosen in zip(index, live, strict=True):
+        of_perspective[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32)
+    return index
 
 
 @triton.jit(do_not_specialize=("rows", "cols", "blocks", "num_local", "num_stride"))
 def _make(
-    images, local_tiles, stride_tiles, scales, slots,
-    rows, cols, h, w, blocks, num_local, num_stride, of_image, of_channel, of_row, of_col,
+    images, local_tiles, stride_tiles, scales, index,
+    rows, cols, h, w, blocks, num_local, num_stride, stride_b, stride_c, stride_h, stride_w,
     CHANNELS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program reads a block of pixels of one local tile and writes it there, and to the stride tiles."""
@@ -81,19 +78,19 @@ def _make(
     y, x = (tile // cols) * h + u, (tile % cols) * w + v  # local: position = tile * size + offset
     inside = (u < h)[:, None] & (v < w)[None, :]
 
-    local_slot = tl.load(slots + tile)
-    in_local = inside & (u < tl.where(local_slot < 0, 0, h))[:, None]
+    local_index = tl.load(index + tile)
+    in_local = inside & (u < tl.where(local_index < 0, 0, h))[:, None]
     stride_tile = (y % rows)[:, None] * cols + (x % cols)[None, :]  # global: position = offset * tiles + tile
-    stride_slot = tl.load(slots + rows * cols + stride_tile, mask=inside, other=-1)
-    in_stride = stride_slot >= 0
+    stride_index = tl.load(index + rows * cols + stride_tile, mask=inside, other=-1)
+    in_stride = stride_index >= 0
 
-    read = images + b * of_image + y.to(tl.int64)[:, None] * of_row + x.to(tl.int64)[None, :] * of_col
-    local = local_tiles + (b * num_local + local_slot) * CHANNELS * h * w + u[:, None] * w + v[None, :]
-    stride = stride_tiles + (b * num_stride + stride_slot) * CHANNELS * h * w
+    read = images + b * stride_b + y.to(tl.int64)[:, None] * stride_h + x.to(tl.int64)[None, :] * stride_w
+    local = local_tiles + (b * num_local + local_index) * CHANNELS * h * w + u[:, None] * w + v[None, :]
+    stride = stride_tiles + (b * num_stride + stride_index) * CHANNELS * h * w
     stride += (y // rows)[:, None] * w + (x // cols)[None, :]
     for c in tl.static_range(CHANNELS):
         channel = tl.full((), c, tl.int64)
-        pixels = tl.load(read + channel * of_channel, mask=inside, other=0).to(tl.float32)
+        pixels = tl.load(read + channel * stride_c, mask=inside, other=0).to(tl.float32)
         value = pixels * tl.load(scales + c) + tl.load(scales + CHANNELS + c)
         tl.store(local + channel * h * w, value.to(local_tiles.dtype.element_ty), mask=in_local)
         tl.store(stride + channel * h * w, value.to(stride_tiles.dtype.element_ty), mask=in_stride)

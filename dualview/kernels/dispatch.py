@@ -1,20 +1,23 @@
 """Which implementation runs, a Triton kernel or plain torch, and why.
 
-In this order the backend is taken from the argument of the call, from `use_backend`, from the environment variable
-DUALVIEW_BACKEND as it was when this module was imported, and is "auto" otherwise. Only "auto" falls back: "triton"
-raises where the kernel cannot run. Nothing here imports triton; a kernel imports it when it is launched.
+The backend is that of the argument of the call; else that of `use_backend`; else that of the environment variable
+DUALVIEW_BACKEND, which is read when this module is imported; else "auto". Only "auto" falls back: "triton" raises where
+the kernel cannot run. Nothing here imports triton; a kernel imports it when it is launched.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+from dualview.switches import Switch
 
 Backend: TypeAlias = Literal["auto", "torch", "triton"]
 
@@ -22,17 +25,11 @@ MEASURED: dict[str, str] = {}
 """Kernels that "auto" may choose: the GPU and the figure with which each was seen to beat the best of torch."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-KERNELS: dict[str, tuple[torch.dtype, ...]] = {
-    # attention inside tiles, addressed through the tiling, forward and backward; masks are of torch.bool
-    "tile_attention": (*FLOATS, torch.bool),
-    # token maps between raster order, local tiles and stride tiles
-    "retile": (*FLOATS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    # an image to normalised tiles of both perspectives in one read
-    "crop_normalize": (torch.uint8, *FLOATS),
-    # residuals, LayerNorm and readout of the released fusion in one pass, forward and backward
-    "fuse_norm": FLOATS,
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+KERNEL_TYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "tile_attention": (*FLOATS, torch.bool, torch.int32, torch.int64),  # the masks are boolean, the tables integers
+    "retile": (*FLOATS, torch.float64, torch.bool, *INTEGERS),
+    "crop_normalize": (*FLOATS, torch.uint8),
 }
 """The kernels, and the types of the tensors that each takes."""
 
@@ -47,6 +44,9 @@ class Choice(NamedTuple):
     reasons: tuple[str, ...]
 
 
+UNMEASURED = Choice("torch", ('no GPU is known on which the kernel is faster; backend="triton" asks for it',))
+
+
 def check_backend(backend: str, name: str = "backend") -> Backend:
     """``backend`` if it is one of the choices, else a ValueError that calls it ``name``."""
     if backend not in get_args(Backend):
@@ -55,13 +55,15 @@ def check_backend(backend: str, name: str = "backend") -> Backend:
 
 
 _of_environment = check_backend(os.environ.get("DUALVIEW_BACKEND", "auto"), "the environment variable DUALVIEW_BACKEND")
-_of_context: Backend | None = None
+_asked: Switch[tuple[Backend, str]] = Switch("dualview_backend", (_of_environment, "DUALVIEW_BACKEND"))
 _triton_installed = find_spec("triton") is not None
 
 
-@contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
+def use_backend(backend: Backend) -> AbstractContextManager[None]:
     """Within the context, calls that are not told otherwise use this backend.
+
+    In eager code it holds for the thread or the asyncio task that entered the context, in what `torch.compile` compiles
+    for the whole process.
 
     Args:
         backend: "torch"; "triton", which raises where a kernel cannot run; or "auto", which takes a kernel where it can
@@ -75,19 +77,14 @@ def use_backend(backend: Backend) -> Iterator[None]:
         ...     choose("retile", torch.zeros(1)).name
         'torch'
     """
-    global _of_context  # noqa: PLW0603 - a switch for everything that runs meanwhile, which torch.compile guards on
-    before, _of_context = _of_context, check_backend(backend)
-    try:
-        yield
-    finally:
-        _of_context = before
+    return _asked.holding((check_backend(backend), "use_backend"))
 
 
 def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
     """The implementation for one call, with the reasons.
 
     Args:
-        kernel: A name among `KERNELS`.
+        kernel: A name among `KERNEL_TYPES`.
         *tensors: What the kernel would read.
         backend: What the call asks for; None if nothing.
         refused: Reasons that the caller sees why the kernel cannot run, each with its remedy after a colon.
@@ -96,9 +93,11 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
         RuntimeError: "triton" was asked for, in whatever way, and the kernel cannot run.
         ValueError: ``backend`` is none of the three.
     """
-    asked, by = _asked(backend)
+    asked, by = _asked.value() if backend is None else (check_backend(backend), "the argument of the call")
     if asked == "torch":
         return Choice("torch", (f'backend="torch", by {by}',))
+    if asked == "auto" and kernel not in MEASURED:  # at once: a call of a small batch waits for the host
+        return UNMEASURED
     reasons = (*_refusals(kernel, tensors), *refused)
     if asked == "triton":
         if reasons:
@@ -109,8 +108,6 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
         return Choice("triton", (f'backend="triton", by {by}',))
     if not reasons and interpreting():
         reasons = ('under the interpreter a kernel is slow; backend="triton" runs it',)
-    elif not reasons and kernel not in MEASURED:
-        reasons = ('not measured on a GPU yet; backend="triton" runs it',)
     return Choice("torch", reasons) if reasons else Choice("triton", (MEASURED[kernel],))
 
 
@@ -121,7 +118,10 @@ def interpreting() -> bool:
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a GPU; None for what is none."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    return _capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+_capability = cache(torch.cuda.get_device_capability)  # asking torch takes longer than all else here
 
 
 # All that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
@@ -139,34 +139,26 @@ def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
 
 
-def _asked(backend: Backend | None) -> tuple[Backend, str]:
-    """The backend asked for, and by what."""
-    if backend is not None:
-        return check_backend(backend), "the argument of the call"
-    if _of_context is not None:
-        return _of_context, "use_backend"
-    return _of_environment, "DUALVIEW_BACKEND"
-
-
 def _refusals(kernel: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Why the kernel cannot run, whatever the call is about; empty if it can."""
     reasons = []
     if not _triton_installed:
-        reasons.append('triton is not installed: pip install "dualview[triton]", on Linux')
-    devices = sorted({str(x.device) for x in tensors})
+        reasons.append("triton is not installed: pip install triton, on Linux")
+    devices = {x.device for x in tensors}
     if len(devices) > 1:
-        reasons.append(f"the tensors are on different devices, {', '.join(devices)}: move them to one")
+        named = ", ".join(sorted(map(str, devices)))
+        reasons.append(f"the tensors are on different devices, {named}: move them to one")
     elif _triton_installed and not all(runs_on(x) for x in tensors):
         reasons.append(
-            f"the tensors are on {devices[0]}: move them to a CUDA device, or set TRITON_INTERPRET=1 before triton is "
-            "imported to try the kernel without a GPU"
+            f"the tensors are on {tensors[0].device}: move them to a CUDA device, or set TRITON_INTERPRET=1 before "
+            "triton is imported to try the kernel without a GPU"
         )
     elif (found := capability(tensors[0].device)) is not None and found < OLDEST and not interpreting():
         reasons.append(
             f"the tensors are on a GPU of compute capability {found[0]}.{found[1]}: move them to one of "
             f"{OLDEST[0]}.{OLDEST[1]} or newer"
         )
-    if unsupported := sorted({str(x.dtype) for x in tensors if x.dtype not in KERNELS[kernel]}):
-        taken = ", ".join(str(dtype) for dtype in KERNELS[kernel])
-        reasons.append(f"tensors of {', '.join(unsupported)}: cast them to one of {taken}")
+    if unsupported := {x.dtype for x in tensors}.difference(KERNEL_TYPES[kernel]):
+        given, taken = sorted(map(str, unsupported)), map(str, KERNEL_TYPES[kernel])
+        reasons.append(f"tensors of {', '.join(given)}: cast them to one of {', '.join(taken)}")
     return tuple(reasons)

@@ -1,91 +1,80 @@
-"""Move token maps between raster order, local tiles and stride tiles, in one copy whatever the direction.
+"""Move maps between raster order, local tiles and stride tiles: the crops, their inverse, and re-tiling.
 
-Bytes: every element is read once and written once, 2 * B * rows * cols * h * w * D * itemsize; the map that
-recombining and cutting again writes and reads in between is never made. A map of 72 x 72 tokens, D = 1024, bfloat16:
-21.2 MB, so 4.4 us at 4.8 TB/s.
+Bytes of one copy: every element is read once and written once, 2 * B * H * W * D * itemsize. A map of 72 x 72 tokens,
+D = 1024, bfloat16: 21.2 MB, so 7.1 us at the 2.98 TB/s that an H100 copies.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from dualview.geometry import GridLike, TileGrid
+from dualview.geometry import DataFormat, GridLike, Layout, Size, TileGrid
 from dualview.kernels import dispatch
-from dualview.views import map_view, merged, tile_view
+from dualview.views import batch_of, shape_in, tile_size, view_in
 
-Layout: TypeAlias = Literal["raster", "local", "global"]
+TOKENS = "it moves tokens, and these channels come first: pass data_format='channels_last'"
+"""Why the kernel cannot run on images. It refuses what a call asks of it; `use_backend` asks it for token maps only."""
 
 
 def retile(
-    x: Tensor, source: Layout, target: Layout, grid: GridLike, *, backend: dispatch.Backend | None = None
+    x: Tensor,
+    source: Layout,
+    target: Layout,
+    grid: GridLike,
+    *,
+    data_format: DataFormat = "channels_last",
+    backend: dispatch.Backend | None = None,
 ) -> Tensor:
-    """A token map in another layout; always a new contiguous tensor.
+    """A map in another layout; always a new contiguous tensor.
 
     Args:
         x: The map, of any strides.
-        source: Its layout.
+        source: Its layout: "raster" order, or the tiles of the "local" or the "global" perspective.
         target: The layout of the result.
         grid: Rows and columns of tiles.
-        backend: See `dualview.kernels.dispatch`.
+        data_format: Whether the channels come before or after height and width.
+        backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says. Channels-first maps
+            are moved by torch, whatever they say.
 
     Shape:
-        (..., rows*h, cols*w, D) in the layout "raster", (..., rows*cols, h, w, D) in "local" and "global"
+        - channels_last: (..., rows*h, cols*w, D) in raster order, (..., rows*cols, h, w, D) as tiles
+        - channels_first: (..., C, rows*h, cols*w) in raster order, (..., rows*cols, C, h, w) as tiles
 
     Raises:
-        ValueError: The map does not fit the grid, or a layout is unknown.
-        RuntimeError: "triton" was asked for and cannot run.
+        ValueError: The map does not fit the grid, or an argument is not one of the choices.
+        RuntimeError: ``backend`` is "triton", and the kernel cannot run.
+
+    Example:
+        >>> tiles = torch.zeros(2, 6, 4, 5, 8)
+        >>> retile(tiles, "local", "raster", (2, 3)).shape
+        torch.Size([2, 8, 15, 8])
     """
+    if source not in get_args(Layout) or target not in get_args(Layout):
+        raise ValueError(f"retile from {source!r} to {target!r}: layouts must be among {get_args(Layout)}.")
     grid = TileGrid.of(grid)
-    for layout in (source, target):
-        if layout not in get_args(Layout):
-            raise ValueError(f"layout {layout!r}: must be one of {get_args(Layout)}.")
-    dims = 3 if source == "raster" else 4
-    if x.dim() < dims or (source != "raster" and x.shape[-4] != grid.num_tiles):
-        expected = "(..., H, W, D)" if source == "raster" else f"(..., {grid.num_tiles}, h, w, D)"
-        raise ValueError(f"retile got {tuple(x.shape)} in the layout {source!r}: a grid of {grid} needs {expected}.")
-    if source == "raster":
-        grid.tile_size((x.shape[-3], x.shape[-2]))  # a ValueError where the map is no multiple of the grid
-    batch = x.shape[:-dims]
-    one_batch = x.reshape(batch.numel(), *x.shape[-dims:])
-    triton = dispatch.choose("retile", x, backend=backend).name == "triton"
-    moved: Tensor = (_retile if triton else _plain)(one_batch, source, target, grid.rows, grid.cols)
+    tile = tile_size(x, source, grid, data_format)
+    first = data_format == "channels_first"
+    refused = (TOKENS,) if first else ()
+    if (first and backend is None) or dispatch.choose("retile", x, backend=backend, refused=refused).name == "torch":
+        return _by_torch(x, source, target, grid, tile, data_format)
+    batch = batch_of(x, source)
+    moved: Tensor = _retile(x.reshape(batch.numel(), *x.shape[len(batch) :]), source, target, grid.rows, grid.cols)
     return moved.reshape(*batch, *moved.shape[1:])
 
 
-def _map_size(x: Tensor, layout: Layout, rows: int, cols: int) -> tuple[int, int]:
-    """Size (H, W) of the map that (B, H, W, D) or (B, rows*cols, h, w, D) holds."""
-    return (x.shape[1], x.shape[2]) if layout == "raster" else (rows * x.shape[2], cols * x.shape[3])
-
-
-def _result_shape(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> tuple[int, ...]:
-    """The shape of the result for a map with one batch dimension."""
-    height, width = _map_size(x, source, rows, cols)
-    plane = (height, width) if target == "raster" else (rows * cols, height // rows, width // cols)
-    return x.shape[0], *plane, x.shape[-1]
-
-
-def _plain(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> Tensor:
-    """The same by torch, through raster order: split both axes, exchange the factors, merge."""
-    height, width = _map_size(x, source, rows, cols)
-    whole_cells = height % rows**2 == 0 and width % cols**2 == 0
-    if {source, target} == {"local", "global"} and whole_cells and rows * cols > 1:
-        # Blocks hold whole cells: one permutation does it, so one copy and not two.
-        to_strides, to_blocks = "b (i j) (u a) (v c) d -> b a c i u j v d", "b (a c) (i u) (j v) d -> b i j u a v c d"
-        pattern = to_strides if source == "local" else to_blocks
-        split = rearrange(x, pattern, i=rows, a=rows, j=cols, c=cols)
-        moved: Tensor = split.clone(memory_format=torch.contiguous_format)
-        return moved.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-    if source != "raster":
-        split = map_view(x.unflatten(1, (rows, cols)), source, 1, 1)
-        x = merged(split.clone(memory_format=torch.contiguous_format), 1)
-    if target == "raster":
-        return x.clone(memory_format=torch.contiguous_format) if source == "raster" else x
-    tiles: Tensor = tile_view(x, TileGrid(rows, cols), target, 1, 1).clone(memory_format=torch.contiguous_format)
-    return tiles.flatten(1, 2)
+def _by_torch(
+    x: Tensor, source: Layout, target: Layout, grid: TileGrid, tile: Size, data_format: DataFormat = "channels_last"
+) -> Tensor:
+    """One copy; from perspective to perspective two, through raster order, where tiles hold no whole cells."""
+    of_perspectives = source != target and "raster" not in (source, target)
+    if of_perspectives and (tile[0] % grid.rows or tile[1] % grid.cols):
+        x, source = _by_torch(x, source, "raster", grid, tile, data_format), "raster"
+    view = x if source == target else view_in(target, x, source, grid, tile, data_format)
+    copy = view.clone(memory_format=torch.contiguous_format)
+    return copy.view(shape_in(target, x, source, grid, tile, data_format))
 
 
 SCHEMA = "(Tensor x, str source, str target, int rows, int cols) -> Tensor"
@@ -93,18 +82,21 @@ SCHEMA = "(Tensor x, str source, str target, int rows, int cols) -> Tensor"
 
 @torch.library.custom_op("dualview::retile", mutates_args=(), schema=SCHEMA)
 def _retile(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> Tensor:
+    """The kernel, for a map with one batch dimension and the channels last."""
+    grid = TileGrid(rows, cols)
+    tile = tile_size(x, source, grid, "channels_last")
     if not dispatch.runs_on(x):
-        return _plain(x, source, target, rows, cols)
+        return _by_torch(x, source, target, grid, tile)
     from dualview.kernels.retile_triton import move
 
-    out = dispatch.empty(*_result_shape(x, source, target, rows, cols), like=x)
-    move(x, out, source, target, rows, cols, _map_size(x, source, rows, cols))
-    return out
+    return move(x, source, target, grid, tile)
 
 
 @_retile.register_fake
 def _(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> Tensor:
-    return x.new_empty(_result_shape(x, source, target, rows, cols))
+    grid = TileGrid(rows, cols)
+    tile = tile_size(x, source, grid, "channels_last")
+    return x.new_empty(shape_in(target, x, source, grid, tile, "channels_last"))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualview.geometry import GridLike, TileGrid
-from dualview.ops.tiling import DataFormat, check_rank
+from dualview.geometry import DataFormat, GridLike, TileGrid
+from dualview.views import check_rank
 
 
 def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
@@ -38,7 +38,7 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
         raise TypeError(
             f"low_pass averages pixels, so it needs a floating-point tensor; got {x.dtype}. Convert it first."
         )
-    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
+    check_rank(x, "raster", data_format)
     first = data_format == "channels_first"
     planes = x if first else x.movedim(-1, -3)
     flat = planes.reshape(-1, 1, *planes.shape[-2:])

@@ -8,18 +8,15 @@ with dilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args, overload
+from typing import overload
 
-import torch
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_perspective
-from dualview.kernels.dispatch import Backend, choose
-from dualview.kernels.retile import retile as _move
+from dualview.geometry import DataFormat, GridLike, Perspective, Size, TileGrid, check_perspective
+from dualview.kernels.dispatch import Backend
+from dualview.kernels.retile import retile as move
 from dualview.ops.tile_batch import TileBatch
-from dualview.views import map_view, merged, tile_view
-
-DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
+from dualview.views import check_data_format, tile_size
 
 
 def local_crop(
@@ -49,6 +46,7 @@ def local_crop(
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(8).reshape(1, 2, 4)
         >>> local_crop(x, (1, 2)).tolist()
         [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
@@ -83,6 +81,7 @@ def global_stride_crop(
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(8).reshape(1, 2, 4)
         >>> global_stride_crop(x, (1, 2)).tolist()
         [[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]
@@ -99,21 +98,7 @@ def crop(
     backend: Backend | None = None,
 ) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
-    grid = TileGrid.of(grid)
-    check_rank(x, 3, data_format, "(..., C, H, W)", "(..., H, W, D)")
-    batch = x.dim() - 3
-    tiles = tile_view(x, grid, check_perspective(perspective), batch, batch + (data_format == "channels_first"))
-    if _by_kernel(x, data_format, backend):
-        return _move(x, "raster", perspective, grid, backend="triton")
-    return tiles.clone(memory_format=torch.contiguous_format).flatten(batch, batch + 1)
-
-
-def _by_kernel(x: Tensor, data_format: DataFormat, backend: Backend | None = None) -> bool:
-    """Whether the kernel moves this map; there is none for channels-first images, and only a call can ask for it."""
-    if data_format == "channels_last":
-        return choose("retile", x, backend=backend).name == "triton"
-    refused = ("it moves tokens, and these channels come first: pass data_format='channels_last'",)
-    return backend == "triton" and choose("retile", x, backend=backend, refused=refused).name == "triton"
+    return move(x, "raster", check_perspective(perspective), grid, data_format=data_format, backend=backend)
 
 
 @overload
@@ -167,6 +152,7 @@ def recombine(
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(24).reshape(1, 4, 6)
         >>> torch.equal(recombine(global_stride_crop(x, (2, 3)), (2, 3), "global"), x)
         True
@@ -184,27 +170,15 @@ def recombine(
             'must be given: recombine(tiles, (rows, cols), "local" or "global").'
         )
     grid, perspective = TileGrid.of(grid), check_perspective(perspective)  # type: ignore[arg-type]
-    check_rank(tiles, 4, data_format, "(..., rows*cols, C, h, w)", "(..., rows*cols, h, w, D)")
-    batch = tiles.dim() - 4
-    if tiles.shape[batch] != grid.num_tiles:
-        raise ValueError(
-            f"recombine got {tiles.shape[batch]} tiles (dimension {batch} of {tuple(tiles.shape)}) for a grid of "
-            f"{grid}: it needs rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut "
-            "with."
-        )
-    first = batch + 1 + (data_format == "channels_first")
-    h, w = tiles.shape[first], tiles.shape[first + 1]
-    if h < 1 or w < 1 or (size is not None and grid.map_size((h, w)) != tuple(size)):
-        rule = f"size={tuple(size)} was asked for" if size is not None else "a tile must hold at least one cell"
-        raise ValueError(
-            f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of "
-            f"{grid.map_size((h, w))}; {rule}. Check the grid (rows first) and that the tiles are those of this map."
-        )
-    if _by_kernel(tiles, data_format, backend):
-        return _move(tiles, perspective, "raster", grid, backend="triton")
-    plane = batch + (data_format == "channels_first")
-    split = map_view(tiles.unflatten(batch, (grid.rows, grid.cols)), perspective, batch, plane)
-    return merged(split.clone(memory_format=torch.contiguous_format), plane)
+    if size is not None:
+        h, w = tile_size(tiles, perspective, grid, data_format)
+        if grid.map_size((h, w)) != tuple(size):
+            raise ValueError(
+                f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of "
+                f"{grid.map_size((h, w))}; size={tuple(size)} was asked for. Check the grid (rows first) and that the "
+                "tiles are those of this map."
+            )
+    return move(tiles, perspective, "raster", grid, data_format=data_format, backend=backend)
 
 
 def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLike) -> Tensor:
@@ -213,26 +187,7 @@ def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLi
     Shape:
         (..., rows*cols, h, w, D), unchanged
     """
-    if source == target:
-        return tiles
-    return _move(tiles, source, target, grid)
-
-
-def check_data_format(data_format: str) -> DataFormat:
-    """``data_format`` if it is one of the two, else a ValueError."""
-    if data_format not in get_args(DataFormat):
-        raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
-    return data_format  # type: ignore[return-value]  # narrowed by the check above
-
-
-def check_rank(x: Tensor, rank: int, data_format: str, first: str, last: str) -> None:
-    """A ValueError for an unknown ``data_format``, or for fewer than ``rank`` dimensions."""
-    check_data_format(data_format)
-    if x.dim() < rank:
-        raise ValueError(
-            f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
-            f"{first if data_format == 'channels_first' else last} with any leading batch dimensions."
-        )
+    return tiles if source == target else move(tiles, source, target, grid)
 
 
 class _Crop(nn.Module):
@@ -263,6 +218,7 @@ class LocalCrop(_Crop):
         - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
 
     Example:
+        >>> import torch
         >>> LocalCrop((2, 3))(torch.zeros(1, 3, 8, 9)).shape
         torch.Size([1, 6, 3, 4, 3])
     """
@@ -282,6 +238,7 @@ class GlobalStrideCrop(_Crop):
         - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
 
     Example:
+        >>> import torch
         >>> GlobalStrideCrop((2, 3))(torch.zeros(1, 3, 8, 9)).shape
         torch.Size([1, 6, 3, 4, 3])
     """
@@ -305,6 +262,7 @@ class SubfeatureRecombine(nn.Module):
         ValueError: As [`recombine`][dualview.recombine]; a wrong grid or perspective already at construction.
 
     Example:
+        >>> import torch
         >>> SubfeatureRecombine((2, 3), "global", data_format="channels_last")(torch.zeros(1, 6, 4, 5, 8)).shape
         torch.Size([1, 8, 15, 8])
     """

@@ -1,61 +1,75 @@
-"""Re-tiling moves every bit to where the plain torch version puts it, whatever the layouts, strides and types."""
+"""Re-tiling moves every bit to where the equations put it, whatever the layouts, data formats, strides and types."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dualview.kernels import dispatch
 from dualview.kernels.retile import retile
-from dualview.ops.tiling import crop, recombine
+from tests import reference
 from tests.checks import fresh, refuses
 from tests.kernels.conftest import examples, guarded
-from tests.strategies import grids, numbered, tiles
+from tests.strategies import data_formats, grids, map_shape, numbered, tiles, tiles_shape
 
 pytest.importorskip("triton")
 
 maps = st.sampled_from(["raster", "local", "global"])
 widths = st.sampled_from([5, 1, 3, 16, 130])
 layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])
-dtypes = st.sampled_from(dispatch.KERNELS["retile"])
+dtypes = st.sampled_from(dispatch.KERNEL_TYPES["retile"])
 
 
-def map_shape(layout, batch, grid, tile, dim):
-    if layout == "raster":
-        return (*batch, grid[0] * tile[0], grid[1] * tile[1], dim)
-    return (*batch, grid[0] * grid[1], *tile, dim)
+def shape_of(layout, batch, grid, tile, dim, data_format="channels_last"):
+    shape = map_shape if layout == "raster" else tiles_shape
+    return shape(batch, dim, grid, tile, data_format)
+
+
+def by_the_equations(x: Tensor, source: str, target: str, grid: tuple[int, int], data_format: str) -> Tensor:
+    """Through raster order, cell by cell."""
+    full = x if source == "raster" else reference.recombine(x, grid, source, data_format)
+    return full if target == "raster" else reference.crop(full, grid, target, data_format)
 
 
 @given(maps, maps, grids, tiles, widths, dtypes, layouts)
 @settings(max_examples=examples(80))
-def test_moves_what_torch_moves(device, source, target, grid, tile, dim, dtype, layout):
-    x = guarded(numbered(map_shape(source, (2,), grid, tile, dim), dtype).to(device), layout)
+def test_the_kernel_moves_what_torch_moves(device, source, target, grid, tile, dim, dtype, layout):
+    x = guarded(numbered(shape_of(source, (2,), grid, tile, dim), dtype).to(device), layout)
     moved = retile(x, source, target, grid, backend="triton")
     assert fresh(moved, x)
     assert moved.dtype == dtype
     assert torch.equal(moved, retile(x, source, target, grid, backend="torch"))
 
 
-@given(grids, tiles, maps)
-@settings(max_examples=examples(30))
-def test_the_plain_version_is_crop_and_recombine(grid, tile, target):
-    x = numbered(map_shape("raster", (2, 3), grid, tile, 3))
-    cut = x if target == "raster" else crop(x, grid, target, data_format="channels_last")
-    moved = retile(x, "raster", target, grid, backend="torch")
+@given(maps, maps, grids, tiles, data_formats, layouts, st.sampled_from([(), (2,), (2, 3), (0,)]))
+@settings(max_examples=examples(80))
+def test_torch_moves_what_the_equations_say(source, target, grid, tile, data_format, layout, batch):
+    x = numbered(shape_of(source, batch, grid, tile, 3, data_format))
+    x = guarded(x, layout) if batch else x
+    moved = retile(x, source, target, grid, data_format=data_format, backend="torch")
     assert fresh(moved, x)
-    assert torch.equal(moved, cut)
-    back = retile(cut, target, "raster", grid, backend="torch")
-    assert torch.equal(back, x if target == "raster" else recombine(cut, grid, target, data_format="channels_last"))
+    assert torch.equal(moved, by_the_equations(x, source, target, grid, data_format))
+
+
+@pytest.mark.parametrize("tile, copies", [((4, 3), 1), ((3, 3), 2), ((4, 2), 2)])
+@pytest.mark.parametrize("source, target", [("local", "global"), ("global", "local")])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_tiles_of_whole_cells_move_in_one_copy(source, target, tile, copies, data_format):
+    x = numbered(shape_of(source, (2,), (2, 3), tile, 4, data_format), torch.float32)
+    with torch.profiler.profile() as profile:
+        moved = retile(x, source, target, (2, 3), data_format=data_format, backend="torch")
+    assert [event.count for event in profile.key_averages() if event.key == "aten::copy_"] == [copies]
+    assert torch.equal(moved, by_the_equations(x, source, target, (2, 3), data_format))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_any_leading_dimensions(device, batch, backend):
-    x = numbered(map_shape("local", batch, (2, 3), (3, 2), 4)).to(device)
+    x = numbered(shape_of("local", batch, (2, 3), (3, 2), 4)).to(device)
     moved = retile(x, "local", "global", (2, 3), backend=backend)
     assert moved.shape == x.shape
-    assert torch.equal(moved, crop(recombine(x, (2, 3), "local", data_format="channels_last"), (2, 3), "global",
-                                   data_format="channels_last"))  # fmt: skip
+    assert torch.equal(moved, by_the_equations(x, "local", "global", (2, 3), "channels_last"))
 
 
 def test_nans_keep_their_bits(device):
@@ -66,20 +80,23 @@ def test_nans_keep_their_bits(device):
     assert torch.equal(moved.view(torch.int32), expected)
 
 
-@given(maps, maps, grids, tiles)
-@settings(max_examples=examples(10))
-def test_gradients_move_back(device, source, target, grid, tile):
-    x = torch.randn(map_shape(source, (2,), grid, tile, 3), device=device, requires_grad=True)
-    moved = retile(x, source, target, grid, backend="triton")
-    weight = torch.randn_like(moved)
-    (grad,) = torch.autograd.grad((moved * weight).sum(), x)
-    assert torch.equal(grad, retile(weight, target, source, grid, backend="torch"))
+@given(maps, maps, grids, tiles, data_formats)
+@settings(max_examples=examples(20))
+def test_gradients_move_back(device, source, target, grid, tile, data_format):
+    x = torch.randn(shape_of(source, (2,), grid, tile, 3, data_format), device=device, requires_grad=True)
+    backends = ("torch", "triton") if data_format == "channels_last" else ("torch",)
+    for backend in backends:
+        moved = retile(x, source, target, grid, data_format=data_format, backend=backend)
+        weight = torch.randn_like(moved)
+        (grad,) = torch.autograd.grad((moved * weight).sum(), x)
+        assert torch.equal(grad, by_the_equations(weight, target, source, grid, data_format))
 
 
-def test_gradgradcheck(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradgradcheck(device, backend):
     x = torch.randn(4, 3, 1, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradgradcheck(
-        lambda x: retile(x, "raster", "global", (2, 3), backend="triton") ** 2, x, fast_mode=True
+        lambda x: retile(x, "raster", "global", (2, 3), backend=backend) ** 2, x, fast_mode=True
     )
 
 
@@ -90,9 +107,11 @@ def test_opcheck(device, grad):
     torch.library.opcheck(torch.ops.dualview.retile.default, (x, "local", "global", 2, 3))
 
 
-def test_compiles_once_for_all_batches(device):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("target", ["raster", "global"])
+def test_compiles_once_for_all_batches(device, target, backend):
     def move(x):
-        return retile(x, "local", "raster", (2, 3), backend="triton") * 2
+        return retile(x, "local", target, (2, 3), backend=backend) * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(move, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -105,19 +124,58 @@ def test_compiles_once_for_all_batches(device):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_elsewhere_the_op_is_torch(device):
-    x = numbered(map_shape("local", (2,), (2, 3), (2, 3), 4)).to(device)
+    x = numbered(shape_of("local", (2,), (2, 3), (2, 3), 4)).to(device)
     for target in ("raster", "global"):
         moved = retile(x, "local", target, (2, 3), backend="triton")
         assert torch.equal(moved, retile(x, "local", target, (2, 3), backend="torch"))
 
 
+class OfTriton(torch.nn.Module):
+    """One call of the kernel, to be exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return retile(x, "local", "global", (2, 3), backend="triton")
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_an_exported_program_runs_where_no_kernel_can(device, request):
+    x = torch.randn(2, 6, 2, 3, 5, device=device)
+    program = torch.export.export(OfTriton(), (x,)).module()
+    assert "dualview.retile" in program.code
+    request.getfixturevalue("elsewhere")
+    assert torch.equal(program(x), retile(x, "local", "global", (2, 3), backend="torch"))
+
+
+def test_images_are_for_torch():
+    x = numbered((2, 3, 4, 6))
+    expected = by_the_equations(x, "raster", "global", (2, 3), "channels_first")
+    with dispatch.use_backend("triton"):  # which asks for token maps
+        assert torch.equal(retile(x, "raster", "global", (2, 3), data_format="channels_first"), expected)
+    for backend in ("auto", "torch"):
+        moved = retile(x, "raster", "global", (2, 3), data_format="channels_first", backend=backend)
+        assert torch.equal(moved, expected)
+    with refuses("these channels come first: pass data_format='channels_last'", error=RuntimeError):
+        retile(x, "raster", "global", (2, 3), data_format="channels_first", backend="triton")
+    with refuses("backend='cuda'"):
+        retile(x, "raster", "global", (2, 3), data_format="channels_first", backend="cuda")
+
+
 def test_says_what_does_not_fit():
-    with refuses("(1, 5, 2, 2, 4)", "'local'", "2x3", "(..., 6, h, w, D)"):
+    with refuses("5 tiles", "dimension 1 of (1, 5, 2, 2, 4)", "2x3", "rows*cols = 6"):
         retile(torch.zeros(1, 5, 2, 2, 4), "local", "raster", (2, 3))
+    with refuses("0 x 2", "at least one cell"):
+        retile(torch.zeros(6, 0, 2, 4), "local", "raster", (2, 3))
     with refuses("5 x 6", "2 x 3 tiles"):
         retile(torch.zeros(5, 6, 4), "raster", "local", (2, 3))
     with refuses("'rows'", "raster"):
         retile(torch.zeros(4, 6, 4), "raster", "rows", (2, 3))
+    with refuses("'rows'", "raster"):
+        retile(torch.zeros(4, 6, 4), "rows", "raster", (2, 3))
+    for data_format, expected in (("channels_last", "(..., rows*cols, h, w, D)"), ("channels_first", "C, h, w")):
+        with refuses("(6, 4, 4)", expected, "leading batch"):
+            retile(torch.zeros(6, 4, 4), "local", "raster", (2, 3), data_format=data_format)
+    with refuses("data_format='last'"):
+        retile(torch.zeros(4, 6, 4), "raster", "local", (2, 3), data_format="last")
     with refuses("complex64", "cast", error=RuntimeError):
         retile(torch.zeros(4, 6, 4, dtype=torch.complex64), "raster", "local", (2, 3), backend="triton")
 

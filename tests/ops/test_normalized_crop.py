@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualview as dv
+from dualview.geometry import LiveTiles
 from dualview.ops.normalized_crop import normalized_crop
-from dualview.ops.plan import LiveTiles
 from tests.checks import refuses
 from tests.strategies import batches, grids
 from tests.strategies import tiles as tile_sizes

@@ -1,0 +1,102 @@
+"""Values that hold within a `with` block: which backend runs, and whether everything is computed.
+
+In eager code a switch belongs to a context: threads and asyncio tasks do not see each other's. `torch.compile` cannot
+guard a context variable in every version that is supported. While it traces, a switch has one value for the process,
+that of the block entered last and not yet left, and a graph is compiled anew where that value has changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Switch(Generic[T]):
+    """A value with a default, changed within `holding`.
+
+    Args:
+        name: Name of the context variable.
+        default: The value outside of all blocks.
+
+    Example:
+        >>> switch = Switch("example", "off")
+        >>> with switch.holding("on"):
+        ...     switch.value()
+        'on'
+    """
+
+    def __init__(self, name: str, default: T) -> None:
+        self._default = default
+        self._of_context: ContextVar[tuple[tuple[object, T], ...]] = ContextVar(name, default=())
+        self._of_all: dict[object, T] = {}
+        self._lock = Lock()
+        self._of_process = default  # a plain attribute, for torch.compile to guard
+        self._traced: tuple[T, ...] = ()  # the block that is being traced; empty again when the graph runs
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._in_child)
+
+    def value(self) -> T:
+        """The value here and now."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced[0] if self._traced else self._of_process
+        blocks = self._of_context.get()
+        return blocks[-1][1] if blocks else self._default
+
+    @contextmanager
+    def holding(self, value: T) -> Iterator[None]:
+        """Within the block the switch has this value; blocks may be left in any order."""
+        if torch.compiler.is_dynamo_compiling():
+            before, self._traced = self._traced, (value,)
+            try:
+                yield
+            finally:
+                self._traced = before
+            return
+        block = object()
+        try:
+            self._of_context.set((*self._of_context.get(), (block, value)))
+            with self._lock:
+                self._of_all[block] = value
+                self._of_process = value
+            yield
+        finally:
+            self._of_context.set(tuple(entry for entry in self._of_context.get() if entry[0] is not block))
+            with self._lock:
+                self._of_all.pop(block, None)
+                self._of_process = next(reversed(self._of_all.values()), self._default)
+
+    def _in_child(self) -> None:
+        """After a fork only the thread that forked goes on; another one may have held the lock."""
+        self._lock = Lock()
+        self._of_all = dict(self._of_context.get())
+        self._of_process = next(reversed(self._of_all.values()), self._default)
+
+
+_full = Switch("dualview_full_computation", default=False)
+
+
+def full_computation() -> AbstractContextManager[None]:
+    """Within the context nothing is skipped: every tile is encoded, every query computed, as the equations are written.
+
+    For debugging and for benchmarks; outputs and gradients differ from the planned ones by rounding only. The context
+    holds for the thread or task that enters it; a graph that `torch.compile` traces meanwhile has it, too.
+
+    Example:
+        >>> with full_computation():
+        ...     planning()
+        False
+    """
+    return _full.holding(True)
+
+
+def planning() -> bool:
+    """Whether only what the readout reads is computed; False inside `full_computation`."""
+    return not _full.value()
