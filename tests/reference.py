@@ -209,7 +209,6 @@ PAPER: dict[str, Any] = {
     "readout": "average",
     "enhance": "both",
     "source": "dual",
-    "low_pass": False,
 }
 RELEASED: dict[str, Any] = PAPER | {
     "num_heads": 8,
@@ -240,8 +239,6 @@ def enhanced_maps(
 
     def direction(query: Tensor, key: Tensor, mask: Tensor | None, perspective: str, prefix: str) -> Tensor:
         own = _under(weights, prefix)
-        if options["low_pass"] and perspective == "global":
-            key = low_pass(key, grid)
         queries, keys = cut(query, grid, perspective), cut(key, grid, perspective)
         alive = None if mask is None else cut(mask, grid, perspective)
         out = []

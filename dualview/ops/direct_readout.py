@@ -6,10 +6,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Size, TileGrid, check_size
-from dualview.ops.gather import TileMap, mean_of_cells, put_back, take_tiles
-from dualview.ops.plan import DirectPlan, LiveTiles, plan_direct, planning
+from dualview.geometry import GridLike, LiveTiles, Size, TileGrid, check_size
+from dualview.ops.planned.live import DirectPlan, plan_direct
+from dualview.ops.planned.run import TileMap, mean_of_cells, put_back, take_tiles
 from dualview.ops.readout import Readout, check_readout, read_out
+from dualview.switches import planning
 
 
 class DirectReadout(nn.Module):
@@ -48,7 +49,10 @@ class DirectReadout(nn.Module):
         *,
         live: LiveTiles | None = None,
     ) -> Tensor:
-        # key_mask: part of the call it stands in for; where nothing is attended to, there is no key to mask.
+        """Recombine, add and read out; arguments and shapes as for the call of a `DualPerspectiveEnhance`.
+
+        ``key_mask`` is part of the call that it stands in for: where nothing is attended to, there is no key to mask.
+        """
         grid = TileGrid.of(grid)
         everything = tuple(range(grid.num_tiles))
         live = live or LiveTiles(everything, everything)
@@ -63,19 +67,17 @@ class DirectReadout(nn.Module):
                     f"grid of {grid}: they must be (B, {len(present)}, h, w, D). Flattened tokens need "
                     ".unflatten(2, (h, w)) first."
                 )
-            tile_map = TileMap(tiles, perspective, {tile: place for place, tile in enumerate(present)})
-            planes.append(put_back(take_tiles(tile_map, rows, cols, perspective, grid), rows, cols, perspective, grid))
+            taken = take_tiles(TileMap(tiles, perspective, present), rows, cols, perspective, grid)
+            planes.append(put_back(taken, rows, cols, perspective, grid))
         total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
-        if total.shape[1:3] == grid.map_size(size):
-            return read_out(total, grid, self.readout)
-        return mean_of_cells(total, size)
+        whole = tuple(total.shape[1:3]) == grid.map_size(size)
+        return read_out(total, grid, self.readout) if whole else mean_of_cells(total, size)
 
     def plan(self, grid: GridLike, tokens: Size) -> DirectPlan:
         """What is computed for a grid and the token map (h, w) of one tile."""
         grid = TileGrid.of(grid)
-        return plan_direct(
-            (grid.rows, grid.cols), tokens, readout=self.readout, source=self.source, full=not planning()
-        )
+        readout = self.readout if planning() else "none"
+        return plan_direct((grid.rows, grid.cols), tokens, readout=readout, source=self.source)
 
     def extra_repr(self) -> str:
         return f"source={self.source!r}, readout={self.readout!r}"

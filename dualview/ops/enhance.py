@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Perspective, Size, TileGrid, check_size
+from dualview.geometry import GridLike, LiveTiles, Perspective, Size, TileGrid, check_size
 from dualview.kernels.dispatch import Backend, use_backend
-from dualview.ops.fusion import FUSIONS, LinearConcatFusion
-from dualview.ops.gather import (
-    Pooling,
-    TileMap,
-    mean_of_cells,
-    on_full_map,
-    put_back,
-    surroundings,
-    take_read,
-)
-from dualview.ops.operands import KeyMask, operands
-from dualview.ops.plan import (
-    SPEED_OF_ABSORBED,
-    DirectionPlan,
+from dualview.ops.fusion import FUSIONS, declared
+from dualview.ops.planned.live import (
+    CROP_OF_QUERY,
+    KEYS_OF_QUERY,
+    MAPS_OF_ROLE,
     Enhance,
     EnhancePlan,
-    LiveTiles,
+    EnhanceSpec,
     Pairing,
     Source,
-    maps_of_role,
     plan_enhance,
-    planning,
 )
+from dualview.ops.planned.products import Products, products_of
+from dualview.ops.planned.run import TileMap, enhance_live
 from dualview.ops.readout import Readout, check_readout, read_out
 from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
+from dualview.ops.tiling import crop, recombine
+from dualview.switches import planning
+
+KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
+"""True for cells that may be attended to; of one map or, as a pair, of the local and the global map."""
 
 
 class EnhancedMaps(NamedTuple):
@@ -81,7 +78,6 @@ class DualPerspectiveEnhance(nn.Module):
             reading of Table 6.
         gate: Multiply the output by a learnt per-channel gate that starts at zero, so that a host that adds the output
             to its own features is unchanged at step 0.
-        low_pass: Smooth the key map before it is cut by strides.
         device: Where to make the parameters.
         dtype: Type of the parameters.
 
@@ -120,7 +116,6 @@ class DualPerspectiveEnhance(nn.Module):
         enhance: Enhance = "both",
         source: Source = "dual",
         gate: bool = False,
-        low_pass: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,7 +128,7 @@ class DualPerspectiveEnhance(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: must be one of {choices}.")
         self.dim, self.pairing, self.enhance, self.source = dim, pairing, enhance, source
-        self.readout, self.low_pass = check_readout(readout), low_pass
+        self.readout = check_readout(readout)
 
         count = 2 if enhance == "both" and not share_weights else 1
         self.attentions = nn.ModuleList(  # global queries use the first, local queries the last
@@ -201,6 +196,14 @@ class DualPerspectiveEnhance(nn.Module):
             preset["fusion"] = "bottleneck_concat"
         return cls(dim, **(preset | overrides))
 
+    @property
+    def low_res(self) -> Literal["mean", "add"]:
+        """How an encoder mixes the low-resolution view in unless told otherwise: "add" (paper), "mean" (released).
+
+        It goes by the pairing, which tells the two presets apart.
+        """
+        return "add" if self.pairing == "paper" else "mean"
+
     def reset_parameters(self) -> None:
         """Draw all weights anew; a gate goes back to zero."""
         for module in (*self.attentions, self.fusion):
@@ -219,21 +222,95 @@ class DualPerspectiveEnhance(nn.Module):
         live: LiveTiles | None = None,
         backend: Backend | None = None,
     ) -> Tensor:
+        """Enhance two sets of encoded tiles by each other, fuse them, and read the result out.
+
+        Args:
+            local_tiles: Encoded tiles of the local perspective.
+            stride_tiles: Encoded tiles of the global perspective.
+            grid: Rows and columns of tiles.
+            key_mask: True for cells that may be attended to, of both maps or, as a pair, of the local and the global
+                map.
+            live: Which tiles are given, where not all are: those of ``plan(grid, (h, w)).live`` are enough.
+            backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
+
+        Shape:
+            - local_tiles, stride_tiles: (B, rows*cols, h, w, D), or as many tiles as ``live`` names
+            - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w)
+            - result: (B, h, w, D), or (B, rows*h, cols*w, D) with readout "none"
+
+        Raises:
+            ValueError: Sizes, grid and mask do not fit each other.
+            RuntimeError: "triton" was asked for and cannot run.
+        """
         if backend is not None:
             with use_backend(backend):
                 return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
         grid = TileGrid.of(grid)
-        maps = self._maps(local_tiles, stride_tiles, grid, live)
-        tokens = check_size(local_tiles.shape[2:4], "token map")
-        plan = self.plan(grid, tokens)
-        values = self._values_to_fold(plan, tokens[0] * tokens[1])
-        folded = {a: a.query_key_matrix for a in dict.fromkeys(self._attention(d) for d in plan.directions if d.fold)}
-        enhanced = [
-            self._direction(d, plan, maps, key_mask, grid, tokens, folded, project=values is None)
-            for d in plan.directions
-        ]
-        out = self._fuse(enhanced, plan, grid, tokens) if values is None else self.fusion(*enhanced, values=values)
+        everything = tuple(range(grid.num_tiles))
+        given = (everything, everything) if live is None else (live.local, live.stride)
+        self._check(local_tiles, stride_tiles, grid, given)
+        if planning() or given != (everything, everything):
+            out = self._planned(local_tiles, stride_tiles, grid, key_mask, given)
+        else:
+            out = self._as_written(local_tiles, stride_tiles, grid, key_mask)
         return out if self.gate is None else out * self.gate
+
+    def _as_written(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, key_mask: KeyMask) -> Tensor:
+        """The equations, on all tokens: what everything faster is held to."""
+        maps = self.enhanced_maps(local_tiles, stride_tiles, grid, key_mask)
+        fused = self.fusion(*(v for v in maps if v is not None))  # Eq. 26-27
+        return read_out(fused, grid, self.readout)  # Eq. 7
+
+    def enhanced_maps(
+        self, local_tiles: Tensor, stride_tiles: Tensor, grid: GridLike, key_mask: KeyMask = None
+    ) -> EnhancedMaps:
+        """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
+        grid = TileGrid.of(grid)
+        self._check(local_tiles, stride_tiles, grid, (range(grid.num_tiles),) * 2)
+        tokens = check_size(local_tiles.shape[2:4], "token map")
+        masks = self._masks(key_mask, local_tiles.shape[0], grid.map_size(tokens))
+        maps: dict[Perspective, Tensor] = {
+            "local": recombine(local_tiles, grid, "local", data_format="channels_last"),  # Eq. 5
+            "global": recombine(stride_tiles, grid, "global", data_format="channels_last"),  # Eq. 6
+        }
+
+        def tiles(role: Perspective, cut: Perspective) -> Tensor:
+            of_role = reduce(torch.add, (maps[perspective] for perspective in MAPS_OF_ROLE[self.source][role]))
+            return crop(of_role, grid, cut, data_format="channels_last").flatten(2, 3)
+
+        enhanced: dict[str, Tensor] = {}
+        for asks, answers in KEYS_OF_QUERY.items():
+            if self.enhance not in ("both", asks):
+                continue
+            cut = CROP_OF_QUERY[self.pairing][asks]
+            mask = masks[answers]
+            if mask is not None:
+                mask = crop(mask[..., None], grid, cut, data_format="channels_last", backend="torch").flatten(2)
+            attended = self._attention(asks)(tiles(asks, cut), tiles(answers, cut), mask)  # Eq. 18-21, 22-25
+            enhanced[asks] = recombine(attended.unflatten(2, tokens), grid, cut, data_format="channels_last")
+        return EnhancedMaps(enhanced.get("local"), enhanced.get("global"))
+
+    def _planned(
+        self,
+        local_tiles: Tensor,
+        stride_tiles: Tensor,
+        grid: TileGrid,
+        key_mask: KeyMask,
+        present: tuple[tuple[int, ...], tuple[int, ...]],
+    ) -> Tensor:
+        """The same from the tokens that the readout looks at, with the products arranged as the device likes them."""
+        tokens = check_size(local_tiles.shape[2:4], "token map")
+        spec = self._spec(grid, tokens, self.readout)
+        plan = plan_enhance(*spec)
+        given: dict[Perspective, TileMap] = {
+            "local": TileMap(local_tiles, "local", present[0]),
+            "global": TileMap(stride_tiles, "global", present[1]),
+        }
+        maps = {role: [given[p] for p in MAPS_OF_ROLE[self.source][role]] for role in given}
+        masks = self._masks(key_mask, local_tiles.shape[0], grid.map_size(tokens))
+        attentions = [self._attention(d.query) for d in plan.directions]
+        products = products_of(spec, attentions, self.fusion, local_tiles)
+        return enhance_live(plan, grid, products, attentions, self.fusion, maps, masks)
 
     def plan(self, grid: GridLike, tokens: Size) -> EnhancePlan:
         """What is computed for a grid and the token map (h, w) of one tile.
@@ -242,140 +319,59 @@ class DualPerspectiveEnhance(nn.Module):
             >>> DualPerspectiveEnhance.released(1024).plan((3, 3), (24, 24)).live.stride
             (4,)
         """
-        return self._plan(TileGrid.of(grid), tokens, full=not planning())
+        return plan_enhance(*self._spec(TileGrid.of(grid), tokens, self.readout if planning() else "none"))
 
-    def _plan(self, grid: TileGrid, tokens: Size, *, full: bool) -> EnhancePlan:
-        attention = cast(TileAttention, self.attentions[0])
-        plain = isinstance(self.fusion, nn.Linear)
-        return plan_enhance(
-            (grid.rows, grid.cols),
-            tokens,
-            readout=self.readout,
-            pairing=self.pairing,
-            enhance=self.enhance,
-            source=self.source,
-            low_pass=self.low_pass,
-            radius=0 if plain else cast("int | None", getattr(self.fusion, "radius", None)),
-            linear=attention.norm is None and (plain or bool(getattr(self.fusion, "linear", False))),
-            dim=self.dim,
-            num_heads=attention.num_heads,
-            speed=SPEED_OF_ABSORBED.get(attention.q_proj.weight.device.type, 1.0),
-            full=full,
-        )
+    def products(self, grid: GridLike, tokens: Size, like: Tensor) -> Products:
+        """How the live tokens are computed by the module as it is, for tokens like ``like``.
 
-    def enhanced_maps(
-        self,
-        local_tiles: Tensor,
-        stride_tiles: Tensor,
-        grid: GridLike,
-        key_mask: KeyMask = None,
-    ) -> EnhancedMaps:
-        """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
-        grid = TileGrid.of(grid)
-        maps = self._maps(local_tiles, stride_tiles, grid, None)
-        tokens = check_size(local_tiles.shape[2:4], "token map")
-        plan = self._plan(grid, tokens, full=True)
-        found = {d.query: self._direction(d, plan, maps, key_mask, grid, tokens, {}) for d in plan.directions}
-        return EnhancedMaps(found.get("local"), found.get("global"))
-
-    def compute_direction(
-        self, d: DirectionPlan, plan: EnhancePlan, make_tiles: Callable[[], Tensor], grid: TileGrid
-    ) -> Tensor:
-        """One direction of a plan on its own, as the call of the module computes it, on tiles that are made for it.
-
-        A matrix W_q W_k^T that both directions share is made with the first.
+        Example:
+            >>> dem = DualPerspectiveEnhance.released(1024)
+            >>> dem.products((3, 3), (24, 24), torch.empty(0)).directions[1].absorb
+            True
         """
-        local_tiles, stride_tiles = make_tiles(), make_tiles()
-        tokens = check_size(local_tiles.shape[2:4], "token map")
-        attention, earlier = self._attention(d), plan.directions[: plan.directions.index(d)]
-        folded: dict[TileAttention, Tensor] = {}
-        if d.fold:
-            shared = any(other.fold and self._attention(other) is attention for other in earlier)
-            folded[attention] = local_tiles.new_empty(self.dim, self.dim) if shared else attention.query_key_matrix
-        values = self._values_to_fold(plan, tokens[0] * tokens[1])
-        maps = self._maps(local_tiles, stride_tiles, grid, None)
-        return self._direction(d, plan, maps, None, grid, tokens, folded, project=values is None)
+        spec = self._spec(TileGrid.of(grid), tokens, self.readout)
+        attentions = [self._attention(d.query) for d in plan_enhance(*spec).directions]
+        return products_of(spec, attentions, self.fusion, like) if planning() else Products.as_written(len(attentions))
 
-    def _maps(
-        self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles | None
-    ) -> dict[Perspective, list[TileMap]]:
-        """The maps that play each role; where there are two, their tokens are added."""
-        everything = tuple(range(grid.num_tiles))
-        live = live or LiveTiles(everything, everything)
-        self._check(local_tiles, stride_tiles, grid, live)
-        given: dict[Perspective, TileMap] = {
-            "local": TileMap(local_tiles, "local", {tile: place for place, tile in enumerate(live.local)}),
-            "global": TileMap(stride_tiles, "global", {tile: place for place, tile in enumerate(live.stride)}),
-        }
-        return {role: [given[p] for p in maps_of_role(self.source, role)] for role in given}
+    def _spec(self, grid: TileGrid, tokens: Size, readout: Readout) -> EnhanceSpec:
+        radius = 0 if self.enhance != "both" else declared(self.fusion, "radius")
+        return (grid.rows, grid.cols), tokens, readout, self.pairing, self.enhance, self.source, radius
 
-    def _direction(
-        self,
-        d: DirectionPlan,
-        plan: EnhancePlan,
-        maps: dict[Perspective, list[TileMap]],
-        key_mask: KeyMask,
-        grid: TileGrid,
-        tokens: Size,
-        folded: Mapping[TileAttention, Tensor],
-        *,
-        project: bool = True,
-    ) -> Tensor:
-        """One enhanced map at the positions that the fusion reads, or pooled; without W_v unless ``project``."""
-        query, key, key_at, mask = operands(d, maps, key_mask, grid, tokens, smooth=self.low_pass)
-        pool = Pooling(d, grid, tokens) if plan.commutes else None
-        attention = self._attention(d)
-        matrix = folded.get(attention) if d.fold else None
-        tiles = attention(query, key, mask, key_at=key_at, absorb=d.absorb, folded=matrix, pool=pool, project=project)
-        return put_back(tiles, d.query_rows, d.query_cols, d.cut, grid) if pool is None else pool.arrange(tiles)
+    def _attention(self, asks: Perspective) -> TileAttention:
+        return cast(TileAttention, self.attentions[0 if asks == "global" else -1])
 
-    def _values_to_fold(self, plan: EnhancePlan, pooled_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """W_v of the local and the global direction, where folding them into the fusion costs less than applying them.
+    def _masks(self, key_mask: KeyMask, batch: int, size: Size) -> dict[Perspective, Tensor | None]:
+        """The mask of the map in each role, (B or 1, H, W): of a sum, what counts in either map."""
+        if key_mask is None:
+            return {"local": None, "global": None}
+        local, of_global = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
+        for mask in (local, of_global):
+            if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (batch, *size)):
+                raise ValueError(
+                    f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real "
+                    f"cells, of shape {(batch, *size)} or {size}, the token map of the whole grid."
+                )
+        of_map = {"local": local.reshape(-1, *size), "global": of_global.reshape(-1, *size)}
+        masks: dict[Perspective, Tensor | None] = {}
+        for role in KEYS_OF_QUERY:
+            first, *others = (of_map[perspective] for perspective in MAPS_OF_ROLE[self.source][role])
+            masks[role] = first | others[0] if others else first
+        return masks
 
-        Per direction: d^3 / 2 + N d^2 / 2 folded, N d^2 + N d^2 / 2 one after the other, for N pooled tokens.
-        """
-        if not plan.commutes or not isinstance(self.fusion, LinearConcatFusion) or 2 * pooled_tokens <= self.dim:
-            return None
-        local, of_global = (self._attention(d).value_matrix for d in plan.directions)
-        if local is None or of_global is None or not all(d.absorb for d in plan.directions):
-            return None
-        return local, of_global
-
-    def _attention(self, d: DirectionPlan) -> TileAttention:
-        return cast(TileAttention, self.attentions[0 if d.query == "global" else -1])
-
-    def _fuse(self, enhanced: list[Tensor], plan: EnhancePlan, grid: TileGrid, tokens: Size) -> Tensor:
-        """Fuse the maps, local first, and read the result out: by one call where the fusion averages cells itself."""
-        size = grid.map_size(tokens)
-        if plan.surround == "none" and planning() and self.readout != "none" and getattr(self.fusion, "cells", False):
-            rows, cols = enhanced[0].shape[1:3]
-            out: Tensor = self.fusion(*enhanced, cell=(rows // tokens[0], cols // tokens[1]))
-            return out
-        if plan.surround == "none":
-            fused = self.fusion(*enhanced)
-        elif plan.surround == "windows" and getattr(self.fusion, "windows", False):
-            fused = self.fusion(*(surroundings(x, plan, cast(int, self.fusion.radius)) for x in enhanced), windows=True)
-        else:
-            fused = take_read(self.fusion(*(on_full_map(x, plan, size) for x in enhanced)), plan)
-        if fused.shape[1:3] == size and self.readout != "none":
-            return read_out(fused, grid, self.readout)
-        return fused if self.readout == "none" else mean_of_cells(fused, tokens)
-
-    def _check(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles) -> None:
+    def _check(
+        self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, given: tuple[Sequence[int], Sequence[int]]
+    ) -> None:
         shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
-        counts = len(live.local), len(live.stride)
-        if (
-            any(
-                len(shape) != 5 or shape[1] != n or shape[4] != self.dim
-                for shape, n in zip(shapes, counts, strict=True)
-            )
-            or shapes[0][0] != shapes[1][0]
-            or shapes[0][2:] != shapes[1][2:]
-        ):
+        fits = all(
+            len(shape) == 5 and shape[1] == len(present) and shape[4] == self.dim
+            for shape, present in zip(shapes, given, strict=True)
+        )
+        if not fits or shapes[0][0] != shapes[1][0] or shapes[0][2:] != shapes[1][2:]:
+            expected = " and ".join(f"(B, {len(present)}, h, w, {self.dim})" for present in given)
             raise ValueError(
                 f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of "
-                f"{grid}: they must be (B, {counts[0]}, h, w, {self.dim}) and (B, {counts[1]}, h, w, {self.dim}), "
-                "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w))."
+                f"{grid}: they must be {expected}, rows*cols tiles each unless `live` names those present. Flattened "
+                "tokens need .unflatten(2, (h, w))."
             )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
@@ -412,5 +408,5 @@ class DualPerspectiveEnhance(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, pairing={self.pairing!r}, enhance={self.enhance!r}, source={self.source!r}, "
-            f"readout={self.readout!r}, gate={self.gate is not None}, low_pass={self.low_pass}"
+            f"readout={self.readout!r}, gate={self.gate is not None}"
         )

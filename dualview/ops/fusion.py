@@ -3,28 +3,49 @@
 Every fusion is built from the width D alone and called with two maps, ``fusion(v_loc, v_glo)``, each
 (..., H, W, D). Where the paper names a fusion without a formula, our reading stands in its docstring.
 
-A fusion declares how far it looks and whether it is linear, so that only what is read of its output need be computed:
-class attributes ``radius`` (0: token by token) and ``linear`` (linear, or affine, in both maps together); ``windows``,
-if it can be called with ``windows=True`` on the surroundings of each token, side by side; ``cells``, if it can be
-called with ``cell=(r, s)`` for the mean of every r x s neighbouring tokens. A module without them works too, with
-nothing skipped before it.
+A fusion declares what it needs, so that only what is read of its output need be computed (`DeclaresReach`). A module
+that declares nothing works too, with nothing skipped before it.
 """
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dualview.kernels.dispatch import choose
-from dualview.ops.gather import mean_of_cells
+
+class DeclaresReach(Protocol):
+    """What a fusion may declare, as attributes or properties.
+
+    Attributes:
+        radius: How many tokens around a token it looks; 0 if it works token by token.
+        linear: Whether it is linear, or affine, in both maps together, so that an average may be taken before it. Its
+            word is taken as long as nothing is hooked on it and every module inside is a plain layer of torch, or says
+            ``linear`` itself.
+    """
+
+    radius: int
+    linear: bool
+
+
+def declared(fusion: nn.Module, name: str) -> Any:
+    """What a fusion declares under a name, or None.
+
+    A class that has a ``forward`` of its own does not inherit what was said of another one.
+    """
+    if name in vars(fusion):
+        return getattr(fusion, name)
+    for cls in type(fusion).__mro__:
+        if name in vars(cls):
+            return getattr(fusion, name)
+        if "forward" in vars(cls):
+            return None
+    return None
 
 
 class LinearConcatFusion(nn.Module):
     """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
-
-    With ``values`` the maps are still to be multiplied by W_v of the local and of the global direction, (D, D) each,
-    and these are folded into the two layers.
 
     Args:
         dim: Width D, even.
@@ -56,18 +77,15 @@ class LinearConcatFusion(nn.Module):
         self.local_proj.reset_parameters()
         self.global_proj.reset_parameters()
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor, *, values: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if values is None:
-            return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
-        of_global = F.linear(v_glo, self.global_proj.weight @ values[1])
-        return torch.cat([of_global, F.linear(v_loc, self.local_proj.weight @ values[0])], dim=-1)
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
 
 
 class BottleneckConcatFusion(nn.Module):
     """The fusion of the released weights: bottlenecks, concatenation [local; global], residuals, LayerNorm.
 
     LayerNorm([b_loc(V_loc); b_glo(V_glo)] + V_glo + V_loc), where each b is Linear(D, D/16) - GELU - Linear(D/16, D/2).
-    With a ``cell``, the mean of every r x s neighbouring tokens of that, which the kernel takes in the same pass.
 
     Args:
         dim: Width D, a multiple of 16.
@@ -75,7 +93,7 @@ class BottleneckConcatFusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_loc, v_glo: (..., D) -> (..., D); with ``cell`` (r, s), (..., r*h, s*w, D) -> (..., h, w, D)
+        v_loc, v_glo: (..., D) -> (..., D)
 
     Raises:
         ValueError: ``dim`` is no multiple of 16.
@@ -87,7 +105,6 @@ class BottleneckConcatFusion(nn.Module):
 
     radius = 0
     linear = False
-    cells = True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -109,19 +126,11 @@ class BottleneckConcatFusion(nn.Module):
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor, *, cell: tuple[int, int] = (1, 1)) -> Tensor:
-        maps = v_loc, v_glo, self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)
-        if choose("fuse_norm", *maps, *self.norm.parameters()).name == "triton":
-            from dualview.kernels.fuse_norm import fuse_norm
-
-            planes = [x[None, None] for x in maps]  # whatever leads, there are rows and columns
-            out = fuse_norm(*planes, *self.norm.parameters(), cell=cell, eps=self.norm.eps, backend="triton")
-            return out.squeeze((0, 1))
-        fused: Tensor = self.norm(torch.cat(maps[2:], dim=-1) + v_glo + v_loc)
-        if cell == (1, 1):
-            return fused
-        rows, cols = fused.shape[-3:-1]
-        return mean_of_cells(fused, (rows // cell[0], cols // cell[1]))
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        halves = [self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)]
+        fused: Tensor = self.norm(torch.cat(halves, dim=-1) + v_glo + v_loc)
+        return fused
 
 
 class _ParameterFreeFusion(nn.Module):
@@ -156,6 +165,7 @@ class AdditionFusion(_ParameterFreeFusion):
     linear = True
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         return v_glo + v_loc
 
 
@@ -188,6 +198,7 @@ class WeightedAdditionFusion(nn.Module):
         nn.init.zeros_(self.logit)
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         a = self.logit.sigmoid()
         return a * v_glo + (1 - a) * v_loc
 
@@ -212,6 +223,7 @@ class MultiplicationFusion(_ParameterFreeFusion):
     linear = False
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         return v_glo * v_loc
 
 
@@ -235,6 +247,7 @@ class MaxPoolFusion(_ParameterFreeFusion):
     linear = False
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         return torch.maximum(v_glo, v_loc)
 
 
@@ -247,8 +260,7 @@ class Conv3x3Fusion(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        v_loc, v_glo: (B, H, W, D) -> (B, H, W, D); with ``windows``, maps of side by side 3 x 3 surroundings
-        (B, 3H, 3W, D) -> (B, H, W, D)
+        v_loc, v_glo: (B, H, W, D) -> (B, H, W, D)
 
     Example:
         >>> Conv3x3Fusion(8)(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)).shape
@@ -257,7 +269,6 @@ class Conv3x3Fusion(nn.Module):
 
     radius = 1
     linear = True
-    windows = True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -267,12 +278,10 @@ class Conv3x3Fusion(nn.Module):
         """Draw the weights anew."""
         self.conv.reset_parameters()
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor, *, windows: bool = False) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (B, H, W, D), (B, H, W, D) -> (B, H, W, D)"""
         channels_first = torch.cat([v_glo, v_loc], dim=-1).movedim(-1, -3)
-        if windows:
-            fused = F.conv2d(channels_first, self.conv.weight, self.conv.bias, stride=3)
-        else:
-            fused = self.conv(channels_first)
+        fused: Tensor = self.conv(channels_first)
         return fused.movedim(-3, -1)
 
 

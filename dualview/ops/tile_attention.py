@@ -6,11 +6,9 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dualview.kernels import tile_attention as kernel
 from dualview.kernels.dispatch import Backend
-from dualview.ops.attend import attend_rows
-from dualview.ops.gather import Pooling
 
 Init: TypeAlias = Literal["xavier", "identical"]
 
@@ -57,20 +55,19 @@ def tile_attention(
     if num_heads < 1 or query.shape[-1] % num_heads:
         raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width {query.shape[-1]}.")
 
-    rows = [x[None].flatten(0, -3).unflatten(-1, (num_heads, -1)).transpose(1, 2)[None] for x in (query, key, value)]
-    mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
+    def by_tile(x: Tensor) -> Tensor:
+        """(images, tiles, ...): two leading dimensions stay as they are, others count as tiles of one image."""
+        return x if query.dim() == 4 else x.reshape(1, -1, *x.shape[query.dim() - 2 :])
+
+    q, k, v = (by_tile(x).unflatten(-1, (num_heads, -1)) for x in (query, key, value))
+    mask = None if key_mask is None else by_tile(key_mask.expand(key.shape[:-1]))
     scale = float((query.shape[-1] / num_heads) ** -0.5)
-    attended = attend_rows(rows[0], rows[1], rows[2], mask, scale, backend=backend)
-    return attended[0].transpose(1, 2).reshape(query.shape)
+    attended = kernel.tile_attention(q.unsqueeze(2), k, v, scale=scale, key_mask=mask, backend=backend)
+    return attended.reshape(query.shape)
 
 
 class TileAttention(nn.Module):
     """Projections, [`tile_attention`][dualview.tile_attention], and what follows it up to the enhanced tile.
-
-    The call takes what a plan decides, none of which changes the result: ``absorb`` projects the queries into key space
-    in place of the keys, with one matrix if that is given as ``folded``; ``pool`` averages inside. ``project=False``
-    stops before W_v, for one head and where nothing else follows. With ``key_at``, ``key`` holds tokens in any order,
-    (B, tokens, D), of which those at ``key_at`` (T, K) are the keys of each tile.
 
     Args:
         dim: Width D of the tokens.
@@ -113,7 +110,7 @@ class TileAttention(nn.Module):
             raise ValueError(f"num_heads={num_heads} must be a positive divisor of dim={dim}, and that at least 1.")
         if init not in ("xavier", "identical"):
             raise ValueError(f'init={init!r}: must be "xavier" or "identical".')
-        self.num_heads, self.residual, self.init = num_heads, residual, init
+        self.dim, self.num_heads, self.residual, self.init = dim, num_heads, residual, init
 
         def linear() -> nn.Linear:
             return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
@@ -136,104 +133,30 @@ class TileAttention(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_mask: Tensor | None = None,
-        *,
-        key_at: Tensor | None = None,
-        absorb: bool = False,
-        folded: Tensor | None = None,
-        pool: Pooling | None = None,
-        project: bool = True,
-    ) -> Tensor:
-        if query.dim() != 4:  # any leading dimensions count as tiles
-            queries, keys = (x[None].flatten(0, -3)[None] for x in (query, key))
-            mask = None if key_mask is None else key_mask.expand(key.shape[:-1]).reshape(1, -1, key.shape[-2])
-            tiles = self.forward(queries, keys, mask, absorb=absorb, folded=folded, project=project)
-            return tiles.reshape(query.shape)
-        if key_mask is not None and key_at is None:
-            key_mask = key_mask.expand(key_mask.shape[0] if key_mask.dim() == 3 else 1, *key.shape[1:3])
-        attended = self._attend(query, key, key_mask, key_at, absorb=absorb, folded=folded, pool=pool)
-        if absorb and project:
-            attended = self._project_values(attended, query, key_mask, pool)
-        enhanced: Tensor = attended.flatten(-2)
-        if self.out_proj is not None:
-            enhanced = self.out_proj(enhanced)
-        if self.residual:
-            enhanced = enhanced + (query if pool is None else pool.tokens(query))
-        return enhanced if self.norm is None else self.norm(enhanced)
+    def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Enhance the tiles of one map by those of another.
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_mask: Tensor | None,
-        key_at: Tensor | None,
-        *,
-        absorb: bool,
-        folded: Tensor | None,
-        pool: Pooling | None,
-    ) -> Tensor:
-        """What every query and head collects: of the values, or if absorbed of the keys as they are.
+        Args:
+            query: Tiles that ask.
+            key: Tiles that answer.
+            key_mask: True where a key may be attended to.
 
         Shape:
-            (B, T, Q, D), (B, T, K, D) -> (B, T, Q, heads, D / heads), or (..., heads, D) if absorbed
+            query: (..., Q, D), key: (..., K, D), key_mask: broadcastable to (..., K) -> (..., Q, D)
+
+        Raises:
+            ValueError: The widths or leading dimensions do not fit each other.
         """
-        scale = float((query.shape[-1] / self.num_heads) ** -0.5)
-        if absorb:  # all heads ask the same keys
-            shared = key.unsqueeze(2) if key_at is None else key
-            rows = self._absorbed_queries(query, folded)
-            per_head = attend_rows(rows, shared, shared, key_mask, scale, pool, key_at)
-        else:
-            q, k, v = (
-                x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3)
-                for x in (self.q_proj(query), self.k_proj(key), self.v_proj(key))
-            )
-            per_head = attend_rows(q, k, v, key_mask, scale, pool)
-        by_query: Tensor = per_head.transpose(2, 3)
-        return (
-            by_query
-            if pool is None or pool.inside
-            else pool.tokens(by_query.flatten(-2)).unflatten(-1, by_query.shape[-2:])
-        )
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
+        return self.finish(tile_attention(q, k, v, num_heads=self.num_heads, key_mask=key_mask), query)
 
-    @property
-    def value_matrix(self) -> Tensor | None:
-        """W_v, if it alone follows the softmax: one head, and no bias, output projection, residual or norm."""
-        after = (self.v_proj.bias, self.out_proj, self.norm)
-        alone = self.num_heads == 1 and not self.residual and all(part is None for part in after)
-        return self.v_proj.weight if alone else None
-
-    @property
-    def query_key_matrix(self) -> Tensor:
-        """W_q W_k^T of one head, as a weight of `torch.nn.functional.linear`."""
-        return self.k_proj.weight.t() @ self.q_proj.weight
-
-    def _absorbed_queries(self, query: Tensor, folded: Tensor | None) -> Tensor:
-        """(q W_q + b_q) W_k^T per head, (B, T, heads, Q, D): the keys then need no projection.
-
-        Their bias b_k would add one constant to all scores of a query, which the softmax drops.
-        """
-        weight = self.k_proj.weight
-        if folded is not None:
-            bias = None if self.q_proj.bias is None else self.q_proj.bias @ weight
-            return F.linear(query, folded, bias).unsqueeze(2)
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))
-        return torch.einsum("btqhe,hed->bthqd", q, weight.unflatten(0, (self.num_heads, -1)))
-
-    def _project_values(self, attended: Tensor, query: Tensor, key_mask: Tensor | None, pool: Pooling | None) -> Tensor:
-        """(P x) W_v + b_v per head, for the rows of P sum to one; where all keys are masked they sum to zero."""
-        weight = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
-        values = torch.einsum("btqhd,hed->btqhe", attended, weight)
-        if self.v_proj.bias is None:
-            return values
-        bias: Tensor = self.v_proj.bias.unflatten(0, (self.num_heads, -1)).to(values.dtype)  # as under autocast
-        if key_mask is None:
-            return values + bias
-        sums = key_mask.any(-1)[:, :, None, None].to(values.dtype).expand(*query.shape[:3], 1)
-        return values + (sums if pool is None else pool.tokens(sums)).unsqueeze(-1) * bias
+    def finish(self, attended: Tensor, query: Tensor) -> Tensor:
+        """What follows the attention: output projection, residual and norm, as far as there are any. (..., Q, D)"""
+        if self.out_proj is not None:
+            attended = self.out_proj(attended)
+        if self.residual:
+            attended = attended + query
+        return attended if self.norm is None else self.norm(attended)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, residual={self.residual}, init={self.init!r}"
+        return f"dim={self.dim}, num_heads={self.num_heads}, residual={self.residual}, init={self.init!r}"

@@ -43,7 +43,6 @@ EVERY_OPTION = {
     "residual": True,
     "norm": True,
     "gate": True,
-    "low_pass": True,
     "num_heads": 2,
 }
 LEARNT: dict[str, Layer] = {

@@ -164,7 +164,7 @@ class TestModule:
 
     def test_prints_its_arguments(self) -> None:
         text = dv.TileAttention(8, num_heads=2, residual=True).extra_repr()
-        assert text == "num_heads=2, residual=True, init='xavier'"
+        assert text == "dim=8, num_heads=2, residual=True, init='xavier'"
 
     def test_every_weight_has_a_gradient(self) -> None:
         module = dv.TileAttention(8, num_heads=2, bias=True, out_proj=True, residual=True, norm=True)

@@ -1,0 +1,302 @@
+"""How the products of the live tokens are arranged: a question of cost, answered per device by estimated time.
+
+For queries x, keys y and the projections of one head, scores and results may be made in several ways,
+
+    scores:   (x W_q) (y W_k)^T  =  ((x W_q) W_k^T) y^T  =  (x (W_q W_k^T)) y^T
+    results:  mean_i P_i (y W_v)  =  (mean_i P_i) (y W_v)  =  ((mean_i P_i) y) W_v
+
+all equal in exact arithmetic (the bias of the keys adds one constant to the scores of a query, which the softmax drops,
+and the rows of P sum to one). Few queries against many keys need fewer operations if the keys are not projected; but no
+attention kernel is as fast for wide heads as for narrow ones, so that operations alone do not decide.
+
+Time is estimated from rates of a device, by kind of work (rates.json, with the source of every figure). Where there are
+no rates nothing is rearranged. Nor is anything where a layer is not what its class made it: a layer that is wrapped,
+hooked, quantised, offloaded or replaced is called, and its weights are never read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import product
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as module_hooks
+
+from dualview.kernels.dispatch import capability
+from dualview.ops.fusion import LinearConcatFusion, declared
+from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
+from dualview.ops.tile_attention import TileAttention
+
+Pool: TypeAlias = Literal["tiles", "cells", "map"] | None
+
+
+class Arrangement(NamedTuple):
+    """How one direction is computed.
+
+    Attributes:
+        absorb: Queries are projected into the space of the keys, and the keys not at all.
+        fold: Absorbed with one head: W_q W_k^T is one matrix.
+        pool: Where the average of the readout is taken, before W_v and all that follows: over "tiles" (cut by strides,
+            the tokens of a cell lie at one place of all tiles), over "cells" of each tile's attention rows (cut by
+            blocks of whole cells), on the "map" of what was collected (cells lie across blocks), or not here.
+    """
+
+    absorb: bool = False
+    fold: bool = False
+    pool: Pool = None
+
+
+class Products(NamedTuple):
+    """How all directions are computed.
+
+    Attributes:
+        directions: One arrangement for each direction of the plan.
+        fold_values: Whether W_v is folded into the linear layers of the fusion.
+        seconds: Estimated time for one image; None where the device has no rates.
+    """
+
+    directions: tuple[Arrangement, ...]
+    fold_values: bool = False
+    seconds: float | None = None
+
+    @classmethod
+    def as_written(cls, directions: int) -> Products:
+        """Every direction as the equations stand."""
+        return cls((Arrangement(),) * directions)
+
+
+class Rates(NamedTuple):
+    """What a device does per second, and what a launch costs.
+
+    Attributes:
+        dense: Operations of products with weights; a multiply-addition is two.
+        attention: Operations of unpooled attention, by width of a head: (widest, operations), rising.
+        pooled: Operations of attention whose rows are averaged inside.
+        launch: Seconds that every further operation costs.
+    """
+
+    dense: float
+    attention: tuple[tuple[int, float], ...]
+    pooled: float
+    launch: float
+
+
+def records() -> list[dict[str, Any]]:
+    """The committed rates as they stand in the file, each with its source."""
+    found: dict[str, Any] = json.loads(files(__package__).joinpath("rates.json").read_text(encoding="utf-8"))
+    return list(found["records"])
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """The committed rates of a device for operands of a type, None where there are none."""
+    name, of_type = device.type, str(dtype).removeprefix("torch.")
+    if name == "cuda" and (found := capability(device)) is not None:
+        name = f"cuda sm_{found[0]}{found[1]}"
+    for record in records():
+        if record["device"] == name and of_type in record["dtypes"]:
+            attention = tuple((width, rate) for width, rate in record["attention"])
+            return Rates(record["dense"], attention, record["pooled"], record["launch"])
+    return None
+
+
+class Layers(NamedTuple):
+    """What of the layers of one direction decides.
+
+    Attributes:
+        dim: Width D of the tokens.
+        heads: Number of heads.
+        out_proj: Whether a linear layer follows the attention.
+        linear: Whether nothing but linear layers follows the softmax.
+        values_alone: Whether nothing but W_v does.
+    """
+
+    dim: int
+    heads: int
+    out_proj: bool
+    linear: bool
+    values_alone: bool
+
+
+def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.Module, like: Tensor) -> Products:
+    """How the directions are computed by these layers, for tokens of the type and on the device of ``like``.
+
+    Args:
+        spec: What decides which tokens live.
+        attentions: The attention of each direction of the plan.
+        fusion: What merges the directions.
+        like: A tensor of tokens.
+    """
+    if not all(readable(attention, like) for attention in attentions):
+        return Products.as_written(len(attentions))
+    device = like.device.type
+    autocast = not like.is_meta and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
+    linear = type(fusion) is nn.Linear or (declared(fusion, "radius") == 0 and declared(fusion, "linear"))
+    commutes = bool(linear) and as_declared(fusion, like)
+    return choose_products(
+        spec,
+        tuple(sizes_of(attention) for attention in attentions),
+        like.device,
+        dtype,
+        shared=attentions[0] is attentions[-1],
+        commutes=commutes,
+        concat=type(fusion) is LinearConcatFusion,
+        fusion_weights=sum(p.numel() for p in fusion.parameters()) if commutes else 0,
+    )
+
+
+Sizes: TypeAlias = tuple[int, int, bool, bool, bool]
+"""The values of `Layers` in a plain tuple, which a compiler takes as a constant."""
+
+
+def sizes_of(attention: TileAttention) -> Sizes:
+    """What of an attention decides."""
+    after = (attention.v_proj.bias, attention.out_proj, attention.norm)
+    alone = attention.num_heads == 1 and not attention.residual and all(part is None for part in after)
+    return attention.dim, attention.num_heads, attention.out_proj is not None, attention.norm is None, alone
+
+
+@constant
+def choose_products(
+    spec: EnhanceSpec,
+    sizes: tuple[Sizes, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shared: bool,
+    commutes: bool,
+    concat: bool,
+    fusion_weights: int,
+) -> Products:
+    """The arrangement with the least estimated time for one image; none without rates.
+
+    Args:
+        spec: What decides which tokens live.
+        sizes: Those of the layers of each direction.
+        device: Where they are.
+        dtype: Type of the operands.
+        shared: Whether both directions have the same layers.
+        commutes: Whether the fusion may be applied to averages.
+        concat: Whether it is the linear concatenation, into which W_v can be folded.
+        fusion_weights: Its parameters, if it commutes: its multiply-additions per token.
+    """
+    plan, rates, layers = plan_enhance(*spec), rates_of(device, dtype), [Layers(*values) for values in sizes]
+    if rates is None:
+        return Products.as_written(len(layers))
+    averaged = plan.averages and commutes and all(layer.linear for layer in layers)
+    timed = [
+        candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
+        for candidate in _candidates(plan, layers, averaged=averaged, concat=concat)
+    ]
+    return min(timed, key=lambda candidate: candidate.seconds or 0.0)
+
+
+def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool) -> Iterator[Products]:
+    """Every arrangement that gives the same result."""
+    for pooled in (False, True) if averaged else (False,):
+        ways = []
+        for d, layer in zip(plan.directions, layers, strict=True):
+            pool = _pool(d, plan) if pooled else None
+            foldable = (False, True) if layer.heads == 1 else (False,)
+            ways.append([Arrangement(False, False, pool), *(Arrangement(True, fold, pool) for fold in foldable)])
+        for directions in product(*ways):
+            yield Products(directions)
+            if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
+                yield Products(directions, fold_values=True)
+
+
+def _pool(d: DirectionPlan, plan: EnhancePlan) -> Pool:
+    """The earliest place where the tokens of a cell can be averaged."""
+    if d.cut == "global":
+        return "tiles"
+    whole_cells = all(size % tiles == 0 for size, tiles in zip(plan.tokens, plan.pair, strict=True))
+    return "cells" if whole_cells else "map"
+
+
+def seconds_of(
+    plan: EnhancePlan, layers: list[Layers], chosen: Products, rates: Rates, shared: bool, fusion_weights: int
+) -> float:
+    """Estimated time of one image, from the tokens to the fused map; other arguments as for `choose_products`."""
+    dim, pooled_tokens = layers[0].dim, plan.tokens[0] * plan.tokens[1]
+    folds = sum(a.fold for a in chosen.directions)
+    dense = (min(folds, 1) if shared else folds) * dim**3 + chosen.fold_values * dim**3
+    seconds = 0.0
+    for d, layer, a in zip(plan.directions, layers, chosen.directions, strict=True):
+        queries, keys = d.num_tiles * d.queries, d.num_tiles * d.keys
+        results = pooled_tokens if a.pool else queries
+        projections = queries + results * layer.out_proj  # rows that meet a matrix of d x d
+        if a.absorb:
+            projections += (not a.fold) * queries + (not chosen.fold_values) * results
+        else:
+            projections += 2 * keys
+        dense += projections * dim**2
+        inside = a.pool in ("tiles", "cells")
+        meet_values = results if a.pool == "cells" else queries
+        scores = (queries + meet_values) * d.keys * dim * (layer.heads if a.absorb else 1)
+        rate = rates.pooled if inside else _rate_of_width(rates, dim if a.absorb else dim // layer.heads)
+        seconds += 2 * scores / rate + (12 if inside else 8) * rates.launch
+    pooled = chosen.directions[0].pool is not None
+    dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
+    return seconds + 2 * dense / rates.dense
+
+
+def _rate_of_width(rates: Rates, width: int) -> float:
+    return next((rate for widest, rate in rates.attention if width <= widest), rates.attention[-1][1])
+
+
+# --- What may be read ------------------------------------------------------------------------------------------------
+
+
+def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
+    """Whether calling a layer does what its class says, with parameters of its own on the device of ``like``.
+
+    False for layers with hooks (but those made in the module ``but_of``), parametrisations, a forward of the instance,
+    hooks of accelerate, and for weights that are offloaded, sharded, quantised or replaced by other tensors.
+    """
+    kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    hooked = any(getattr(hook, "__module__", None) != but_of for hooks in kinds for hook in hooks.values())
+    if hooked or _global_hook() or "forward" in vars(layer) or hasattr(layer, "_hf_hook"):
+        return False
+    parameters = [p for p in layer._parameters.values() if p is not None]
+    return all(_plain(p) and p.device == like.device for p in parameters)
+
+
+def _global_hook() -> bool:
+    """Whether there is a hook on all modules, other than those by which torch's own tools count and trace."""
+    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    hooks = [hook for name in names for hook in getattr(module_hooks, f"_global_{name}").values()]
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
+
+
+def _plain(parameter: Tensor) -> bool:
+    """A parameter of no other kind of tensor; fake ones stand for plain ones while costs are counted."""
+    return isinstance(parameter, nn.Parameter) and type(parameter) in (nn.Parameter, FakeTensor)
+
+
+def readable(attention: TileAttention, like: Tensor) -> bool:
+    """Whether the layers of an attention may be read, or called in another order."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    linear = all(type(layer) is nn.Linear and untouched(layer, like) for layer in layers if layer is not None)
+    norm: Any = attention.norm
+    return (
+        type(attention) is TileAttention
+        and untouched(attention, like)
+        and linear
+        and (norm is None or (type(norm) is nn.LayerNorm and untouched(norm, like)))
+    )
+
+
+LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList)
+
+
+def as_declared(fusion: nn.Module, like: Tensor) -> bool:
+    """Whether a fusion that says it is linear still is: nothing hooked on, no layer inside replaced."""
+    return all(
+        untouched(layer, like) and (type(layer) in LINEAR_LAYERS or bool(declared(layer, "linear")))
+        for layer in fusion.modules()
+    )

@@ -1,0 +1,265 @@
+"""Enhance the live tokens: bring them together as tiles, compute each direction, put back, fuse and read out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from dualview.geometry import Perspective, Size, TileGrid, check_size, split_axis
+from dualview.kernels.tables import listed, table
+from dualview.ops.fusion import LinearConcatFusion
+from dualview.ops.planned.attention import attend_arranged, fuse_with_values, project_values, query_key_matrix
+from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan
+from dualview.ops.planned.products import Arrangement, Products
+from dualview.ops.tile_attention import TileAttention
+from dualview.ops.tiling import crop, recombine, retile
+
+
+class TileMap(NamedTuple):
+    """A token map as tiles of one perspective, of which some may be absent.
+
+    Attributes:
+        tiles: (B, present tiles, h, w, D).
+        perspective: How the map is cut.
+        present: Which tiles of the grid they are.
+    """
+
+    tiles: Tensor
+    perspective: Perspective
+    present: tuple[int, ...]
+
+
+def enhance_live(
+    plan: EnhancePlan,
+    grid: TileGrid,
+    products: Products,
+    attentions: list[TileAttention],
+    fusion: nn.Module,
+    maps: Mapping[Perspective, list[TileMap]],
+    masks: Mapping[Perspective, Tensor | None],
+) -> Tensor:
+    """The fused and read out map, from live tokens alone.
+
+    Args:
+        plan: The live tokens.
+        grid: Rows and columns of tiles.
+        products: How they are computed.
+        attentions: The attention of each direction of the plan.
+        fusion: What merges the directions.
+        maps: The maps that play each role; the tokens of two are added.
+        masks: Which tokens of the map in each role may be attended to, (B or 1, H, W).
+
+    Shape:
+        (B, h, w, D), or (B, H, W, D) if the readout reads everything and averages nothing
+    """
+    folded: dict[TileAttention, Tensor] = {}  # both directions may share one matrix
+    enhanced = []
+    for d, a, attention in zip(plan.directions, products.directions, attentions, strict=True):
+        if a.fold and attention not in folded:
+            folded[attention] = query_key_matrix(attention)
+        matrix = folded.get(attention) if a.fold else None
+        values = not products.fold_values
+        enhanced.append(enhance_direction(plan, d, grid, a, attention, maps, masks, matrix, project=values))
+    if products.fold_values:
+        return fuse_with_values(cast(LinearConcatFusion, fusion), enhanced, attentions)
+    if plan.looks_around:  # the fusion looks around, so it gets whole maps, with zeros where nothing is read
+        size = grid.map_size(plan.tokens)
+        fused = select(
+            select(fusion(*(on_full_map(x, plan, size) for x in enhanced)), 1, plan.read[0]), 2, plan.read[1]
+        )
+    else:
+        fused = fusion(*enhanced)
+    return mean_of_cells(fused, plan.tokens) if plan.averages else fused
+
+
+def enhance_direction(
+    plan: EnhancePlan,
+    d: DirectionPlan,
+    grid: TileGrid,
+    a: Arrangement,
+    attention: TileAttention,
+    maps: Mapping[Perspective, list[TileMap]],
+    masks: Mapping[Perspective, Tensor | None],
+    folded: Tensor | None,
+    *,
+    project: bool = True,
+) -> Tensor:
+    """One enhanced map: its tokens that the fusion reads, or the average of each cell; without W_v unless ``project``.
+
+    Shape:
+        (B, live rows, live columns, D), or (B, h, w, D) averaged
+    """
+    keys_of = KEYS_OF_QUERY[d.query]
+    query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
+    key_index = None
+    if a.absorb and len(maps[keys_of]) == 1 and maps[keys_of][0].perspective != d.cut:
+        key = maps[keys_of][0].tiles.flatten(1, 3)  # unprojected keys stay in the order of their own tiles
+        key_index = token_index(maps[keys_of][0], d.key_rows, d.key_cols, grid)
+    else:
+        key = _take_sum(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid)
+    mask = masks[keys_of]
+    if mask is not None:
+        live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
+        cut = crop(mask.unsqueeze(-1), grid, d.cut, data_format="channels_last", backend="torch").flatten(2)
+        mask = select(cut, 1, live)
+    if a == Arrangement():
+        return put_back(attention(query, key, mask), d.query_rows, d.query_cols, d.cut, grid)
+
+    cells = Cells(plan, d, grid, a)
+    query = cells.group(query)
+    collected = attend_arranged(attention, a, query, key, mask, key_index, members=cells.members, folded=folded)
+    collected = cells.average(collected.flatten(3), inside=True).unflatten(-1, collected.shape[3:])
+    if a.absorb and project:
+        attended = None
+        if mask is not None:
+            any_key = mask.any(-1)[:, :, None, None].to(query.dtype)
+            attended = cells.average(any_key.expand(-1, -1, query.shape[2], -1))
+        collected = project_values(attention, collected, attended)
+    tokens = attention.finish(collected.flatten(3), cells.average(query) if attention.residual else query)
+    return cells.map_of(tokens)
+
+
+class Cells:
+    """Where one direction takes the average of the readout's cells.
+
+    Queries that are averaged inside a tile are put in order first, those of one cell ``members`` apart.
+    """
+
+    def __init__(self, plan: EnhancePlan, d: DirectionPlan, grid: TileGrid, a: Arrangement) -> None:
+        self.plan, self.d, self.grid, self.pool = plan, d, grid, a.pool
+        self.members = plan.cell[0] * plan.cell[1] if a.pool == "cells" else 1
+
+    def group(self, query: Tensor) -> Tensor:
+        """Queries of one cell of a tile ``members`` apart. (B, T, Q, D), unchanged"""
+        if self.pool != "cells":
+            return query
+        rows = self.d.query_rows.per_tile // self.plan.cell[0]
+        pattern = "b t (i r j s) d -> b t (r s i j) d"
+        grouped: Tensor = rearrange(query, pattern, i=rows, r=self.plan.cell[0], s=self.plan.cell[1])
+        return grouped
+
+    def average(self, x: Tensor, *, inside: bool = False) -> Tensor:
+        """The mean over each cell; ``inside``: of what the attention has already averaged inside. (B, T, Q, C)"""
+        if self.pool == "map":
+            d = self.d
+            whole = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
+            return mean_of_cells(whole, self.plan.tokens).flatten(1, 2).unsqueeze(1)
+        if inside or self.pool is None:
+            return x
+        if self.pool == "tiles":
+            return x.mean(1, keepdim=True)
+        mean: Tensor = x.unflatten(2, (self.members, -1)).mean(2)
+        return mean
+
+    def map_of(self, x: Tensor) -> Tensor:
+        """The tokens of all tiles as one map. (B, T, Q, C) -> (B, rows, columns, C)"""
+        d = self.d
+        if self.pool is None:
+            return put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
+        if self.pool == "cells":
+            h, w = self.grid.tile_size(self.plan.tokens)
+            return recombine(x.unflatten(2, (h, w)), self.grid, "local", data_format="channels_last")
+        whole: Tensor = x.squeeze(1).unflatten(1, self.plan.tokens)
+        return whole
+
+
+# --- Tokens to tiles and back -----------------------------------------------------------------------------------------
+
+
+def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """The tokens at ``rows`` x ``cols`` as tiles of perspective ``cut``.
+
+    Shape:
+        (B, present tiles, h, w, D) -> (B, tiles, tokens per tile, D)
+    """
+    wanted = [i * grid.cols + j for i in rows.tiles for j in cols.tiles]
+    if rows.whole and cols.whole:
+        if source.perspective == cut:
+            return select(source.tiles, 1, [source.present.index(tile) for tile in wanted]).flatten(2, 3)
+        if len(source.present) == len(wanted) == grid.num_tiles:
+            whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
+            return whole.flatten(2, 3)
+    index = token_index(source, rows, cols, grid)
+    taken: Tensor = source.tiles.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return taken
+
+
+def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    taken = [take_tiles(tile_map, rows, cols, cut, grid) for tile_map in maps]
+    return taken[0] if len(taken) == 1 else taken[0] + taken[1]
+
+
+def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """What `take_tiles` took, with new contents, as the map of the live rows and columns.
+
+    Shape:
+        (B, tiles, tokens per tile, D) -> (B, live rows, live columns, D)
+    """
+    split = tiles.unflatten(2, (rows.per_tile, cols.per_tile))
+    if rows.whole and cols.whole and tiles.shape[1] == grid.num_tiles:
+        return recombine(split, grid, cut, data_format="channels_last")
+    plane = split.unflatten(1, (len(rows.tiles), len(cols.tiles))).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return select(select(plane, 1, rows.index), 2, cols.index)
+
+
+def token_index(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor:
+    """Which of all tokens of a map `take_tiles` takes: (tiles, tokens per tile)."""
+    size = check_size(source.tiles.shape[2:4], "token map")
+    return table(_token_index, source.perspective, source.present, rows, cols, grid, size, like=source.tiles)
+
+
+def _token_index(
+    device: torch.device,
+    perspective: Perspective,
+    present: tuple[int, ...],
+    rows: AxisCut,
+    cols: AxisCut,
+    grid: TileGrid,
+    size: Size,
+) -> Tensor:
+    (h, w), order = size, {tile: k for k, tile in enumerate(present)}
+    tile_rows, offset_rows = _tile_and_offset(perspective, rows, grid.rows, h)
+    tile_cols, offset_cols = _tile_and_offset(perspective, cols, grid.cols, w)
+    tiles = torch.tensor([[order[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
+    u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
+    pattern = "(i u) (j v) -> (i j) (u v)"
+    index: Tensor = rearrange((tiles * h + u) * w + v, pattern, i=len(rows.tiles), j=len(cols.tiles))
+    return index
+
+
+def _tile_and_offset(perspective: Perspective, cut: AxisCut, tiles: int, size: int) -> tuple[list[int], list[int]]:
+    """Tile and offset of every gathered position, as the map is cut now."""
+    (_, inner), tile_factor = split_axis(perspective, tiles, size)
+    pairs = [divmod(position, inner) for position in cut.positions]
+    tile, offset = ([pair[part] for pair in pairs] for part in (tile_factor, 1 - tile_factor))
+    return tile, offset
+
+
+def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
+    """The live tokens on a map of zeros. (B, fused rows, fused columns, D) -> (B, H, W, D)"""
+    if plane.shape[1:3] == size:
+        return plane
+    rows, cols = (table(listed, positions, like=plane) for positions in plan.fused)
+    full = plane.new_zeros(plane.shape[0], *size, plane.shape[-1])
+    full[:, rows[:, None], cols] = plane
+    return full
+
+
+def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
+    """The mean of the tokens read of each cell. (..., h * r, w * c, D) -> (..., h, w, D)"""
+    if tuple(plane.shape[-3:-1]) == size:
+        return plane
+    mean: Tensor = reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
+    return mean
+
+
+def select(x: Tensor, dim: int, wanted: list[int] | tuple[int, ...]) -> Tensor:
+    """Entries of one dimension; a view, or ``x`` itself, where they are consecutive."""
+    first = wanted[0] if wanted else 0
+    if list(wanted) == list(range(first, first + len(wanted))):
+        return x if len(wanted) == x.shape[dim] else x.narrow(dim, first, len(wanted))
+    return x.index_select(dim, table(listed, tuple(wanted), like=x))

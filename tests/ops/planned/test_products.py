@@ -1,0 +1,251 @@
+"""How products are arranged: by estimated time, from rates; and only of layers that are what their class made them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dualview as dv
+from dualview.ops.planned import products
+from dualview.ops.planned.products import Arrangement, Layers, Products, rates_of, seconds_of, sizes_of
+from tests.ops.planned.rates import MACHINES, machine
+
+LIKE = torch.empty(0)
+
+
+def features(grid: tuple[int, int], tokens: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
+    shape = (1, grid[0] * grid[1], *tokens, dim)
+    return torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+
+class TestByCountingOperations:
+    """Where every kind of work is equally fast."""
+
+    def test_few_queries_are_absorbed(self) -> None:
+        dem = dv.DualPerspectiveEnhance.released(1024)
+        with machine("operations count"):
+            assert [a.absorb for a in dem.products((3, 3), (24, 24), LIKE).directions] == [False, True]
+            # 144 queries of 8 heads: 2 * 576 for keys and values, against 2 * 144 + 2 * 7 * 144 * 576 / 1024
+            assert not dem.products((4, 4), (24, 24), LIKE).directions[1].absorb
+
+    @pytest.mark.parametrize("tokens, pool", [((2, 3), "cells"), ((3, 2), "map")])
+    @pytest.mark.parametrize("dim, in_blocks, in_strides", [(8, 0, 0), (10, 1, 0), (14, 1, 0), (16, 1, 1)])
+    def test_fewer_rows_of_attention_are_absorbed_sooner(
+        self, dim: int, in_blocks: int, in_strides: int, tokens: tuple[int, int], pool: str
+    ) -> None:
+        """Two heads, 6 tokens in 6 tiles: 2 * 6 * 6 < 5 d, and over cells, 6 rows in place of 36, 7 * 6 < 5 d."""
+        with machine("operations count"):
+            found = dv.DualPerspectiveEnhance.paper(dim, num_heads=2).products((2, 3), tokens, LIKE).directions
+        expected = [(pool, bool(in_blocks if pool == "cells" else in_strides)), ("tiles", bool(in_strides))]
+        assert [(a.pool, a.absorb) for a in found] == expected
+        assert not any(a.fold for a in found), "one matrix is for one head"
+
+    @pytest.mark.parametrize(
+        "shared, dim, folds", [(False, 46, True), (False, 48, False), (True, 94, True), (True, 96, False)]
+    )
+    def test_one_matrix_pays_where_queries_outnumber_channels(self, shared: bool, dim: int, folds: bool) -> None:
+        """48 queries; a matrix that both directions share is made once."""
+        dem = dv.DualPerspectiveEnhance.paper(dim, share_weights=shared)
+        with machine("operations count"):
+            found = dem.products((2, 3), (2, 4), LIKE).directions
+        assert [(a.absorb, a.fold) for a in found] == [(True, folds)] * 2
+
+    @pytest.mark.parametrize("tokens", [(2, 4), (3, 3)])
+    @pytest.mark.parametrize(
+        "chosen", [{}, {"share_weights": False}, {"residual": True}, {"bias": True}, {"out_proj": True}]
+    )
+    def test_values_are_folded_where_nothing_else_follows(
+        self, chosen: dict[str, bool], tokens: tuple[int, int]
+    ) -> None:
+        """And where there are more pooled tokens than half the width, 16."""
+        dem = dv.DualPerspectiveEnhance.paper(16, **chosen)
+        with machine("operations count"):
+            folds = dem.products((2, 3), tokens, LIKE).fold_values
+        assert folds == (not chosen.keys() - {"share_weights"} and tokens == (3, 3))
+
+    @pytest.mark.parametrize("options, pools", [
+        ({}, ["cells", "tiles"]),
+        ({"fusion": "addition", "residual": True, "out_proj": True, "bias": True}, ["cells", "tiles"]),
+        ({"norm": True}, [None, None]),
+        ({"fusion": "multiplication"}, [None, None]),
+        ({"fusion": "conv3x3"}, [None, None]),
+        ({"readout": "none"}, [None, None]),
+        ({"readout": "centre"}, [None, None]),
+    ])  # fmt: skip
+    def test_averages_are_taken_inside_where_all_that_follows_is_linear(
+        self, options: dict[str, object], pools: list[str | None]
+    ) -> None:
+        dem = dv.DualPerspectiveEnhance.paper(64, **options)
+        with machine("operations count"):
+            assert [a.pool for a in dem.products((3, 3), (6, 6), LIKE).directions] == pools
+
+    def test_cells_across_blocks_are_averaged_on_the_map(self) -> None:
+        with machine("operations count"):
+            found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (5, 6), LIKE).directions
+        assert [a.pool for a in found] == ["map", "tiles"], "cells of 3 rows lie across blocks of 5"
+
+
+def attention_operations(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
+    """Two products, of as many queries, keys and columns."""
+    return 4 * math.prod(query) * key[2]
+
+
+ATTENTION_ON_A_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations}
+
+
+@pytest.mark.parametrize("grid, tokens", [((2, 3), (4, 6)), ((3, 3), (5, 6)), ((4, 4), (8, 8)), ((1, 5), (3, 5))])
+@pytest.mark.parametrize("fastest", [name for name, rates in MACHINES.items() if rates is not None])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_weights": False}, {"num_heads": 4}, {"out_proj": True}, {"fusion": "addition"}],
+)
+def test_what_is_estimated_is_what_is_done(
+    options: dict[str, object], fastest: str, grid: tuple[int, int], tokens: tuple[int, int]
+) -> None:
+    """Counted from outside: operations that run are those that the chosen arrangement was said to have."""
+    dem = dv.DualPerspectiveEnhance.paper(32, **options, dtype=torch.float64)
+    with machine(fastest):
+        chosen = dem.products(grid, tokens, LIKE)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_A_CPU) as done:
+            dem(*features(grid, tokens, 32), grid)
+    layers = [Layers(*sizes_of(attention)) for attention in (dem.attentions[0], dem.attentions[-1])]
+    one_a_second, weights = MACHINES["operations count"], sum(p.numel() for p in dem.fusion.parameters())
+    shared = len(dem.attentions) == 1
+    assert done.get_total_flops() == seconds_of(dem.plan(grid, tokens), layers, chosen, one_a_second, shared, weights)
+
+
+class TestByRates:
+    @pytest.mark.parametrize(
+        "tokens, fastest, absorbs",
+        [
+            ((6, 6), "projections are free", False),
+            ((6, 6), "operations count", True),
+            ((8, 8), "operations count", False),
+            ((8, 8), "attention is free", True),
+        ],
+    )
+    def test_the_machine_decides_how_and_nothing_else(
+        self, tokens: tuple[int, int], fastest: str, absorbs: bool
+    ) -> None:
+        dem, grid = dv.DualPerspectiveEnhance.released(64).double(), (3, 3)
+        given = features(grid, tokens, 64)
+        expected = dem(*given, grid)
+        with machine(fastest):
+            assert [a.absorb for a in dem.products(grid, tokens, LIKE).directions] == [False, absorbs]
+            torch.testing.assert_close(dem(*given, grid), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+    def test_nothing_is_arranged_where_nothing_was_measured(self, device: str) -> None:
+        assert rates_of(torch.device(device), torch.float32) is None
+        with machine("never measured"):
+            found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (6, 6), LIKE)
+        assert found == Products((Arrangement(), Arrangement()))
+
+    def test_full_computation_arranges_nothing(self) -> None:
+        with dv.full_computation():
+            found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (6, 6), LIKE)
+        assert found == Products((Arrangement(), Arrangement()))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("n", [2, 3, 4, 5])
+    def test_a_hopper_gpu_projects_the_keys_of_the_released_module(
+        self, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As measured on an H100: absorbing saves operations there, and takes twice the time."""
+        monkeypatch.setattr(products, "capability", lambda device: (9, 0))
+        hopper = rates_of(torch.device("cuda"), dtype)
+        assert hopper is not None
+        monkeypatch.setitem(MACHINES, "hopper", hopper)
+        with machine("hopper"):
+            found = dv.DualPerspectiveEnhance.released(1024).products((n, n), (24, 24), LIKE)
+            assert not any(a.absorb for a in found.directions)
+            paper = dv.DualPerspectiveEnhance.paper(1024).products((n, n), (24, 24), LIKE)
+            assert all(a.absorb and a.pool for a in paper.directions)
+
+    def test_every_record_says_where_it_comes_from(self) -> None:
+        for record in products.records():
+            assert record["source"]
+            numbers = [record[name] for name in ("dense", "pooled")] + [rate for _, rate in record["attention"]]
+            assert all(math.isfinite(x) and x > 0 for x in numbers)
+            assert record["attention"] == sorted(record["attention"])
+
+
+# --- What may be read -------------------------------------------------------------------------------------------------
+
+
+def hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def pre_hook(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda *_: None)
+
+
+def backward_hook(layer: nn.Module) -> None:
+    layer.register_full_backward_hook(lambda *_: None)
+
+
+def own_forward(layer: nn.Module) -> None:
+    layer.forward = layer.forward
+
+
+def offloaded(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight.to("meta"))
+
+
+def accelerated(layer: nn.Module) -> None:
+    layer._hf_hook = object()
+
+
+def parametrised(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+@pytest.mark.parametrize("touch", [hook, pre_hook, backward_hook, own_forward, offloaded, accelerated, parametrised])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj"])
+def test_nothing_is_arranged_around_a_layer_that_was_touched(touch, name: str) -> None:
+    dem = dv.DualPerspectiveEnhance.released(64)
+    with machine("attention is free"):
+        assert dem.products((3, 3), (6, 6), LIKE).directions[1].absorb
+        touch(getattr(dem.attentions[0], name))
+        assert dem.products((3, 3), (6, 6), LIKE) == Products((Arrangement(), Arrangement()))
+
+
+@pytest.mark.parametrize("touch", [hook, pre_hook, own_forward, parametrised])
+def test_no_average_is_taken_before_a_fusion_that_was_touched(touch) -> None:
+    dem = dv.DualPerspectiveEnhance.paper(64)
+    with machine("operations count"):
+        assert dem.products((3, 3), (6, 6), LIKE).fold_values
+        touch(dem.fusion.local_proj)
+        found = dem.products((3, 3), (6, 6), LIKE)
+    assert [a.pool for a in found.directions] == [None, None]
+    assert not found.fold_values
+
+
+class OwnLinear(nn.Module):
+    """A user's fusion, linear, with a layer of the user's own inside that says so, too."""
+
+    radius, linear = 0, True
+
+    class Halve(nn.Module):
+        linear = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halve = self.Halve()
+
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return self.halve(v_loc) + v_glo
+
+
+def test_the_word_of_a_users_fusion_is_taken_until_it_is_touched() -> None:
+    dem = dv.DualPerspectiveEnhance.paper(64, fusion=OwnLinear())
+    with machine("operations count"):
+        assert all(a.pool for a in dem.products((3, 3), (6, 6), LIKE).directions)
+        dem.fusion.halve = nn.Dropout()
+        assert not any(a.pool for a in dem.products((3, 3), (6, 6), LIKE).directions)
