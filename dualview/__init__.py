@@ -39,11 +39,11 @@ if TYPE_CHECKING:
         WeightedAdditionFusion,
     )
     from dualview.ops.normalized_crop import NormalizedTiles, normalized_crop
-    from dualview.ops.plan import full_computation
     from dualview.ops.released_weights import LoadReport
     from dualview.ops.tile_attention import TileAttention
     from dualview.ops.tile_batch import TileBatch
     from dualview.ops.tiling import GlobalStrideCrop, LocalCrop, SubfeatureRecombine
+    from dualview.switches import full_computation
 
 __version__ = "0.1.0"
 
@@ -63,11 +63,11 @@ _HOMES = {
         "WeightedAdditionFusion"
     ),
     "ops.normalized_crop": "NormalizedTiles normalized_crop",
-    "ops.plan": "full_computation",
     "ops.released_weights": "LoadReport",
     "ops.tile_attention": "TileAttention",
     "ops.tile_batch": "TileBatch",
     "ops.tiling": "GlobalStrideCrop LocalCrop SubfeatureRecombine",
+    "switches": "full_computation",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = ("kernels", "models", "ops", "testing")

@@ -16,8 +16,9 @@ from dualview.demo import LOW_RES, SMALL, run_demo
 from dualview.explain import explain as explained
 from dualview.geometry import Size
 from dualview.images import ImageError, load_image
-from dualview.models.dual_view_encoder import DualViewEncoder, Encoder
+from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder
+from dualview.models.parts import Encoder
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.outputs import check_output, save_image
 from dualview.terminal import native_messages_dropped, say

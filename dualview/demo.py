@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from dualview.canvas import fit_canvas
 from dualview.geometry import GridLike, TileGrid
 from dualview.images import CLIP_MEAN, CLIP_STD, ImageSource, load_image
-from dualview.models.dual_view_encoder import DualViewEncoder, LowRes
+from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder
+from dualview.models.parts import LowRes
 from dualview.ops.enhance import DualPerspectiveEnhance
-from dualview.ops.plan import full_computation
 from dualview.outputs import check_output, save_image
+from dualview.switches import full_computation
 from dualview.terminal import native_messages_dropped, say
 from dualview.visualize import check_drawable, draw_tiles
 
@@ -256,7 +257,6 @@ def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[N
 
     assert isinstance(model.encoder, nn.Module)
     assert isinstance(model.dem, DualPerspectiveEnhance)
-    directions = iter(("V_loc", "V_glo"))  # the order in which they are computed
     bar = tqdm(total=views, desc="encoding", unit=" sub-image", file=sys.stderr)
 
     def tiles_cut(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -267,18 +267,13 @@ def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[N
         watch.lap_map("encoder", out)
         bar.update(out.shape[0])
 
-    def attended(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        watch.lap_map(f"DEM: {next(directions)}", out)
-
     def lap(name: str) -> Any:
         return lambda _, args, out: watch.lap_map(name, out)
 
     hooks = [
         model.encoder.register_forward_pre_hook(tiles_cut),
         model.encoder.register_forward_hook(encoded),
-        *(attention.register_forward_hook(attended) for attention in model.dem.attentions),
-        model.dem.fusion.register_forward_hook(lap("DEM: fusion")),
-        model.dem.register_forward_hook(lap("DEM: readout")),
+        model.dem.register_forward_hook(lap("DEM")),  # a hook inside would change how its products are arranged
         model.register_forward_hook(lap("mix")),
     ]
     try:

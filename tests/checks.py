@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 
@@ -16,6 +16,28 @@ def refuses(*parts: str, error: type[Exception] = ValueError) -> Iterator[None]:
         yield
     missing = [part for part in parts if part not in str(caught.value)]
     assert not missing, f"the message lacks {missing}: {caught.value}"
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """A list that fills with the names of the modules as they run; nothing is hung on them, as a hook would be."""
+    names, called = {id(module): name for name, module in modules.items()}, []
+    forwards = {cls: cls.forward for cls in {type(module) for module in modules.values()}}
+
+    def recording(forward: Callable[..., object]) -> Callable[..., object]:
+        def recorded_forward(module: nn.Module, *args: object, **kwargs: object) -> object:
+            called.extend([names[id(module)]] if id(module) in names else [])
+            return forward(module, *args, **kwargs)
+
+        return recorded_forward
+
+    for cls, forward in forwards.items():
+        cls.forward = recording(forward)
+    try:
+        yield called
+    finally:
+        for cls, forward in forwards.items():
+            cls.forward = forward
 
 
 def fresh(out: Tensor, *inputs: Tensor) -> bool:

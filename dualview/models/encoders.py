@@ -1,8 +1,8 @@
 """Vision towers of transformers, timm and open_clip as encoders (T, 3, h, w) -> (T, h', w', D).
 
-None of these libraries is imported here: each class works on a tower that the caller has made. An encoder may declare
-`layer_plan`, which of its layers it runs, and `token_map`, the size of its result: both go into the plan of what is
-computed.
+None of these libraries is imported here: each class works on a tower that the caller has made. Every encoder declares
+`layer_plan`, the layers that it runs; `HfEncoder` also declares `token_map`, the size of its result. Both go into the
+plan of what is computed (`dualview.models.view_plan`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dualview.geometry import Size
-from dualview.ops.plan import LayerPlan, plan_layers, planning
+from dualview.models.hf_tower import HfTower, check_integer, check_tower
+from dualview.ops.planned.live import LayerPlan, plan_layers
+from dualview.switches import planning
 
 
 class HfEncoder(nn.Module):
     """A vision tower of transformers: CLIP, SigLIP, DINOv2 and towers built like them.
 
     Neither the layers after the chosen one nor the final norm are run. Prefix tokens (class token, registers) are
-    dropped.
+    dropped. A tower is called whole where leaving out layers could change what it does: where it or a layer that would
+    be left out has hooks, is sharded or offloaded, or where its class is not one of transformers.
 
     Args:
         model: `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model` or another with ``embeddings`` and ``encoder``.
@@ -32,8 +35,9 @@ class HfEncoder(nn.Module):
         they were trained for; DINOv2 interpolates its positions, so it takes any.
 
     Raises:
-        ValueError: The model has not the expected parts, ``layer`` does not exist, or the tiles are not of the model's
+        ValueError: The model is not built as expected, ``layer`` does not exist, or the tiles are not of the model's
             size.
+        TypeError: ``layer`` is no integer.
 
     Example:
         >>> import torch
@@ -46,91 +50,33 @@ class HfEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int | None = -2) -> None:
         super().__init__()
-        hf_plan(model, layer)
+        check_tower(model, layer)
         self.model, self.layer = model, layer
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return hf_token_map(self.model, pixels, self.layer)
+        """Encode tiles.
+
+        Args:
+            pixels: Normalised tiles.
+
+        Shape:
+            (T, 3, h, w) -> (T, h/p, w/p, D)
+
+        Raises:
+            ValueError: The tiles are not of the model's size, or smaller than a patch.
+        """
+        return HfTower(self.model, self.layer)(pixels)
 
     def layer_plan(self) -> LayerPlan:
         """Which layers are run."""
-        return hf_plan(self.model, self.layer)
+        return HfTower(self.model, self.layer).layer_plan()
 
     def token_map(self, tile: Size) -> Size:
         """Tokens (h', w') of a tile of (h, w) pixels."""
-        return _patches(self.model, tile)
+        return HfTower(self.model, self.layer).token_map(tile)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}"
-
-
-def hf_plan(model: nn.Module, layer: int | None) -> LayerPlan:
-    """Which layers of a vision tower ``hidden_states[layer]`` needs; all of them, and the final norm, for None.
-
-    Raises:
-        ValueError: The model has not the expected parts, or ``layer`` does not exist.
-    """
-    config, count = getattr(model, "config", None), len(_blocks(model))
-    if not (hasattr(model, "embeddings") and hasattr(config, "patch_size") and count):
-        raise ValueError(
-            f"{type(model).__name__} is not a vision tower of the expected build: it needs `embeddings`, "
-            "`encoder.layers` (or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and "
-            "Dinov2Model have. Of a two-tower model pass its `vision_model`; wrap any other tower in a function "
-            "(T, 3, h, w) -> (T, h', w', D)."
-        )
-    if layer is not None and not -count - 1 <= layer <= count:
-        raise ValueError(
-            f"layer={layer} does not exist: {type(model).__name__} has {count} layers, so hidden_states has "
-            f"indices {-count - 1} to {count}."
-        )
-    needed = count if layer is None else layer % (count + 1)
-    return plan_layers(needed, count, norm=layer is None, full=not planning())
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    encoder = getattr(model, "encoder", None)
-    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
-    return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
-
-
-def hf_token_map(model: nn.Module, pixels: Tensor, layer: int | None) -> Tensor:
-    """``hidden_states[layer]`` of a vision tower as a token map, running the layers that `hf_plan` names."""
-    tower = cast(Any, model)
-    height, width = pixels.shape[-2:]
-    # A fixed table of positions: SigLIP would add it, row by row, to a map of any shape with as many patches.
-    if hasattr(tower.embeddings, "position_ids") and (height, width) != _pair(tower.config.image_size):
-        raise ValueError(
-            f"{type(model).__name__} got tiles of {height} x {width} (height x width), but it has positions for one "
-            f"size alone: use tile={_pair(tower.config.image_size)}."
-        )
-    plan = hf_plan(model, layer)
-    if layer is None:
-        tokens = cast(Tensor, tower(pixel_values=pixels).last_hidden_state)
-    elif plan.norm:  # all that there is
-        tokens = cast(Tensor, tower(pixel_values=pixels, output_hidden_states=True).hidden_states[layer])
-    else:
-        tokens = tower.embeddings(pixels)
-        if hasattr(tower, "pre_layrnorm"):  # CLIP's own spelling
-            tokens = tower.pre_layrnorm(tokens)
-        for block in _blocks(model)[: plan.run]:
-            out = block(tokens, None)
-            tokens = out[0] if isinstance(out, tuple) else out
-    h, w = _patches(model, (height, width))
-    return cast(Tensor, tokens[:, tokens.shape[1] - h * w :].unflatten(1, (h, w)))
-
-
-def _patches(model: nn.Module, tile: Size) -> Size:
-    patch = _pair(cast(Any, model).config.patch_size)
-    if tile[0] < patch[0] or tile[1] < patch[1]:
-        raise ValueError(
-            f"a tile of {tile[0]} x {tile[1]} pixels (height x width) is smaller than a patch of "
-            f"{type(model).__name__}, {patch[0]} x {patch[1]}: use larger tiles."
-        )
-    return tile[0] // patch[0], tile[1] // patch[1]
-
-
-def _pair(size: int | Size) -> Size:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class TimmEncoder(nn.Module):
@@ -147,7 +93,8 @@ class TimmEncoder(nn.Module):
         (T, 3, h, w) pixels -> (T, h', w', D) tokens
 
     Raises:
-        ValueError: The model has no ``forward_intermediates``.
+        ValueError: The model has no ``forward_intermediates``, or no such layer.
+        TypeError: ``layer`` is no integer.
 
     Example:
         >>> import timm
@@ -159,16 +106,17 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
         super().__init__()
-        _check_intermediates(model)
+        _check_intermediates(model, layer, _levels(model))
         self.model, self.layer, self.norm = model, layer, norm
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Encode tiles. (T, 3, h, w) -> (T, h', w', D)"""
+        early = planning()
         options: dict[str, Any] = {"norm": True} if self.norm else {}
         maps = cast(Any, self.model).forward_intermediates(
-            pixels, indices=[self.layer], stop_early=planning(), intermediates_only=planning(), output_fmt="NCHW",
-            **options,
-        )  # fmt: skip
-        of_layer = (maps if planning() else maps[1])[0]
+            pixels, indices=[self.layer], stop_early=early, intermediates_only=early, output_fmt="NCHW", **options
+        )
+        of_layer = (maps if early else maps[1])[0]
         return cast(Tensor, of_layer).movedim(1, -1)
 
     def layer_plan(self) -> LayerPlan | None:
@@ -193,7 +141,8 @@ class OpenClipEncoder(nn.Module):
         (T, 3, h, w) pixels -> (T, h', w', D) tokens
 
     Raises:
-        ValueError: The tower has no ``forward_intermediates``.
+        ValueError: The tower has no ``forward_intermediates``, or no such layer.
+        TypeError: ``layer`` is no integer.
 
     Example:
         >>> import open_clip
@@ -206,43 +155,60 @@ class OpenClipEncoder(nn.Module):
     def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
         super().__init__()
         tower = getattr(model, "visual", model)
-        _check_intermediates(tower)
+        _check_intermediates(tower, layer, _resblocks(tower) or _levels(getattr(tower, "trunk", None)))
         self.model, self.layer, self.norm = tower, layer, norm
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Encode tiles. (T, 3, h, w) -> (T, h', w', D)"""
+        early = planning()
         output = cast(Any, self.model).forward_intermediates(
             pixels,
             indices=[self.layer],
-            stop_early=planning(),
+            stop_early=early,
             normalize_intermediates=self.norm,
-            intermediates_only=planning(),
+            intermediates_only=early,
             output_fmt="NCHW",
         )
         return cast(Tensor, output["image_intermediates"][0]).movedim(1, -1)
 
     def layer_plan(self) -> LayerPlan | None:
         """Which blocks are run; None for towers that are neither transformers of open_clip nor models of timm."""
-        blocks = getattr(getattr(self.model, "transformer", None), "resblocks", None)
-        if blocks is None:
+        count = _resblocks(self.model)
+        if not count:
             return _plan_of_levels(getattr(self.model, "trunk", None), self.layer, norm=self.norm)
-        return plan_layers(self.layer % len(blocks) + 1, len(blocks), norm=self.norm, full=not planning())
+        return plan_layers(self.layer % count + 1, count, norm=self.norm, full=not planning())
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, norm={self.norm}"
 
 
+def _levels(model: nn.Module | None) -> int:
+    """How many blocks or stages a model of timm lists in ``feature_info``; 0 if it lists none."""
+    return len(getattr(model, "feature_info", ()))
+
+
+def _resblocks(tower: nn.Module) -> int:
+    """How many blocks a transformer of open_clip has; 0 for other towers."""
+    return len(getattr(getattr(tower, "transformer", None), "resblocks", ()))
+
+
 def _plan_of_levels(model: nn.Module | None, layer: int, *, norm: bool) -> LayerPlan | None:
-    """Of a model of timm, which lists its levels in ``feature_info``."""
-    levels: list[Any] = getattr(model, "feature_info", [])
-    if not levels:
+    total = _levels(model)
+    if not total:
         return None
     has_norm = isinstance(getattr(model, "norm", None), nn.Module)
-    return plan_layers(layer % len(levels) + 1, len(levels), norm=norm, full=not planning(), has_norm=has_norm)
+    return plan_layers(layer % total + 1, total, norm=norm, full=not planning(), has_norm=has_norm)
 
 
-def _check_intermediates(model: nn.Module) -> None:
+def _check_intermediates(model: nn.Module, layer: int, total: int) -> None:
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"{type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap the "
             "model in a function (T, 3, h, w) -> (T, h', w', D)."
+        )
+    check_integer(layer)
+    if total and not -total <= layer < total:
+        raise ValueError(
+            f"layer={layer} does not exist: {type(model).__name__} has {total} blocks or stages, with indices "
+            f"{-total} to {total - 1}."
         )

@@ -1,22 +1,23 @@
 """The plan of a whole dual-view encoder: what of it is computed for an image.
 
 Which sub-images are encoded (those that are needed, and each distinct one once), by which layers, and what is enhanced.
+A dem and an encoder take part by what they declare (`dualview.models.parts`), whatever their class. What declares
+nothing is computed in full.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualview.geometry import Size, TileGrid, tile_slice
-from dualview.ops.direct_readout import DirectReadout
-from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.geometry import LiveTiles, Size, TileGrid, check_size, tile_slice
+from dualview.models.parts import LowRes, ViewOptions, all_tiles
 from dualview.ops.low_pass import low_pass as smooth
-from dualview.ops.plan import DirectPlan, EnhancePlan, LayerPlan, LiveTiles, constant, planning
+from dualview.ops.planned.live import LayerPlan, constant
 
 
 class View(NamedTuple):
@@ -37,8 +38,8 @@ class ViewPlan:
         stride: Places of the live stride tiles.
         low: Place of the low-resolution view, None if it is not needed.
         layers: Which layers of the encoder are run; None if it does not say.
-        enhance: What the dem computes, by the very plan that it goes by; None if there is none, if it has no plan, or
-            if how many tokens a tile gives is not known before it is encoded.
+        enhance: What the dem computes, by its own plan; None if there is none, if it has no plan, or if how many tokens
+            a tile gives is not known before it is encoded.
     """
 
     views: tuple[View, ...]
@@ -47,7 +48,7 @@ class ViewPlan:
     stride: tuple[int, ...]
     low: int | None
     layers: LayerPlan | None = None
-    enhance: EnhancePlan | DirectPlan | None = None
+    enhance: Any = None
 
 
 def view_slices(view: View, grid: TileGrid, tile: Size) -> tuple[slice, slice]:
@@ -85,8 +86,15 @@ def plan_views(
         low: Whether the low-resolution view is needed.
         low_pass: Whether the canvas is smoothed before the stride crop.
         full: Encode every view, as the equations are written.
+
+    Raises:
+        ValueError: A tile is none of the grid's.
     """
     grid = TileGrid(*pair)
+    if unknown := sorted({index for index in local_tiles + stride_tiles if not 0 <= index < grid.num_tiles}):
+        raise ValueError(
+            f"the plan of the dem names tiles {unknown} of a grid of {grid}: they must be 0 to {grid.num_tiles - 1}."
+        )
     exact = all(n == 1 or (n % 2 == 1 and side % size == 0) for n, side, size in zip(grid, image, tile, strict=True))
     smoothed = low_pass and grid.num_tiles > 1
 
@@ -114,65 +122,75 @@ def plan_views(
     return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_place)
 
 
+def declared(stage: object, name: str) -> Any:
+    """A method that a stage declares (`dualview.models.parts`), None if it does not."""
+    method = getattr(stage, name, None)
+    return method if callable(method) else None
+
+
 def plan_encoder(
     encoder: object,
     dem: nn.Module | None,
+    options: ViewOptions,
     grid: TileGrid,
-    tile: Size,
     image: Size,
     *,
-    low: bool,
-    low_pass: bool,
+    full: bool,
     tokens: Size | None = None,
 ) -> ViewPlan:
     """What is computed for an image of a size, asked of each stage from the last to the first.
 
     Args:
-        encoder: May declare ``layer_plan()``, the layers that it runs, and ``token_map(tile)``, the tokens it gives.
-        dem: A module with a plan, any other, or None.
+        encoder: May be a `DeclaresLayers` and a `DeclaresTokens`.
+        dem: May be a `DeclaresTiles`, or None.
+        options: Tile size, mix and filter.
         grid: Rows and columns of tiles.
-        tile: Tile size (h, w) in pixels.
         image: Size (H, W) of the image in pixels.
-        low: Whether the low-resolution view is needed.
-        low_pass: Whether the canvas is smoothed before the stride crop.
+        full: Whether everything is computed, as the equations are written.
         tokens: Token map of one tile, for ``enhance``, where the encoder does not say it.
+
+    Raises:
+        ValueError: A size is not positive, or the dem names tiles that the grid has not.
     """
-    everything = tuple(range(grid.num_tiles))
-    smallest = (grid.rows, grid.cols)  # from so many tokens a tile on, the live tiles are the same
-    enhance: EnhancePlan | DirectPlan | None = None
+    image, plan_of_dem, enhance = check_size(image, "image size"), declared(dem, "plan"), None
     if dem is None:
         live = LiveTiles((), ())
-    elif isinstance(dem, (DualPerspectiveEnhance, DirectReadout)) and planning():
-        live = dem.plan(grid, smallest).live
+    elif full or plan_of_dem is None:
+        live = all_tiles(grid)
     else:
-        live = LiveTiles(everything, everything)
-    if isinstance(dem, (DualPerspectiveEnhance, DirectReadout)):
-        token_map = getattr(encoder, "token_map", None)
-        known = tokens or (None if token_map is None else token_map(tile))
-        enhance = None if known is None else dem.plan(grid, known)
-    plan = plan_views(
-        (grid.rows, grid.cols), tile, image, live.local, live.stride, low=low, low_pass=low_pass, full=not planning()
-    )
-    layers = getattr(encoder, "layer_plan", None)
+        local, stride = plan_of_dem(grid, (grid.rows, grid.cols)).live
+        live = LiveTiles(tuple(local), tuple(stride))
+    if plan_of_dem is not None:
+        token_map = declared(encoder, "token_map")
+        known = tokens or (None if token_map is None else token_map(options.tile))
+        enhance = None if known is None else plan_of_dem(grid, check_size(known, "token map"))
+    low = uses_low_view(dem, options.low_res)
+    plan = plan_views((grid.rows, grid.cols), options.tile, image, *live, low=low, low_pass=options.low_pass, full=full)
+    layers = declared(encoder, "layer_plan")
     # torch.compile traces this, but not dataclasses.replace.
     return ViewPlan(
         plan.views, plan.live, plan.local, plan.stride, plan.low, None if layers is None else layers(), enhance
     )
 
 
-def cut_views(images: Tensor, grid: TileGrid, plan: ViewPlan, tile: Size, low_pass: bool) -> Tensor:
+def uses_low_view(dem: nn.Module | None, low_res: LowRes) -> bool:
+    """Whether the features of the low-resolution view take part."""
+    return low_res is not None or dem is None or getattr(dem, "gate", None) is not None
+
+
+def cut_views(images: Tensor, grid: TileGrid, plan: ViewPlan, options: ViewOptions) -> Tensor:
     """The sub-images to encode, (B, V, 3, h, w)."""
     canvas = smoothed = None
     found = []
     for view in plan.views:
         if view.kind == "low":
-            found.append(interpolate(images, tile))
+            found.append(interpolate(images, options.tile))
             continue
-        canvas = interpolate(images, grid.map_size(tile)) if canvas is None else canvas
+        canvas = interpolate(images, grid.map_size(options.tile)) if canvas is None else canvas
         source = canvas
-        if view.kind == "global" and low_pass:
+        if view.kind == "global" and options.low_pass:
             source = smoothed = smooth(canvas, grid) if smoothed is None else smoothed
-        rows, cols = view_slices(view, grid, tile)
+        rows, cols = view_slices(view, grid, options.tile)
         found.append(source[..., rows, cols])
     return torch.stack(found, dim=1)
 

@@ -2,17 +2,31 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import dualview as dv
-from dualview import DirectReadout, DualPerspectiveCrop, DualPerspectiveEnhance, DualViewEncoder, HfEncoder, recombine
+from dualview import (
+    DirectReadout,
+    DualPerspectiveCrop,
+    DualPerspectiveEnhance,
+    DualViewEncoder,
+    HfEncoder,
+    TileGrid,
+    recombine,
+)
+from dualview.geometry import LiveTiles
+from dualview.ops.planned.live import LayerPlan
+from dualview.ops.tiling import crop
 from tests import reference
 from tests.checks import refuses
 
@@ -168,9 +182,9 @@ def test_equals_the_reference(
 
 def test_equals_the_equations_from_end_to_end() -> None:
     """Nothing of dualview in the reference: its DEM is that of the equations, too."""
-    for options, preset in [
-        (reference.PAPER, DualPerspectiveEnhance.paper),
-        (reference.RELEASED, DualPerspectiveEnhance.released),
+    for options, preset, mix in [
+        (reference.PAPER, DualPerspectiveEnhance.paper, "add"),
+        (reference.RELEASED, DualPerspectiveEnhance.released, "mean"),
     ]:
         encoder, dem = Patches().double(), preset(DIM).double()
 
@@ -180,7 +194,7 @@ def test_equals_the_equations_from_end_to_end() -> None:
         for grid in [(2, 3), (3, 1)]:
             image = image_for(grid)
             out = DualViewEncoder(encoder, dem, tile=TILE, grid=grid)(image[None])
-            torch.testing.assert_close(out[0], reference_encode(image, encoder, by_hand, TILE, grid, "mean"))
+            torch.testing.assert_close(out[0], reference_encode(image, encoder, by_hand, TILE, grid, mix))
 
 
 # --- What goes through the encoder, and how ---------------------------------------------------------------------------
@@ -569,13 +583,17 @@ def test_repr_says_the_options() -> None:
 
 
 def test_refuses_options_that_do_not_fit() -> None:
-    with refuses("low_res='sum'", '"mean", "add" or None'):
+    with refuses("low_res='sum'", '"auto", "mean", "add" or None'):
         small_model(low_res="sum")
     with refuses("resize=True needs a grid"):
         small_model(grid=None, resize=True)
-    for dem in (DirectReadout(readout="none"), DualPerspectiveEnhance.paper(DIM, readout="none")):
-        with refuses("low_res='mean' cannot be mixed with a full map", "low_res=None"):
-            small_model(dem)
+    for dem, mix in (
+        (DirectReadout(readout="none"), "mean"),
+        (DualPerspectiveEnhance.paper(DIM, readout="none"), "add"),
+    ):
+        for low_res in ("auto", mix):
+            with refuses(f"low_res='{mix}' cannot be mixed with a full map", "low_res=None"):
+                small_model(dem, low_res=low_res)
     with refuses("max_tiles_per_pass=0", "at least 1"):
         small_model(max_tiles_per_pass=0)
     with refuses("tile=(4, 0)"):
@@ -673,6 +691,167 @@ def test_tiles_of_mixed_grids_are_images() -> None:
     model = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(DIM), tile=TILE).double()
     batch = DualPerspectiveCrop(TILE)(images).local
     torch.testing.assert_close(model(batch), model(images))
+
+
+# --- Parts of a user's own --------------------------------------------------------------------------------------------
+
+
+class CentreTile(nn.Module):
+    """A dem that needs the first local and the last stride tile, and says so."""
+
+    low_res = "add"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        self.given: list[object] = []
+
+    def plan(self, grid: TileGrid, tokens: tuple[int, int]) -> SimpleNamespace:
+        self.asked.append((tuple(grid), tokens))
+        return SimpleNamespace(live=([0], [grid.num_tiles - 1]))
+
+    def forward(self, local: Tensor, stride: Tensor, grid: TileGrid, *, live: LiveTiles) -> Tensor:
+        self.given.append(live)
+        return local[:, live.local.index(0)] - stride[:, live.stride.index(grid.num_tiles - 1)]
+
+
+class Declaring(Patches):
+    """An encoder that says what it does."""
+
+    def layer_plan(self) -> LayerPlan:
+        return LayerPlan(2, 3, norm=False)
+
+    def token_map(self, tile: tuple[int, int]) -> tuple[int, int]:
+        return tile[0] // PATCH[0], tile[1] // PATCH[1]
+
+
+def test_a_dem_of_a_users_own_says_which_tiles_it_needs() -> None:
+    dem = CentreTile()
+    model = DualViewEncoder(Patches(), dem, tile=TILE)
+    image = image_for((2, 3), dtype=torch.float32)
+    out = model(image[None])
+    assert sum(len(part) for part in model.encoder.given) == 3, "two tiles and the low-resolution view"
+    assert dem.given == [((0,), (5,))]
+    assert dem.asked == [((2, 3), (2, 3))], "with as many tokens as tiles, where the encoder does not say how many"
+    with dv.full_computation():
+        torch.testing.assert_close(model(image[None]), out)
+    assert dem.given[1] == (tuple(range(6)), tuple(range(6)))
+    local, stride = (crop(image[None], (2, 3), perspective)[0] for perspective in ("local", "global"))
+    encode = model.encoder
+    low = encode(F.interpolate(image[None], TILE, mode="bicubic"))
+    torch.testing.assert_close(out, encode(local[:1]) - encode(stride[5:]) + low)
+
+
+def test_an_encoder_of_a_users_own_says_what_it_runs() -> None:
+    model = DualViewEncoder(Declaring(), DualPerspectiveEnhance.released(DIM), tile=TILE)
+    plan = model.plan((12, 27))
+    assert plan.layers == (2, 3, False)
+    assert plan.enhance is model.dem.plan((3, 3), (2, 3))
+    assert model.dem.plan((3, 3), (2, 3)) is model.plan((12, 27), tokens=(2, 3)).enhance
+
+
+def test_a_plan_of_tiles_that_the_grid_has_not_is_refused() -> None:
+    dem = CentreTile()
+    dem.plan = lambda *_: SimpleNamespace(live=((0,), (6,)))
+    with refuses("names tiles [6] of a grid of 2x3", "0 to 5"):
+        DualViewEncoder(Patches(), dem, tile=TILE)(torch.zeros(1, 3, 8, 27))
+
+
+def test_parts_are_looked_up_at_every_call() -> None:
+    """Whatever is put in the place of encoder and dem is used, with its own plan."""
+    model, image = small_model(), image_for((2, 3), dtype=torch.float32)[None]
+    names = set(model.state_dict())
+    before = model(image)
+    model.encoder, model.dem = Patches(), DualPerspectiveEnhance.paper(DIM)
+    expected = small_model(model.dem, low_res="mean")
+    expected.encoder = model.encoder
+    assert torch.equal(model(image), expected(image))
+    assert not torch.allclose(model(image), before, atol=1e-3)
+    assert {name.split(".")[0] for name in names} == {"encoder", "dem"}
+
+
+def test_copies_that_peft_trains_are_used() -> None:
+    model, image = small_model(), image_for((3, 3), dtype=torch.float32)[None]
+    model.grid = None
+    tuned = get_peft_model(model, LoraConfig(target_modules=["encoder.conv"], modules_to_save=["dem"]))
+    for p in tuned.base_model.model.dem.modules_to_save.parameters():
+        nn.init.normal_(p)
+    copied = DualViewEncoder(
+        tuned.base_model.model.encoder, tuned.base_model.model.dem.modules_to_save["default"], tile=TILE
+    )
+    assert torch.equal(tuned(image), copied(image))
+    assert not torch.allclose(
+        tuned(image), model.dem.original_module(*torch.randn(2, 1, 9, 2, 3, DIM), (3, 3)), atol=0.1
+    )
+    views = sum(len(part) for part in tuned.base_model.model.encoder.given)
+    assert views == 3 * 10, "its plan is used, too: ten of nineteen sub-images, in three calls"
+    tuned(image).sum().backward()
+    assert all(p.grad is not None for p in tuned.base_model.model.dem.modules_to_save.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dem", "low_res"),
+    [
+        (DualPerspectiveEnhance.paper(DIM), "add"),
+        (DualPerspectiveEnhance.released(DIM), "mean"),
+        (DirectReadout(), "mean"),
+        (CentreTile(), "add"),
+        (Recording(DualPerspectiveEnhance.paper(DIM)), "mean"),
+        (None, "mean"),
+    ],
+    ids=["paper", "released", "direct", "declared", "undeclared", "none"],
+)
+def test_the_mix_follows_the_dem(dem: nn.Module | None, low_res: str) -> None:
+    for options in ({}, {"low_res": "auto"}):
+        assert DualViewEncoder(Patches(), dem, tile=TILE, **options).low_res == low_res
+    assert DualViewEncoder(Patches(), dem, tile=TILE, low_res=None).low_res is None
+
+
+# --- Batch statistics -------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.patches, self.norm = Patches(), nn.BatchNorm2d(DIM, **options)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.norm(self.patches(pixels).movedim(-1, 1)).movedim(1, -1)
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}])
+def test_batch_norms_see_all_sub_images_in_one_pass(options: dict[str, bool]) -> None:
+    """In training, and without running statistics always, whatever the default of the device is."""
+    encoder = Normed(**options)
+    model = DualViewEncoder(encoder, DualPerspectiveEnhance.released(DIM), tile=TILE)
+    model.train(not options)
+    images = torch.randn(2, 3, 12, 27)
+    out = model(images)
+    assert [len(part) for part in encoder.patches.given] == [20]
+    model.max_tiles_per_pass = 20
+    assert torch.equal(model(images), out)
+    model.max_tiles_per_pass = 19
+    with refuses("max_tiles_per_pass=19 would split 20 sub-images", "batch norms", "eval mode"):
+        model(images)
+
+
+def test_batch_norms_with_running_statistics_take_any_passes() -> None:
+    encoder = Normed()
+    model = DualViewEncoder(encoder, DualPerspectiveEnhance.released(DIM), tile=TILE, max_tiles_per_pass=3).eval()
+    model(torch.randn(1, 3, 12, 27))
+    assert [len(part) for part in encoder.patches.given] == [3, 3, 3, 1]
+    encoder.train()
+    encoder.norm.eval()  # as where a pretrained tower is trained with its norms frozen
+    model(torch.randn(1, 3, 12, 27))
+
+
+@pytest.mark.parametrize("size", [(-5, 7), (0, 27), (8, 0), (8.0, 27)])
+def test_plans_of_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
+    for model in (small_model(), small_model(grid=None)):
+        with refuses(str(size[0])):
+            model.plan(size)
+        with refuses("token map", str(size[0])):
+            model.plan((8, 27), tokens=size)
 
 
 def test_refuses_what_cannot_be_called() -> None:

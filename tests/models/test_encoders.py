@@ -1,14 +1,28 @@
 """Vision towers as encoders: the chosen layer, as a token map, and nothing computed after it."""
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from accelerate import cpu_offload
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    AltCLIPVisionConfig,
+    AltCLIPVisionModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    ChineseCLIPVisionConfig,
+    ChineseCLIPVisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -17,17 +31,37 @@ from transformers import (
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DPTConfig,
+    DPTModel,
+    Idefics3VisionConfig,
+    Idefics3VisionTransformer,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
+    MLCDVisionConfig,
+    MLCDVisionModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    XCLIPVisionConfig,
+    XCLIPVisionModel,
+    YolosConfig,
+    YolosModel,
 )
 
 from dualview import DualViewEncoder, HfEncoder, OpenClipEncoder, TimmEncoder, full_computation
-from dualview.models.encoders import hf_token_map
-from tests.checks import refuses
+from dualview.models.hf_tower import check_tower
+from tests.checks import recorded, refuses
 
 LAYERS = 3
 TINY = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
@@ -91,8 +125,8 @@ def test_runs_nothing_after_the_chosen_layer(kind: str, layer: int) -> None:
     after = {name: module for name, module in model.named_children() if name not in ("embeddings", "encoder")}
     after.pop("pre_layrnorm", None)
     assert any("norm" in name for name in after)
-    called = calls_of(blocks | after)
-    HfEncoder(model, layer)(torch.randn(2, 3, 28, 28)).square().sum().backward()
+    with recorded(blocks | after) as called:
+        HfEncoder(model, layer)(torch.randn(2, 3, 28, 28)).square().sum().backward()
     run = layer if layer >= 0 else LAYERS + 1 + layer
     assert called == [str(i) for i in range(run)]
     for i, block in enumerate(blocks_of(model)):
@@ -109,11 +143,11 @@ def test_plan_of_layers(kind: str, layer: int | None) -> None:
     model, pixels = hf_tower(kind), torch.randn(2, 3, 28, 28)
     encoder = HfEncoder(model, layer)
     norm = next(child for name, child in model.named_children() if name in ("post_layernorm", "layernorm"))
-    called = calls_of({str(i): block for i, block in enumerate(blocks_of(model))} | {"norm": norm})
-    planned = encoder(pixels)
+    parts = {str(i): block for i, block in enumerate(blocks_of(model))} | {"norm": norm}
+    with recorded(parts) as called:
+        planned = encoder(pixels)
     assert encoder.layer_plan() == (len(called) - ("norm" in called), LAYERS, "norm" in called)
-    called.clear()
-    with full_computation():
+    with full_computation(), recorded(parts) as called:
         torch.testing.assert_close(encoder(pixels), planned)
         assert encoder.layer_plan() == (LAYERS, LAYERS, True)
     assert called == [*map(str, range(LAYERS)), "norm"]
@@ -199,7 +233,192 @@ def test_refuses_a_layer_that_does_not_exist(kind: str) -> None:
         with refuses(f"layer={layer}", f"{LAYERS} layers", f"{-LAYERS - 1} to {LAYERS}"):
             HfEncoder(model, layer)
         with refuses(f"layer={layer}", f"{-LAYERS - 1} to {LAYERS}"):
-            hf_token_map(model, torch.randn(1, 3, 28, 28), layer)
+            check_tower(model, layer)
+
+
+NOT_LIKE_THEM = {  # and what the message says about each
+    "InternVL": (
+        InternVLVisionModel,
+        InternVLVisionConfig,
+        {"image_size": [28, 28], "patch_size": [7, 7]},
+        "its layers take",
+    ),
+    "BLIP-2": (Blip2VisionModel, Blip2VisionConfig, {}, "['position_embedding']"),
+    "YOLOS": (YolosModel, YolosConfig, {"image_size": [28, 28]}, "['detection_tokens']"),
+    "DPT": (DPTModel, DPTConfig, {}, "its embeddings return"),
+    "MLCD": (MLCDVisionModel, MLCDVisionConfig, {}, "'vision_rotary_embedding'"),
+    "SigLIP 2": (Siglip2VisionModel, Siglip2VisionConfig, {}, "['spatial_shapes']"),
+    "Idefics3": (Idefics3VisionTransformer, Idefics3VisionConfig, {}, "['patch_attention_mask']"),
+    "Swin": (SwinModel, SwinConfig, {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1]}, "its embeddings return"),
+    "Data2Vec": (Data2VecVisionModel, Data2VecVisionConfig, {}, "its layers take"),
+    "X-CLIP": (XCLIPVisionModel, XCLIPVisionConfig, {}, "['pre_layernorm']"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_LIKE_THEM)
+def test_refuses_towers_of_another_build_at_once(kind: str) -> None:
+    model, config, changes, reason = NOT_LIKE_THEM[kind]
+    sizes = {"image_size": 28} if kind == "Swin" else TINY | {"intermediate_size": 64}
+    with torch.device("meta"):
+        tower = model(config(**{**sizes, **changes}))
+    for layer in (-2, None):
+        with refuses(f"{model.__name__} is not a vision tower of the expected build", reason, "wrap any other tower"):
+            HfEncoder(tower, layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (AltCLIPVisionModel, AltCLIPVisionConfig),
+        (ChineseCLIPVisionModel, ChineseCLIPVisionConfig),
+        (MetaClip2VisionModel, MetaClip2VisionConfig),
+        (Aimv2VisionModel, Aimv2VisionConfig),
+    ],
+)
+def test_other_towers_of_the_known_build(model: type[nn.Module], config: type) -> None:
+    tower, pixels = model(config(**TINY, intermediate_size=64)).eval(), torch.randn(2, 3, 28, 28)
+    for layer in (0, -2, -1):
+        state = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
+        assert torch.equal(HfEncoder(tower, layer)(pixels), as_map(state, state.shape[1] - 16, (4, 4)))
+
+
+@pytest.mark.parametrize("layer", [1.0, True, "-2"])
+def test_refuses_layers_that_are_no_integers(layer: object) -> None:
+    timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    for make in (partial(HfEncoder, hf_tower("clip")), partial(TimmEncoder, timm_model), OpenClipEncoder):
+        with refuses(f"layer={layer!r}", "integer", error=TypeError):
+            make(*([open_clip_model()] if make is OpenClipEncoder else []), layer)
+
+
+# --- towers that are called whole -------------------------------------------------------------------------------------
+
+
+class Subclass(CLIPVisionModel):
+    """A tower of a user's own."""
+
+
+def hook(name: str, register: str = "register_forward_hook") -> Callable[[nn.Module, list[str]], None]:
+    def hang(tower: nn.Module, fired: list[str]) -> None:
+        getattr(tower.get_submodule(name), register)(lambda *_: fired.append(name))
+
+    return hang
+
+
+def replace_forward(tower: nn.Module, fired: list[str]) -> None:
+    own = tower.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        fired.append("forward")
+        return own(*args, **kwargs)
+
+    tower.forward = forward
+
+
+def offload(tower: nn.Module, fired: list[str]) -> None:
+    cpu_offload(tower, torch.device("cpu"))
+    fired.append("")
+
+
+def shard(tower: nn.Module, fired: list[str]) -> None:
+    for block in (*tower.encoder.layers, tower):
+        fully_shard(block)
+    fired.append("")
+
+
+def use_own_class(tower: nn.Module, fired: list[str]) -> None:
+    tower.__class__ = Subclass
+    fired.append("")
+
+
+HUNG = {
+    "tower": hook(""),
+    "tower, before": hook("", "register_forward_pre_hook"),
+    "encoder": hook("encoder"),
+    "layer left out": hook("encoder.layers.2"),
+    "part of a layer left out": hook("encoder.layers.2.mlp.fc1", "register_forward_pre_hook"),
+    "norm left out": hook("post_layernorm"),
+    "forward of its own": replace_forward,
+    "offloaded": offload,
+    "sharded": shard,
+    "own class": use_own_class,
+}
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, as sharding needs."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("way", HUNG)
+def test_a_tower_on_which_something_hangs_is_called_whole(way: str) -> None:
+    """All of it fires, the tokens are those of the short cut, and the plan says that all layers are run."""
+    tower, pixels, fired = hf_tower("clip"), torch.randn(2, 3, 28, 28), []
+    encoder = HfEncoder(tower, -2)
+    expected = encoder(pixels)
+    states = copy.deepcopy(tower)(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert encoder.layer_plan() == (LAYERS - 1, LAYERS, False)
+    with recorded({"norm": tower.post_layernorm}) as called:
+        HUNG[way](tower, fired)
+        out = encoder(pixels)
+    assert torch.equal(out, expected)
+    for layer in (0, 1, -1):
+        assert torch.equal(HfEncoder(tower, layer)(pixels), as_map(states[layer], 1, (4, 4)))
+    assert fired
+    assert called[:1] == ["norm"]
+    assert encoder.layer_plan() == (LAYERS, LAYERS, True)
+
+
+def test_a_tower_that_was_asked_for_its_states_is_still_cut_short() -> None:
+    """transformers leaves hooks of its own on all layers, which do nothing from then on."""
+    tower, pixels = hf_tower("clip"), torch.randn(2, 3, 28, 28)
+    tower(pixel_values=pixels, output_hidden_states=True)
+    with recorded({"last": tower.encoder.layers[2]}) as called:
+        HfEncoder(tower, -2)(pixels)
+    assert not called
+
+
+def test_a_class_of_a_users_own_says_what_its_states_are() -> None:
+    class Doubled(CLIPVisionModel):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            out = super().forward(*args, **kwargs)
+            out.hidden_states = tuple(2 * state for state in out.hidden_states)
+            return out
+
+    tower, pixels = hf_tower("clip"), torch.randn(2, 3, 28, 28)
+    own = Doubled(tower.config).eval()
+    own.load_state_dict(tower.state_dict())
+    for layer in (0, -2):
+        torch.testing.assert_close(HfEncoder(own, layer)(pixels), 2 * HfEncoder(tower, layer)(pixels))
+
+
+@pytest.mark.parametrize("name", ["embeddings", "pre_layrnorm", "encoder.layers.0", "encoder.layers.1.mlp.fc1"])
+def test_hooks_before_the_chosen_layer_fire_and_change_nothing(name: str) -> None:
+    tower, pixels, fired = hf_tower("clip"), torch.randn(2, 3, 28, 28), []
+    expected = HfEncoder(tower, -2)(pixels)
+    hook(name)(tower, fired)
+    with recorded({"norm": tower.post_layernorm, "last": tower.encoder.layers[2]}) as called:
+        assert torch.equal(HfEncoder(tower, -2)(pixels), expected)
+    assert fired == [name]
+    assert not called
+
+
+def test_a_wrapped_tower_is_called_by_its_wrapper() -> None:
+    tower, pixels = hf_tower("clip"), torch.randn(2, 3, 28, 28)
+    expected = HfEncoder(tower, -2)(pixels)
+    lora = get_peft_model(tower, LoraConfig(target_modules=["q_proj"]))
+    encoder = HfEncoder(lora, -2)
+    assert torch.equal(encoder(pixels), expected), "adapters start at zero"
+    assert encoder.layer_plan() == (LAYERS, LAYERS, True)
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(p)
+    state = lora(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(encoder(pixels), as_map(state, 1, (4, 4)))
+    assert not torch.allclose(encoder(pixels), expected, atol=1e-3)
 
 
 def test_holds_the_tower_as_a_submodule() -> None:
@@ -289,6 +508,9 @@ def test_timm_encoder_holds_the_model_and_refuses_others() -> None:
     assert "layer=-1, norm=True" in repr(encoder)
     with refuses("Linear has no `forward_intermediates`", "function (T, 3, h, w) -> (T, h', w', D)"):
         TimmEncoder(nn.Linear(2, 2))
+    for layer in (1, 7, -2):
+        with refuses(f"layer={layer} does not exist", "VisionTransformer has 1 blocks or stages", "-1 to 0"):
+            TimmEncoder(model, layer)
 
 
 # --- open_clip --------------------------------------------------------------------------------------------------------
@@ -360,3 +582,6 @@ def test_open_clip_encoder_holds_the_tower_and_refuses_others() -> None:
     assert "layer=-1, norm=False" in repr(encoder)
     with refuses("Linear has no `forward_intermediates`"):
         OpenClipEncoder(nn.Linear(2, 2))
+    for layer in (LAYERS, -LAYERS - 1):
+        with refuses(f"layer={layer} does not exist", f"-{LAYERS} to {LAYERS - 1}"):
+            OpenClipEncoder(model, layer)

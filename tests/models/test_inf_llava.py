@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ from dualview.models import (
     InfLlavaProcessor,
 )
 from dualview.models.inf_llava.modeling_inf_llava import _valid_pixels
-from tests.checks import refuses
+from tests.checks import recorded, refuses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY_TOWER = {
@@ -249,12 +250,11 @@ def test_layers_that_do_not_exist_are_refused():
 
 def test_layers_after_the_chosen_one_are_not_run():
     model = tiny_model()
-    calls = []
-    for i, layer in enumerate(model.model.vision_tower.encoder.layers):
-        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
-    model.model.vision_tower.post_layernorm.register_forward_hook(lambda *_: calls.append("norm"))
-    model.get_image_features(torch.randn(1, 3, 56, 84))
-    assert set(calls) == {0, 1}
+    tower = model.model.vision_tower
+    parts = {str(i): layer for i, layer in enumerate(tower.encoder.layers)} | {"norm": tower.post_layernorm}
+    with recorded(parts) as called:
+        model.get_image_features(torch.randn(1, 3, 56, 84))
+    assert set(called) == {"0", "1"}
 
 
 def test_mixed_grids_equal_one_image_at_a_time():
@@ -506,6 +506,97 @@ def test_parameters_missing_from_a_file_start_as_they_should(tmp_path):
         model = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, config=tiny_config(dem=dem, low_res="add"))
         start = model.model.dem.gate if "gate" in dem else model.model.dem.fusion.logit
         assert torch.equal(start, torch.zeros_like(start))
+
+
+def test_every_part_starts_by_its_own_rule():
+    """The DEM as its options say, the tower's attention and MLP as CLIP draws them, and not all by one deviation."""
+    large = TINY_TOWER | {"hidden_size": 128, "intermediate_size": 256}
+    model = tiny_model(vision_config=large, dem={"preset": "released", "init": "identical", "gate": True}).model
+    (attention,) = model.dem.attentions
+    weights = [getattr(attention, f"{name}_proj").weight for name in ("q", "k", "v", "out")]
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+    assert abs(weights[0].std() / (6 / 256) ** 0.5 * 3**0.5 - 1) < 0.05, "Xavier, uniform"
+    layer = model.vision_tower.encoder.layers[0]
+    for weight, std in (
+        (layer.self_attn.q_proj.weight, 128**-0.5 * 6**-0.5),
+        (layer.self_attn.out_proj.weight, 128**-0.5),
+        (layer.mlp.fc1.weight, 256**-0.5),
+        (model.vision_tower.embeddings.class_embedding, 128**-0.5),
+    ):
+        assert abs(weight.std() / std - 1) < (0.05 if weight.numel() > 1000 else 0.3)
+    assert abs(model.multi_modal_projector.linear_1.weight.std() / 0.02 - 1) < 0.05
+    bottleneck = model.dem.fusion.local_bottleneck[0].weight
+    assert abs(bottleneck.abs().max() - 128**-0.5) < 1e-3, "as torch draws a linear layer"
+
+
+@pytest.mark.parametrize("init", ["identical", "xavier"])
+def test_what_a_file_lacks_is_drawn_and_the_rest_is_kept(init, tmp_path):
+    model = tiny_model(dem={"preset": "released", "init": init})
+    with torch.no_grad():
+        for p in model.model.dem.parameters():
+            p.normal_(3.0)
+    kept = {name: p for name, p in model.state_dict().items() if not name.endswith("dem.attentions.0.v_proj.weight")}
+    model.save_pretrained(tmp_path, state_dict=dict(kept))  # which it empties
+    again, report = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {"model.dem.attentions.0.v_proj.weight"}
+    assert again.model.dem.attentions[0].v_proj.weight.abs().max() < (6 / 64) ** 0.5 + 1e-6
+    for name, p in again.state_dict().items():
+        assert name not in kept or torch.equal(p, kept[name]), name
+
+
+def test_layers_of_the_tower_that_a_file_lacks_are_drawn_as_the_tower_draws_them(tmp_path):
+    model = tiny_model(vision_config=TINY_TOWER | {"hidden_size": 128})
+    lacking = "model.vision_tower.encoder.layers.0.self_attn.out_proj.weight"
+    model.save_pretrained(tmp_path, state_dict={name: p for name, p in model.state_dict().items() if name != lacking})
+    again, report = InfLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {lacking}
+    assert abs(again.get_parameter(lacking).std() / 128**-0.5 - 1) < 0.05
+
+
+def test_the_mix_is_that_of_the_dem(tmp_path):
+    for dem, mix in (({"preset": "paper"}, "add"), ({"preset": "released"}, "mean"), ({"preset": "direct"}, "mean")):
+        config = tiny_config(dem=dem)
+        assert config.low_res == tiny_config(dem=dem, low_res="auto").low_res == mix
+        config.save_pretrained(tmp_path)
+        assert InfLlavaConfig.from_pretrained(tmp_path).low_res == mix
+    assert tiny_config(dem={"preset": "paper"}, low_res="mean").low_res == "mean"
+
+
+def test_parts_are_looked_up_at_every_call():
+    """Towers and DEMs that are put in the place of others, and the copies of them that PEFT trains."""
+    model, pixels = tiny_model().model, torch.randn(1, 3, 56, 84)
+    other = tiny_model(dem={"preset": "paper"}, low_res="mean").model
+    for p in other.vision_tower.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    before = model.get_image_features(pixels).last_hidden_state
+    model.dem, model.vision_tower = other.dem, other.vision_tower
+    expected = other.get_image_features(pixels).last_hidden_state
+    assert torch.equal(model.get_image_features(pixels).last_hidden_state, expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+    whole = tiny_model()
+    before = whole.get_image_features(pixels).last_hidden_state
+    tuned = get_peft_model(whole, LoraConfig(target_modules=["lm_head"], modules_to_save=["dem", "vision_tower"]))
+    trained = [part.modules_to_save for part in (whole.model.dem, whole.model.vision_tower)]
+    assert torch.equal(tuned.get_image_features(pixels).last_hidden_state, before)
+    for part in trained:
+        for p in part.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    features = tuned.get_image_features(pixels).last_hidden_state
+    assert not torch.allclose(features, before, atol=1e-3)
+    features.sum().backward()
+    for part in trained:
+        assert sum(p.grad is not None for p in part.parameters()) > 10
+    originals = (whole.model.dem.original_module, whole.model.vision_tower.original_module)
+    assert all(p.grad is None for part in originals for p in part.parameters())
+
+
+def test_a_tower_with_hooks_is_called_whole():
+    model, pixels, fired = tiny_model(), torch.randn(1, 3, 56, 84), []
+    expected = model.get_image_features(pixels).last_hidden_state
+    model.model.vision_tower.register_forward_hook(lambda *_: fired.append(1))
+    assert torch.equal(model.get_image_features(pixels).last_hidden_state, expected)
+    assert fired
 
 
 def test_any_tower_and_any_language_model():

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from dualview.geometry import TileGrid
+from dualview.models.parts import low_res_of
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
 
@@ -54,7 +55,8 @@ class InfLlavaConfig(PreTrainedConfig):
         dem: ``{"preset": "released" | "paper"}`` and any argument of `DualPerspectiveEnhance` in place of the preset's;
             ``{"preset": "direct"}`` and the arguments of `DirectReadout`; or ``{"preset": "none"}`` for the vision
             tower alone. None: released. With ``gate=True`` the model starts as the tower alone.
-        low_res: How the low-resolution view is mixed in: "mean" (released), "add" (paper), None (not at all).
+        low_res: How the low-resolution view is mixed in: "mean", "add" or None (not at all). "auto" is "mean" with the
+            released DEM and "add" with the paper's; the configuration then holds what it is.
         vision_feature_layer: Index into the vision tower's hidden states. No layer after it is run.
         vision_feature_select_strategy: Only "default": prefix tokens are dropped, for the DEM needs a token map.
         projector_hidden_act: Activation between the two linear layers of the projector.
@@ -78,7 +80,7 @@ class InfLlavaConfig(PreTrainedConfig):
     image_token_id: int = 128257
     image_seq_length: int | None = None
     dem: dict[str, Any] | None = None
-    low_res: Literal["mean", "add"] | None = "mean"
+    low_res: Literal["auto", "mean", "add"] | None = "auto"
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
     projector_hidden_act: str = "gelu"
@@ -108,7 +110,8 @@ class InfLlavaConfig(PreTrainedConfig):
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: prefix tokens have no place "
                 'on the grid of tiles, so only "default" (drop them) is possible.'
             )
-        self.build_dem(device="meta")  # a wrong option fails here, not when the weights are loaded
+        dem = self.build_dem(device="meta")  # a wrong option fails here, not when the weights are loaded
+        self.low_res = low_res_of(dem) if self.low_res == "auto" else self.low_res
         super().__post_init__(**kwargs)
 
     @property

@@ -1,4 +1,9 @@
-"""From hidden states to logits, as the language model's own class does it."""
+"""From hidden states to logits, as the language model's own class does it.
+
+A linear layer and the configuration alone do not say it: Granite divides logits by `logits_scaling`, HyperCLOVA X
+multiplies them by it, and whether the layer has a bias stands in the class only. So the layer is built as that class
+builds it, and the scaling is known by model type.
+"""
 
 import copy
 from collections.abc import Callable

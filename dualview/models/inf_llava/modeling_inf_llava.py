@@ -1,25 +1,23 @@
 """INF-LLaVA: a vision tower seen from two perspectives, a projector, and a causal language model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-from dualview.geometry import TileGrid
-from dualview.models.dual_view_encoder import encode_dual_view
-from dualview.models.encoders import hf_plan, hf_token_map
+from dualview.geometry import GridLike, TileGrid
+from dualview.models.encode_views import encode_dual_view
+from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
 from dualview.models.inf_llava.language_head import build_head, finish_logits
-from dualview.ops.enhance import DualPerspectiveEnhance
-from dualview.ops.fusion import WeightedAdditionFusion
+from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
 from dualview.ops.tiling import recombine
 
 
@@ -88,12 +86,35 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Weights are drawn by the rules of every part, as in models of transformers.
+
+        In classes of others transformers passes over modules without parameters of their own, so that the tower's
+        attention and MLP would not be drawn by the tower's own rule.
+        """
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DualPerspectiveEnhance) and module.gate is not None:
-            init.zeros_(module.gate)
-        elif isinstance(module, WeightedAdditionFusion):
-            init.zeros_(module.logit)
+        dem: nn.Module | None = getattr(self, "dem", None)
+        if dem is None or all(module is not part for part in dem.modules()):
+            super()._init_weights(module)
+        elif module is dem:  # last of its parts
+            _draw_missing(dem)
+
+
+def _draw_missing(dem: nn.Module) -> None:
+    """Draw the parameters of a dem by its own rule, but for those that transformers has loaded and marked."""
+    loaded = {p: p.detach().clone() for p in dem.parameters() if getattr(p, "_is_hf_initialized", False)}
+    reset = getattr(dem, "reset_parameters", None)
+    if reset is None or len(loaded) == len(list(dem.parameters())):
+        return
+    for parameter in loaded:  # transformers would not draw it, and others may be copies of what is drawn for it
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+    reset()
+    for parameter, value in loaded.items():
+        parameter.copy_(value)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class InfLlavaModel(InfLlavaPreTrainedModel):
@@ -114,7 +135,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        hf_plan(self.vision_tower, config.vision_feature_layer)
+        check_tower(self.vision_tower, config.vision_feature_layer)
         self.dem = config.build_dem()
         self.language_model = AutoModel.from_config(config.text_config)
         # The width of the embeddings, which need not be that of the layers.
@@ -156,23 +177,28 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             pixels = self._images_of_tiles(pixel_values, image_grids)
         if image_sizes is not None:
             valid = _valid_pixels(pixels, image_sizes)
-        features = encode_dual_view(
-            pixels,
-            self._encode_tiles,
-            self.dem,
-            tile=self.config.tile,
-            grid=TileGrid.of(self.config.grid) if image_grids is None else None,
-            low_res=self.config.low_res,
-            resize=image_grids is None,
-            max_tiles_per_pass=self.max_tiles_per_pass,
-            valid=valid,
-        ).flatten(1, 2)
+        parts = self.dual_view() if image_grids is None else self._parts(None, resize=False)
+        features = encode_dual_view(parts, pixels, valid).flatten(1, 2)
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features))
         )
 
-    def _encode_tiles(self, tiles: Tensor) -> Tensor:
-        return hf_token_map(self.vision_tower, tiles, self.config.vision_feature_layer)
+    def dual_view(self, grid: GridLike | None = None) -> DualView:
+        """Vision tower, DEM and options as they are now.
+
+        Args:
+            grid: The grid of an image that comes with ``image_grids``. None: the configured one, to which images are
+                resized inside.
+        """
+        if grid is None:
+            return self._parts(TileGrid.of(self.config.grid), resize=True)
+        return self._parts(TileGrid.of(grid), resize=False)
+
+    def _parts(self, grid: TileGrid | None, *, resize: bool) -> DualView:
+        tower = HfTower(self.vision_tower, self.config.vision_feature_layer)
+        low_res = cast(LowRes, self.config.low_res)  # the configuration has put a value in the place of "auto"
+        options = ViewOptions(self.config.tile, grid, low_res, resize, max_tiles_per_pass=self.max_tiles_per_pass)
+        return DualView(cast(Encoder, tower), self.dem, options)
 
     def _images_of_tiles(self, tiles: Tensor, image_grids: Tensor) -> list[Tensor]:
         grids = [TileGrid.of(pair) for pair in image_grids.tolist()]
@@ -328,6 +354,10 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module:
         """The language modelling head."""
         return self.lm_head
+
+    def dual_view(self, grid: GridLike | None = None) -> DualView:
+        """As [`InfLlavaModel.dual_view`][dualview.models.InfLlavaModel.dual_view]."""
+        return self.model.dual_view(grid)
 
     def get_image_features(
         self,

@@ -1,0 +1,163 @@
+"""Pixels to tokens: cut from both perspectives, encode, enhance, read out, mix with the low-resolution view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dualview.geometry import Perspective, Size, TileGrid
+from dualview.models.parts import DualView, Encoder, ViewOptions
+from dualview.models.view_plan import ViewPlan, cut_views, declared, plan_encoder
+from dualview.ops.planned.run import select
+from dualview.ops.tile_batch import TileBatch
+from dualview.ops.tiling import crop, recombine
+from dualview.switches import planning
+
+
+def encode_dual_view(
+    parts: DualView,
+    pixels: Tensor | Sequence[Tensor] | TileBatch,
+    valid: Tensor | Sequence[Tensor] | None = None,
+) -> Tensor:
+    """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; shapes and errors as for its call."""
+    encoder, dem, options = parts
+    full = not planning()
+    if isinstance(pixels, TileBatch):
+        pixels = recombine(pixels, perspective="local")
+    batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
+    if not batches:
+        raise ValueError("a list of images must hold at least one.")
+    masks = _masks(valid, batches, isinstance(pixels, Tensor))
+    grids = [_grid_of(batch, options) for batch in batches]
+    plans = [
+        plan_encoder(encoder, dem, options, grid, (batch.shape[2], batch.shape[3]), full=full)
+        for batch, grid in zip(batches, grids, strict=True)
+    ]
+    views = [cut_views(*group, options) for group in zip(batches, grids, plans, strict=True)]
+    encoded = _encode(encoder, torch.cat([v.flatten(0, 1) for v in views]), options.max_tiles_per_pass)
+    counts = [v.shape[0] * v.shape[1] for v in views]
+    features = [part.unflatten(0, v.shape[:2]) for part, v in zip(encoded.split(counts), views, strict=True)]
+
+    outputs: dict[int, Tensor] = {}
+    sizes = [(g.rows, g.cols, *batch.shape[2:]) for g, batch in zip(grids, batches, strict=True)]
+    for size in dict.fromkeys(sizes):  # images of one grid and size share one plan and one call of the DEM
+        members = [i for i, other in enumerate(sizes) if other == size]
+        g, plan = grids[members[0]], plans[members[0]]
+        mask = None if masks is None else torch.cat([masks[i] for i in members])
+        fused = _fuse(torch.cat([features[i] for i in members]), g, plan, parts, mask)
+        outputs.update(zip(members, fused.split([batches[i].shape[0] for i in members]), strict=True))
+    if len({out.shape[1:] for out in outputs.values()}) > 1:
+        raise ValueError(
+            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes "
+            'and cannot be one batch: use a readout other than "none", or one grid per call.'
+        )
+    return torch.cat([outputs[i] for i in range(len(batches))])
+
+
+def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:
+    if valid is None:
+        return None
+    masks = [valid] if uniform and isinstance(valid, Tensor) else [mask[None] for mask in valid]
+    expected = [(batch.shape[0], *batch.shape[-2:]) for batch in batches]
+    if [tuple(mask.shape) for mask in masks] != expected:
+        raise ValueError(
+            f"valid has shapes {[tuple(mask.shape) for mask in masks]}: it must mark every pixel of every image, "
+            f"{expected}."
+        )
+    return masks
+
+
+def _grid_of(images: Tensor, options: ViewOptions) -> TileGrid:
+    (h, w), grid = options.tile, options.grid
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or "
+            "a list of (3, H, W)."
+        )
+    if options.resize and grid is not None:
+        return grid
+    height, width = images.shape[-2:]
+    found = (height // h, width // w)
+    if height % h or width % w or 0 in found or (grid is not None and found != (grid.rows, grid.cols)):
+        wanted = "a whole number of tiles" if grid is None else f"{grid.map_size((h, w))}, a grid of {grid}"
+        raise ValueError(
+            f"images of {height} x {width} (height x width) with tiles of {h} x {w}: must be {wanted}. "
+            "DualPerspectiveCrop pads or crops images to whole tiles; resize=True interpolates inside."
+        )
+    return TileGrid(*found)
+
+
+def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> Tensor:
+    chunk = max_tiles_per_pass or (1 if tiles.device.type == "cpu" else 128)
+    if isinstance(encoder, nn.Module) and any(_mixes_tiles(module) for module in encoder.modules()):
+        chunk = max(len(tiles), 1)
+        if max_tiles_per_pass is not None and max_tiles_per_pass < chunk:
+            raise ValueError(
+                f"max_tiles_per_pass={max_tiles_per_pass} would split {chunk} sub-images, and the encoder has batch "
+                "norms that take their statistics from the sub-images of a pass: put them into eval mode, or use "
+                "max_tiles_per_pass=None, which gives all of them in one pass."
+            )
+    features = [encoder(part) for part in tiles.split(chunk)]
+    for part, out in zip(tiles.split(chunk), features, strict=True):
+        if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[0] != part.shape[0]:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"the encoder returned {got} for {part.shape[0]} sub-images: it must return token maps "
+                f"({part.shape[0]}, h', w', D). Drop prefix tokens and .unflatten(1, (h', w')) in a small wrapper."
+            )
+    return torch.cat(features)
+
+
+def _mixes_tiles(module: nn.Module) -> bool:
+    """Whether what a module makes of one sub-image depends on the others of the pass."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, valid: Tensor | None) -> Tensor:
+    """Features (B, V, h', w', D) of the views of one grid -> (B, h', w', D)."""
+    dem, low_res = parts.dem, parts.options.low_res
+    low = None if plan.low is None else features[:, plan.low]
+    if dem is None:
+        assert low is not None, "without a dem the low-resolution view is all there is"
+        return low
+    options: dict[str, Any] = {}
+    if declared(dem, "plan"):
+        options["live"] = plan.live
+    if valid is not None:
+        options["key_mask"] = _token_masks(valid, grid, parts.options.tile, (features.shape[2], features.shape[3]))
+    enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
+    gate: Tensor | None = getattr(dem, "gate", None)
+    if low is None:
+        return enhanced
+    if gate is not None and low_res != "add":  # low + gate * (mixed - low): at gate 0 the encoder's features
+        return low + (enhanced - gate * low) * (0.5 if low_res == "mean" else 1.0)
+    total = low + enhanced
+    return total / 2 if low_res == "mean" else total
+
+
+def _token_masks(valid: Tensor, grid: TileGrid, tile: Size, tokens: Size) -> tuple[Tensor, Tensor]:
+    """Which cells of the local and of the global token map see at least one real pixel, (B, rows*h', cols*w') each."""
+    if tuple(valid.shape[-2:]) != grid.map_size(tile):
+        raise ValueError(
+            f"valid marks images of {tuple(valid.shape[-2:])}, which are interpolated to {grid.map_size(tile)}: that "
+            "blends padding into real pixels. Pad images to the canvas of the grid instead."
+        )
+    patch_height, patch_width = tile[0] // tokens[0], tile[1] // tokens[1]  # pixels beyond whole patches are not seen
+    if (tile[0] // patch_height, tile[1] // patch_width) != tokens:
+        raise ValueError(
+            f"a tile of {tile} pixels does not split into {tokens} patches, so a pixel mask has no exact token mask: "
+            "give the DEM its key_mask directly."
+        )
+
+    def pooled(perspective: Perspective) -> Tensor:
+        tiles = crop(valid[:, None], grid, perspective)[:, :, 0]
+        whole = tiles[:, :, : tokens[0] * patch_height, : tokens[1] * patch_width]
+        patches = whole.unflatten(3, (tokens[1], -1)).unflatten(2, (tokens[0], -1))
+        seen = patches.any(5).any(3)
+        return recombine(seen[..., None], grid, perspective, data_format="channels_last")[..., 0]
+
+    return pooled("local"), pooled("global")
