@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 HALF_MADE := $(VENV)/half-made
 INSTALL := $(BIN)/python -m pip install --constraint constraints/newest.txt --editable '.[all]'
 
-.PHONY: demo test test-all bench lint types docs ci clean
+.PHONY: demo test test-more test-all bench lint types docs ci clean
 
 # One of the two files says that make made the environment. Without them it is somebody else's: used, never changed.
 $(STAMP): pyproject.toml constraints/newest.txt
@@ -31,8 +31,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-more: $(STAMP) # what takes longer: run with the newest versions alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load -m more tests
+
 test-all: $(STAMP) # the kernels with ten times as many examples
-	TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "more or not more"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
