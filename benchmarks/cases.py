@@ -6,7 +6,6 @@ is bought for: larger batches, and the kernels beside torch.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 import dualview as dv
 from benchmarks import peers, work
 from benchmarks.measure import Place, Run
+from benchmarks.rates import arranged
+from dualview.geometry import LiveTiles
 from dualview.kernels.dispatch import Backend, interpreting
-from dualview.kernels.fuse_norm import fuse_norm
 from dualview.kernels.retile import retile
-from dualview.ops.plan import SPEED_OF_ABSORBED, LiveTiles
+from dualview.ops.planned.products import Arrangement
 
 Size = Literal["tiny", "quick", "full", "gpu"]
 Mode = Literal["forward", "frozen features", "features too"]
@@ -124,11 +124,6 @@ def _ops(size: Size) -> Iterable[Case]:
             build = partial(_retile, tiles, (n, n), source, target, batch in compile_too)
             params["shape"] = "x".join(map(str, tiles))
             yield Case("ops", f"re-tile, {source} to {target}, {label}", dict(params), build)
-    for batch, backward in product(batches, (False, True)):
-        name = f"fuse_norm, {tokens * tokens} tokens{', forward + backward' if backward else ''}"
-        build = partial(_fuse_norm, (batch, tokens, tokens, width), backward, batch in compile_too)
-        params = {"batch": batch, "shape": f"{batch}x{tokens}x{tokens}x{width}"}
-        yield Case("ops", name + (f", batch {batch}" if batch > 1 else ""), params, build)
 
 
 def _tiling(
@@ -184,29 +179,6 @@ def _retile(
     sides |= {name: partial(peer, x, grid, source, target) for name, peer in others.items()}
     sides[CLONE] = x.clone
     return _copying(sides, x, dict.fromkeys(others, 0.9), place, alike=True)
-
-
-def _fuse_norm(shape: tuple[int, ...], backward: bool, compile_too: bool, place: Place) -> Comparison:
-    half = (*shape[:-1], shape[-1] // 2)
-    given = [place.randn(*size).requires_grad_(backward) for size in (shape, shape, half, half, shape[-1:], shape[-1:])]
-    weight = place.randn(*shape)
-
-    def side(function: Callable[..., Tensor]) -> Run:
-        def both() -> tuple[Tensor, ...]:
-            out = function(*given)
-            return out.detach(), *torch.autograd.grad(out, given, weight)
-
-        return both if backward else partial(function, *given)
-
-    functions: dict[str, Callable[..., Tensor]] = {OURS: fuse_norm, "cat, add, layer_norm": peers.norm_of_sum}
-    if _with_kernels(place):
-        functions[KERNELS] = partial(fuse_norm, backend="triton")
-    if compile_too:
-        functions["the same, torch.compile"] = peers.compiled(peers.norm_of_sum)
-    sides = {name: side(function) for name, function in functions.items()}
-    # Read: two maps and two halves, and with them the gradient; written: one map, and one gradient for all.
-    maps = 4 + 5 * backward
-    return Comparison(sides, work.Work(moved=maps * weight.numel() * weight.element_size()), TOLERANCE[place.dtype])
 
 
 # --- photo: bytes to normalised tiles --------------------------------------------------------------------------------
@@ -522,7 +494,7 @@ def _stage_1(width: int, layers: int, side: int, patch: int, full_too: bool, pla
 
 
 def _absorb(size: Size) -> Iterable[Case]:
-    """Around the share of live queries, a fifth, from which on counting prefers to project the keys."""
+    """Around the share of live queries, a fifth, from which on projecting the keys takes fewer operations."""
     tokens, width = (4, 32) if size == "tiny" else (24, 1024)
     grids = {"tiny": ((2, 3),), "quick": ()}.get(size, ((3, 3), (3, 4), (4, 4)))
     for grid, mode in product(grids, ("forward", "frozen features")):
@@ -541,18 +513,14 @@ def _either_way(grid: tuple[int, int], tokens: int, width: int, mode: Mode, plac
             out = dem(local, stride, grid, backend=backend)
         return (out.detach(), *(torch.autograd.grad((out * of_out).sum(), weights) if mode != "forward" else ()))
 
-    def forced(speed: float, backend: Backend) -> tuple[Tensor, ...]:
-        before = SPEED_OF_ABSORBED.get(place.device, 1.0)
-        SPEED_OF_ABSORBED[place.device] = speed
-        try:
+    def forced(arrangement: Arrangement, backend: Backend) -> tuple[Tensor, ...]:
+        with arranged(arrangement):
             return call(backend)
-        finally:
-            SPEED_OF_ABSORBED[place.device] = before
 
     sides: dict[str, Run] = {OURS: partial(call, "auto")}
     backends: dict[str, Backend] = {"": "torch"} | ({", Triton": "triton"} if _with_kernels(place) else {})
-    for (way, speed), (name, backend) in product({"projected": 0.0, "absorbed": math.inf}.items(), backends.items()):
-        sides[f"{way} throughout{name}"] = partial(forced, speed, backend)
+    for (way, absorb), (name, backend) in product({"projected": False, "absorbed": True}.items(), backends.items()):
+        sides[f"{way} throughout{name}"] = partial(forced, Arrangement(absorb=absorb), backend)
     return Comparison(sides, None, TOLERANCE[place.dtype])
 
 

@@ -264,11 +264,6 @@ def dem_per_tile(dem: nn.Module, local: Tensor, stride: Tensor, grid: Grid) -> T
     return fuse_and_read(dem, enhanced["local"], enhanced["global"], grid)
 
 
-def norm_of_sum(v_loc: Tensor, v_glo: Tensor, b_loc: Tensor, b_glo: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What the released fusion does with its bottlenecks, operator by operator."""
-    return F.layer_norm(torch.cat([b_loc, b_glo], dim=-1) + v_glo + v_loc, weight.shape, weight, bias)
-
-
 Attend = Callable[[Tensor, Tensor, Tensor, Grid, str], Tensor]
 
 

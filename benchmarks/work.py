@@ -61,25 +61,25 @@ def dem(
     tile, only o rows of attention meet the values.
     Then o d^2 for an output projection; the fusion is d^2 a token (linear), or 2 (d d/16 + d/16 d/2) = 3 d^2 / 16.
     """
-    plan = module.plan(grid, tokens)
+    plan, chosen = module.plan(grid, tokens), module.products(grid, tokens, next(module.parameters()))
     d, attention = module.dim, module.attentions[0]
     products = []
-    for way in plan.directions:
+    for way, a in zip(plan.directions, chosen.directions, strict=True):
         q, p = batch * way.num_tiles * way.queries, way.keys
-        out = batch * tokens[0] * tokens[1] if way.pool else q
-        collected = out if way.pool == "cells" else q
+        out = batch * tokens[0] * tokens[1] if a.pool else q
+        collected = out if a.pool == "cells" else q
         products.append(Product(q * d * d, given=1))
-        if way.absorb:
-            products += [Product(0 if way.fold else q * d * d), Product(out * d * d)]
+        if a.absorb:
+            products += [Product(0 if a.fold else q * d * d), Product(out * d * d)]
             products.append(Product((q + collected) * p * d * attention.num_heads, given=1))
         else:
             products.append(Product(2 * batch * way.num_tiles * p * d * d, given=1))
             products.append(Product((q + collected) * p * d))
         if attention.out_proj is not None:
             products.append(Product(out * d * d))
-    if any(way.fold for way in plan.directions):
+    if any(a.fold for a in chosen.directions):
         products.append(Product(d**3 * len(module.attentions)))
-    fused = batch * (tokens[0] * tokens[1] if plan.commutes else len(plan.fused[0]) * len(plan.fused[1]))
+    fused = batch * (tokens[0] * tokens[1] if chosen.directions[0].pool else len(plan.fused[0]) * len(plan.fused[1]))
     products.append(Product(fused * d * d * (3 / 16 if isinstance(module.fusion, _bottleneck()) else 1)))
     cell = batch * tokens[0] * tokens[1] * d
     features = (len(plan.live.local) + len(plan.live.stride)) * cell

@@ -9,13 +9,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
 from benchmarks import __main__, cases, children, gpu, measure, peers, report, results, runner, work
 from benchmarks.cases import KERNELS, OURS, registry
 from benchmarks.measure import Limits, Place
 from dualview.kernels import dispatch
-from dualview.ops.plan import SPEED_OF_ABSORBED
 from tests.checks import refuses
 
 CPU = Place()
@@ -421,7 +421,7 @@ def test_gpu_script_runs_on_the_cpu(tmp_path, one_case):
 
 def test_gpu_script_leaves_kernels_out_that_failed(tmp_path, monkeypatch, one_case):
     chosen = []
-    monkeypatch.setattr(runner, "_release", lambda place: chosen.append(dispatch._asked(None)[0]))
+    monkeypatch.setattr(runner, "_release", lambda place: chosen.append(dispatch._asked.value()[0]))
     gpu.measure_type(CPU, "tiny", "failed: 1 failed", 100, tmp_path)
     document = results.read(tmp_path / "cpu-tiny-float32.json")
     missing = {row["side"]: row["missing"] for row in document["rows"]}
@@ -482,18 +482,13 @@ def test_table_of_aims(kernels):
 
 def test_either_way_of_projecting_is_what_it_is_called():
     """And nothing stays forced."""
-    case, speed = of("absorb"), dict(SPEED_OF_ABSORBED)
-    sides, chosen, dem_plan = cases.prepare(case, CPU).sides, [], dv.DualPerspectiveEnhance.plan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            dv.DualPerspectiveEnhance,
-            "plan",
-            lambda self, *given: chosen.append(plan := dem_plan(self, *given)) or plan,
-        )
-        for side in ("projected throughout", "absorbed throughout"):
+    sides, operations = cases.prepare(of("absorb"), CPU).sides, {}
+    for side in (OURS, "projected throughout", "absorbed throughout", OURS):
+        with FlopCounterMode(display=False) as counter:
             sides[side]()
-    assert [[d.absorb for d in plan.directions] for plan in chosen] == [[False, False], [True, True]]
-    assert speed == SPEED_OF_ABSORBED
+        operations.setdefault(side, []).append(counter.get_total_flops())
+    assert len(set(operations[OURS])) == 1
+    assert operations["projected throughout"] != operations["absorbed throughout"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "dualview"
 
 FLOORS = (  # from the ground up
     ("geometry.py",),
-    ("views.py",),
+    ("views.py", "switches.py"),
     ("kernels/*.py",),
-    ("ops/*.py", "cost.py"),
+    (
+        *(f"ops/{name}.py" for name in ("__init__", "tiling", "dual_crop", "tile_batch", "low_pass")),
+        *(f"ops/{name}.py" for name in ("normalized_crop", "tile_attention", "fusion", "readout", "released_weights")),
+        "cost.py",
+    ),
+    ("ops/planned/*.py",),
+    ("ops/enhance.py", "ops/direct_readout.py", "ops/functional.py"),
     ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
     ("models/*.py", "visualize.py"),
-    ("explain.py", "demo.py"),
+    ("explain.py", "stages.py", "demo.py"),
     ("commands.py",),
     ("__init__.py",),
     ("cli.py",),
@@ -36,18 +42,13 @@ def floor_of(file: str) -> int:
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Names of what is imported at run time, also inside functions; of `from a import b`, a.b comes before a."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for branch in node.orelse:
-                yield from imported_modules(ast.Module([branch], []))
-        elif isinstance(node, ast.Import):
+    """Names of what is imported, also inside functions and for types; of `from a import b`, a.b comes before a."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: import by the full name, not relatively"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imported_modules(node)
 
 
 def file_of(name: str) -> str | None:
