@@ -15,9 +15,10 @@ from dualview.cost import Cost, device_of
 from dualview.geometry import GridLike, Size, TileGrid, check_size
 from dualview.kernels.dispatch import choose, use_backend
 from dualview.models.parts import DualView
-from dualview.models.view_plan import declared
+from dualview.models.view_plan import method_of
 from dualview.ops.planned.products import rates_of
 from dualview.stages import DEFAULT_TOKENS, Features, Stage, encoder_stages, enhances, products_of, stages_of
+from dualview.switches import planning
 
 GAP = "  "  # between the columns of the table
 MIN_WIDTH = 24  # of what is said of a stage, however narrow the terminal is
@@ -105,7 +106,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | N
         >>> stages["V_glo"].planned, stages["V_glo"].full
         ('9 blocks x 64 queries x 576 keys, absorbed', '9 blocks x 576 queries x 576 keys')
     """
-    parts_of, plan_of = declared(module, "dual_view"), declared(module, "plan")
+    parts_of, plan_of = method_of(module, "dual_view"), method_of(module, "plan")
     if parts_of is None and plan_of is None:
         raise TypeError(
             "explain knows DualPerspectiveEnhance, DirectReadout, DualViewEncoder, INF-LLaVA and modules that declare "
@@ -166,6 +167,8 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
     weight, products = _weight_of(dem), products_of(dem, grid, tokens)
     if products.seconds is not None:
         return f"arranged for {weight.device}: {1000 * products.seconds:.1f} ms estimated for one image"
+    if not planning():
+        return "not rearranged: full_computation computes the equations as they stand"
     if rates_of(weight.device, weight.dtype) is None:
         return f"not rearranged: nothing has been measured for {weight.device} and {weight.dtype}"
     return "not rearranged: layers that are hooked, wrapped or replaced are called as they are"

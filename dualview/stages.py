@@ -12,7 +12,7 @@ from torch import Tensor
 from dualview.cost import Cost, cost_of, device_of, modules_of, run_without_contents
 from dualview.geometry import LiveTiles, Perspective, Size, TileGrid
 from dualview.models.parts import DualView, all_tiles
-from dualview.models.view_plan import ViewPlan, declared, plan_encoder
+from dualview.models.view_plan import ViewPlan, method_of, plan_encoder
 from dualview.ops.planned.attention import query_key_matrix
 from dualview.ops.planned.live import MAPS_OF_ROLE, DirectionPlan, EnhancePlan, LayerPlan
 from dualview.ops.planned.products import Arrangement, Products
@@ -59,7 +59,7 @@ class Features(NamedTuple):
 
 def enhances(dem: Any) -> bool:
     """Whether a dem says how its products are arranged, as `DualPerspectiveEnhance` does."""
-    return declared(dem, "plan") is not None and declared(dem, "products") is not None
+    return method_of(dem, "plan") is not None and method_of(dem, "products") is not None
 
 
 def products_of(dem: Any, grid: TileGrid, tokens: Size) -> Products:
@@ -135,7 +135,7 @@ def _low_view(plan: ViewPlan, mix: str | None) -> str:
 
 def stages_of(dem: Any, grid: TileGrid, features: Features) -> list[Stage]:
     """The rows of a dem that declares a plan, none for any other."""
-    if declared(dem, "plan") is None:
+    if method_of(dem, "plan") is None:
         return []
     return _enhance_stages(dem, grid, features.tokens) if enhances(dem) else [_readout_stage(dem, grid, features)]
 

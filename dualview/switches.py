@@ -19,6 +19,12 @@ import torch
 T = TypeVar("T")
 
 
+class _Block:
+    """A `with` block. A generator that holds one may be closed in another context than it was entered in."""
+
+    left_elsewhere = False
+
+
 class Switch(Generic[T]):
     """A value with a default, changed within `holding`.
 
@@ -35,8 +41,8 @@ class Switch(Generic[T]):
 
     def __init__(self, name: str, default: T) -> None:
         self._default = default
-        self._of_context: ContextVar[tuple[tuple[object, T], ...]] = ContextVar(name, default=())
-        self._of_all: dict[object, T] = {}
+        self._of_context: ContextVar[tuple[tuple[_Block, T], ...]] = ContextVar(name, default=())
+        self._of_all: dict[_Block, T] = {}
         self._lock = Lock()
         self._of_process = default  # a plain attribute, for torch.compile to guard
         self._traced: tuple[T, ...] = ()  # the block that is being traced; empty again when the graph runs
@@ -47,8 +53,8 @@ class Switch(Generic[T]):
         """The value here and now."""
         if torch.compiler.is_dynamo_compiling():
             return self._traced[0] if self._traced else self._of_process
-        blocks = self._of_context.get()
-        return blocks[-1][1] if blocks else self._default
+        entered = [value for block, value in self._of_context.get() if not block.left_elsewhere]
+        return entered[-1] if entered else self._default
 
     @contextmanager
     def holding(self, value: T) -> Iterator[None]:
@@ -60,7 +66,7 @@ class Switch(Generic[T]):
             finally:
                 self._traced = before
             return
-        block = object()
+        block = _Block()
         try:
             self._of_context.set((*self._of_context.get(), (block, value)))
             with self._lock:
@@ -68,7 +74,9 @@ class Switch(Generic[T]):
                 self._of_process = value
             yield
         finally:
-            self._of_context.set(tuple(entry for entry in self._of_context.get() if entry[0] is not block))
+            entered = self._of_context.get()
+            block.left_elsewhere = all(other is not block for other, _ in entered)
+            self._of_context.set(tuple(entry for entry in entered if entry[0] is not block))
             with self._lock:
                 self._of_all.pop(block, None)
                 self._of_process = next(reversed(self._of_all.values()), self._default)
@@ -87,7 +95,8 @@ def full_computation() -> AbstractContextManager[None]:
     """Within the context nothing is skipped: every tile is encoded, every query computed, as the equations are written.
 
     For debugging and for benchmarks; outputs and gradients differ from the planned ones by rounding only. The context
-    holds for the thread or task that enters it; a graph that `torch.compile` traces meanwhile has it, too.
+    holds for the thread or task that enters it; a graph that `torch.compile` traces meanwhile has it, too. Of
+    `torch.utils.checkpoint`, which computes anew in a thread of its own on a GPU, enter it in the ``context_fn``, too.
 
     Example:
         >>> with full_computation():

@@ -13,7 +13,7 @@ MOST = {
     "DEM planned: files": 9,
     "which backend runs: files": 2,
     "pixels to tokens: files": 13,
-    "statements of ops and kernels": 1870,
+    "statements of ops and kernels": 1890,
 }
 
 

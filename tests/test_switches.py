@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dualview.kernels.dispatch import choose, use_backend
-from dualview.switches import Switch
+from dualview.switches import Switch, full_computation, planning
 
 BONUS = {"off": 0.0, "on": 1.0, "more": 2.0}
 
@@ -384,3 +384,19 @@ def test_the_environment_is_checked_at_import() -> None:
     """)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.startswith("the environment variable DUALVIEW_BACKEND='cuda': must be"), run.stderr
+
+
+def test_a_block_that_is_left_in_another_thread_is_over() -> None:
+    """A generator may be closed wherever its last reference goes."""
+
+    def held() -> Iterator[None]:
+        with full_computation():
+            yield
+
+    generator = held()
+    next(generator)
+    assert not planning()
+    thread = Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert planning()

@@ -29,7 +29,8 @@ from dualview.kernels.chunked_attention import (
     rows_of,
 )
 
-WIDEST_FLASH_HEAD = 256
+WIDEST_FLASH_HEAD, OLDEST_FLASH = 256, (8, 0)
+"""What torch's flash attention takes: width of a head, compute capability."""
 
 
 def tile_attention(
@@ -148,6 +149,7 @@ def _by_torch(problem: Problem) -> Tensor:
     rows, keys, values = (x.flatten(0, 1) for x in (rows, keys, values))
     mask, alive = mask_and_alive(key_mask, slice(None))
     if _cudnn_may_run(q, k, v):
+        rows, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (rows, keys, values))
         found = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values, scale=scale)[0]
     else:
         flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
@@ -162,7 +164,8 @@ def _fused_is_right(problem: Problem) -> bool:
     q, k, v, key_mask = problem[:4]
     width = k.shape[-1]
     fits_flash = (v is None or v.shape[-1] == width) and width <= WIDEST_FLASH_HEAD and width % 8 == 0
-    return (key_mask is None and fits_flash) or not _cudnn_may_run(q, k, v)
+    flash = key_mask is None and fits_flash and torch.backends.cuda.is_flash_attention_available()
+    return flash or not _cudnn_may_run(q, k, v)
 
 
 def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
@@ -174,7 +177,8 @@ def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
     of ours helps; and the switches that turn cuDNN off are process-wide.
     """
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
-    return q.is_cuda and recorded and q.dtype in (torch.float16, torch.bfloat16)
+    new_enough = (dispatch.capability(q.device) or (0, 0)) >= OLDEST_FLASH  # which is cuDNN's oldest, too
+    return q.is_cuda and recorded and new_enough and q.dtype in (torch.float16, torch.bfloat16)
 
 
 class _ByChunks(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualview.geometry import Perspective, Size, TileGrid
 from dualview.models.parts import DualView, Encoder, ViewOptions
-from dualview.models.view_plan import ViewPlan, cut_views, declared, plan_encoder
+from dualview.models.view_plan import ViewPlan, cut_views, gate_of, method_of, plan_encoder
 from dualview.ops.planned.run import select
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
@@ -125,12 +125,12 @@ def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, val
         assert low is not None, "without a dem the low-resolution view is all there is"
         return low
     options: dict[str, Any] = {}
-    if declared(dem, "plan"):
+    if method_of(dem, "plan"):
         options["live"] = plan.live
     if valid is not None:
         options["key_mask"] = _token_masks(valid, grid, parts.options.tile, (features.shape[2], features.shape[3]))
     enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
-    gate: Tensor | None = getattr(dem, "gate", None)
+    gate = gate_of(dem)
     if low is None:
         return enhanced
     if gate is not None and low_res != "add":  # low + gate * (mixed - low): at gate 0 the encoder's features

@@ -122,7 +122,13 @@ def plan_views(
     return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_place)
 
 
-def declared(stage: object, name: str) -> Any:
+def gate_of(dem: object) -> Tensor | None:
+    """The per-channel gate of a dem that has one: a tensor by the name ``gate``."""
+    gate = getattr(dem, "gate", None)
+    return gate if isinstance(gate, Tensor) else None
+
+
+def method_of(stage: object, name: str) -> Any:
     """A method that a stage declares (`dualview.models.parts`), None if it does not."""
     method = getattr(stage, name, None)
     return method if callable(method) else None
@@ -152,7 +158,7 @@ def plan_encoder(
     Raises:
         ValueError: A size is not positive, or the dem names tiles that the grid has not.
     """
-    image, plan_of_dem, enhance = check_size(image, "image size"), declared(dem, "plan"), None
+    image, plan_of_dem, enhance = check_size(image, "image size"), method_of(dem, "plan"), None
     if dem is None:
         live = LiveTiles((), ())
     elif full or plan_of_dem is None:
@@ -161,12 +167,12 @@ def plan_encoder(
         local, stride = plan_of_dem(grid, (grid.rows, grid.cols)).live
         live = LiveTiles(tuple(local), tuple(stride))
     if plan_of_dem is not None:
-        token_map = declared(encoder, "token_map")
+        token_map = method_of(encoder, "token_map")
         known = tokens or (None if token_map is None else token_map(options.tile))
         enhance = None if known is None else plan_of_dem(grid, check_size(known, "token map"))
     low = uses_low_view(dem, options.low_res)
     plan = plan_views((grid.rows, grid.cols), options.tile, image, *live, low=low, low_pass=options.low_pass, full=full)
-    layers = declared(encoder, "layer_plan")
+    layers = method_of(encoder, "layer_plan")
     # torch.compile traces this, but not dataclasses.replace.
     return ViewPlan(
         plan.views, plan.live, plan.local, plan.stride, plan.low, None if layers is None else layers(), enhance
@@ -175,7 +181,7 @@ def plan_encoder(
 
 def uses_low_view(dem: nn.Module | None, low_res: LowRes) -> bool:
     """Whether the features of the low-resolution view take part."""
-    return low_res is not None or dem is None or getattr(dem, "gate", None) is not None
+    return low_res is not None or dem is None or gate_of(dem) is not None
 
 
 def cut_views(images: Tensor, grid: TileGrid, plan: ViewPlan, options: ViewOptions) -> Tensor:

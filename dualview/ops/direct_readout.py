@@ -57,6 +57,11 @@ class DirectReadout(nn.Module):
         everything = tuple(range(grid.num_tiles))
         live = live or LiveTiles(everything, everything)
         size = check_size(local_tiles.shape[2:4], "token map")
+        if local_tiles.shape[2:] != stride_tiles.shape[2:]:
+            raise ValueError(
+                f"DirectReadout got local features {tuple(local_tiles.shape)} and stride features "
+                f"{tuple(stride_tiles.shape)}: their token maps and widths must be the same, (B, tiles, h, w, D)."
+            )
         given = {"local": (local_tiles, live.local), "global": (stride_tiles, live.stride)}
         planes = []
         for perspective, rows, cols in self.plan(grid, size).cuts:

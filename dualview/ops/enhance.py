@@ -247,7 +247,7 @@ class DualPerspectiveEnhance(nn.Module):
                 return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
         grid = TileGrid.of(grid)
         everything = tuple(range(grid.num_tiles))
-        given = (everything, everything) if live is None else (live.local, live.stride)
+        given = (everything, everything) if live is None else (tuple(live[0]), tuple(live[1]))
         self._check(local_tiles, stride_tiles, grid, given)
         if planning() or given != (everything, everything):
             out = self._planned(local_tiles, stride_tiles, grid, key_mask, given)
@@ -302,6 +302,12 @@ class DualPerspectiveEnhance(nn.Module):
         tokens = check_size(local_tiles.shape[2:4], "token map")
         spec = self._spec(grid, tokens, self.readout)
         plan = plan_enhance(*spec)
+        missing = [sorted(set(needed) - set(given)) for needed, given in zip(plan.live, present, strict=True)]
+        if any(missing) or any(len(set(tiles)) != len(tiles) for tiles in present):
+            raise ValueError(
+                f"live={present}: each tile once, and all that are needed of a grid of {grid}. Missing are local tiles "
+                f"{missing[0]} and stride tiles {missing[1]}: pass those of dem.plan(grid, (h, w)).live."
+            )
         given: dict[Perspective, TileMap] = {
             "local": TileMap(local_tiles, "local", present[0]),
             "global": TileMap(stride_tiles, "global", present[1]),
@@ -334,7 +340,7 @@ class DualPerspectiveEnhance(nn.Module):
         return products_of(spec, attentions, self.fusion, like) if planning() else Products.as_written(len(attentions))
 
     def _spec(self, grid: TileGrid, tokens: Size, readout: Readout) -> EnhanceSpec:
-        radius = 0 if self.enhance != "both" else declared(self.fusion, "radius")
+        radius = 0 if type(self.fusion) is nn.Linear else declared(self.fusion, "radius")
         return (grid.rows, grid.cols), tokens, readout, self.pairing, self.enhance, self.source, radius
 
     def _attention(self, asks: Perspective) -> TileAttention:

@@ -72,6 +72,13 @@ def test_any_leading_dimensions(device, batch, backend):
     assert torch.equal(moved, by_the_equations(x, "local", "global", (2, 3), "channels_last"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_channels(device, backend):
+    assert retile(torch.zeros(2, 4, 6, 0, device=device), "raster", "global", (2, 3), backend=backend).shape == (
+        (2, 6, 2, 2, 0)
+    )
+
+
 def test_nans_keep_their_bits(device):
     payload = torch.arange(0x7FC00000, 0x7FC00000 + 24, dtype=torch.int32, device=device)
     x = payload.view(torch.float32).reshape(4, 6, 1)

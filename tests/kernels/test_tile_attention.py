@@ -270,6 +270,7 @@ def test_any_shape_and_few_keys(device: str, case: Case) -> None:
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sizes",
@@ -346,6 +347,7 @@ def test_strides_do_not_matter(device: str, lay_out: Any, average: str | None, i
         assert torch.equal(x, same)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_do_not_depend_on_the_layout_of_their_gradient(device: str, dtype: torch.dtype, backend: str) -> None:
@@ -420,6 +422,7 @@ def arguments(case: Case, device: str, grad: bool) -> list[Any]:
     return [*(x.requires_grad_(grad) for x in (q, k, v)), mask, index, case.scale, case.over_tiles]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("where", ["unguarded", "elsewhere"])
 @pytest.mark.parametrize("average", AVERAGES)
@@ -430,6 +433,7 @@ def test_opcheck(device: str, request: pytest.FixtureRequest, grad: bool, where:
     torch.library.opcheck(torch.ops.dualview.tile_attention.default, (*arguments(case, device, grad), grad))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("where", ["unguarded", "elsewhere"])
 @pytest.mark.parametrize("average, needed", [(None, [True] * 3), ("members", [False, True, False])])
 def test_opcheck_of_the_backward_pass(
@@ -487,6 +491,7 @@ def test_gradients_of_what_was_recorded_without_any_are_refused(device: str) -> 
         out.sum().backward()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_to_one_graph_for_all_batches(device: str, backend: str) -> None:
     sizes = a_case(average="members", indexed=True)

@@ -506,6 +506,7 @@ def small_model(dem: nn.Module | None = None, **options: object) -> DualViewEnco
     return DualViewEncoder(Patches(), dem, **{"tile": TILE, "grid": (2, 3), **options})
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("low_res", ["mean", None])
 def test_compiles_into_one_graph(low_res: str | None) -> None:
     torch._dynamo.reset()

@@ -149,6 +149,7 @@ def test_long_pictures_are_cut_before_they_are_scaled_with_the_same_result(size,
     torch.testing.assert_close(out, pixels(picture, do_pad=False, crop_size=crop), atol=2 / 255 / 0.26, rtol=0)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "size, options",
     [

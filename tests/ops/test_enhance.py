@@ -735,6 +735,16 @@ class TestRefusals:
         with refuses(str(local), str(stride), "grid of 2x3", "(B, 6, h, w, 16)", ".unflatten(2, (h, w))"):
             dv.DualPerspectiveEnhance.paper(DIM)(torch.zeros(local), torch.zeros(stride), (2, 3))
 
+    @pytest.mark.parametrize("live", [((0, 1), (0,)), ((0, 1, 2, 3, 4, 4), (1, 4)), [[0], [1]]], ids=str)
+    def test_live_tiles(self, live: Any) -> None:
+        dem = dv.DualPerspectiveEnhance.released(DIM)
+        with refuses("live=", "each tile once", "dem.plan(grid, (h, w)).live"):
+            dem(*(torch.zeros(1, len(tiles), 4, 5, DIM) for tiles in live), (2, 3), live=live)
+
+    def test_token_maps_of_a_readout(self) -> None:
+        with refuses("(1, 6, 4, 6, 8)", "(1, 6, 6, 4, 8)", "must be the same"):
+            dv.DirectReadout()(torch.zeros(1, 6, 4, 6, 8), torch.zeros(1, 6, 6, 4, 8), (2, 3))
+
     def test_prints_its_options(self) -> None:
         text = dv.DualPerspectiveEnhance.released(DIM, gate=True).extra_repr()
         assert re.sub(r"\s+", " ", text) == (

@@ -395,18 +395,6 @@ class TestHooksOnEveryModule:
         assert not skipped
 
 
-@pytest.mark.parametrize("touch", [forward_hook, forward_pre_hook, own_forward, own_class, replaced])
-def test_a_norm_that_a_kernel_would_apply(touch: Callable[[nn.Module, str], None]) -> None:
-    pytest.importorskip("triton")
-    dem = make("released", torch.float32)
-    touch(dem, "fusion.norm")
-    maps = torch.randn(2, 1, 2, 3, DIM)
-    with dv.use_backend("torch"):
-        truth = dem.fusion(*maps)
-    with dv.use_backend("triton"):
-        torch.testing.assert_close(dem.fusion(*maps), truth)
-
-
 def adapted_parts() -> Iterator[tuple[str, str]]:
     """What gets adapters at once: one kind of projection, all of them, the layers of the fusion, every layer."""
     for name in CASES:

@@ -88,7 +88,10 @@ def project_values(attention: TileAttention, collected: Tensor, attended: Tensor
     values = torch.einsum("...hd,hed->...he", collected, weight)
     if attention.v_proj.bias is None:
         return values
-    bias: Tensor = attention.v_proj.bias.unflatten(0, (attention.num_heads, -1)).to(values.dtype)  # as under autocast
+    bias: Tensor = attention.v_proj.bias
+    if attention.k_proj.bias is not None:  # the softmax drops it: its gradient is zero, but there is one
+        bias = bias + 0 * attention.k_proj.bias.sum()
+    bias = bias.unflatten(0, (attention.num_heads, -1)).to(values.dtype)  # as under autocast
     return values + bias if attended is None else values + attended.to(values.dtype).unsqueeze(-1) * bias
 
 

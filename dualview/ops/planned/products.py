@@ -145,7 +145,7 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
         dtype,
         shared=attentions[0] is attentions[-1],
         commutes=commutes,
-        concat=type(fusion) is LinearConcatFusion,
+        concat=type(fusion) is LinearConcatFusion and all(type(layer) is nn.Linear for layer in fusion.children()),
         fusion_weights=sum(p.numel() for p in fusion.parameters()) if commutes else 0,
     )
 
@@ -260,7 +260,9 @@ def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
     """
     kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     hooked = any(getattr(hook, "__module__", None) != but_of for hooks in kinds for hook in hooks.values())
-    if hooked or _global_hook() or "forward" in vars(layer) or hasattr(layer, "_hf_hook"):
+    # torch.compile guards the second expression, and not the first.
+    patched = "forward" in vars(layer) or getattr(layer.forward, "__func__", None) is not type(layer).forward
+    if hooked or _global_hook() or patched or hasattr(layer, "_hf_hook"):
         return False
     parameters = [p for p in layer._parameters.values() if p is not None]
     return all(_plain(p) and p.device == like.device for p in parameters)
@@ -280,23 +282,31 @@ def _plain(parameter: Tensor) -> bool:
 
 def readable(attention: TileAttention, like: Tensor) -> bool:
     """Whether the layers of an attention may be read, or called in another order."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-    linear = all(type(layer) is nn.Linear and untouched(layer, like) for layer in layers if layer is not None)
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj]
     norm: Any = attention.norm
     return (
         type(attention) is TileAttention
         and untouched(attention, like)
-        and linear
+        and all(_is_linear(layer, attention.dim, like) for layer in layers if layer is not None)
         and (norm is None or (type(norm) is nn.LayerNorm and untouched(norm, like)))
     )
 
 
+def _is_linear(layer: nn.Module, dim: int, like: Tensor) -> bool:
+    """Whether a layer is exactly torch's linear layer, from the width D to D, with a weight of its own."""
+    weight = layer._parameters.get("weight")
+    exactly = type(layer) is nn.Linear and nn.Linear.forward is LINEAR_FORWARD and untouched(layer, like)
+    return exactly and weight is not None and weight.shape == (dim, dim)
+
+
+LINEAR_FORWARD = nn.Linear.forward
+"""As torch has it: somebody may put another one into the class."""
 LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList)
 
 
 def as_declared(fusion: nn.Module, like: Tensor) -> bool:
     """Whether a fusion that says it is linear still is: nothing hooked on, no layer inside replaced."""
-    return all(
+    return nn.Linear.forward is LINEAR_FORWARD and all(
         untouched(layer, like) and (type(layer) in LINEAR_LAYERS or bool(declared(layer, "linear")))
         for layer in fusion.modules()
     )

@@ -224,6 +224,73 @@ def test_no_average_is_taken_before_a_fusion_that_was_touched(touch) -> None:
     assert not found.fold_values
 
 
+def both_ways(dem: nn.Module) -> tuple[Tensor, Tensor]:
+    """Planned, and by the equations."""
+    given = features((2, 3), (6, 6), 64)
+    planned = dem(*given, (2, 3))
+    with dv.full_computation():
+        return planned, dem(*given, (2, 3))
+
+
+class DeclaredAdapter(nn.Module):
+    """An adapter that says it is linear, around a layer whose weight it shows."""
+
+    linear = True
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.more = base.weight, base.bias, nn.Linear(64, 32, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + self.more(x)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_values_are_folded_into_plain_layers_alone(low_rank: bool) -> None:
+    dem = dv.DualPerspectiveEnhance.paper(64).double()
+    two = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)).double()
+    dem.fusion.local_proj = two if low_rank else DeclaredAdapter(dem.fusion.local_proj)
+    with machine("operations count"):
+        assert not dem.products((2, 3), (6, 6), LIKE).fold_values
+        torch.testing.assert_close(*both_ways(dem))
+
+
+def test_narrower_projections_are_called() -> None:
+    """After structured pruning: the scale of the scores is that of their own width."""
+    dem = dv.DualPerspectiveEnhance.paper(64, out_proj=True).double()
+    attention = dem.attentions[0]
+    attention.q_proj, attention.k_proj, attention.v_proj = (nn.Linear(64, 16, bias=False).double() for _ in range(3))
+    attention.out_proj = nn.Linear(16, 64, bias=False).double()
+    with machine("attention is free"):
+        torch.testing.assert_close(*both_ways(dem))
+
+
+def test_a_forward_put_into_the_class_of_linear_layers_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    dem, ordinary = dv.DualPerspectiveEnhance.paper(64).double(), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 3 * ordinary(self, x))
+    torch.testing.assert_close(*both_ways(dem))
+
+
+@pytest.mark.parametrize("part", ["attentions.0.q_proj", "attentions.0", "fusion"])
+def test_a_compiled_graph_is_made_anew_when_a_forward_is_replaced(part: str) -> None:
+    torch._dynamo.reset()
+    dem, given = dv.DualPerspectiveEnhance.paper(64).double().requires_grad_(False), features((2, 3), (6, 6), 64)
+    compiled = torch.compile(lambda *x: dem(*x, (2, 3)), backend="eager")
+    torch.testing.assert_close(compiled(*given), dem(*given, (2, 3)))
+    layer = dem.get_submodule(part)
+    ordinary = layer.forward
+    layer.forward = lambda *x: 3 * ordinary(*x)
+    torch.testing.assert_close(compiled(*given), dem(*given, (2, 3)))
+
+
+def test_every_bias_has_a_gradient() -> None:
+    """That of the keys is zero, but a reducer of gradients waits for it."""
+    dem = dv.DualPerspectiveEnhance.paper(64, bias=True).double()
+    with machine("attention is free"):
+        dem(*features((3, 3), (6, 6), 64), (3, 3)).sum().backward()
+    assert all(p.grad is not None for p in dem.parameters())
+
+
 class OwnLinear(nn.Module):
     """A user's fusion, linear, with a layer of the user's own inside that says so, too."""
 
