@@ -123,6 +123,7 @@ def test_interrupted_between_the_write_and_the_end(tmp_path):
         import os, sys, signal
         from PIL import Image
         from dualview.outputs import save_image
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start what is in its background without
         sync = os.fsync
         def slow(fd):
             sync(fd)

@@ -124,9 +124,16 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 _capability = cache(torch.cuda.get_device_capability)  # asking torch takes longer than all else here
 
 
+def is_new(device: torch.device) -> bool:
+    """Whether a device is a GPU of the `OLDEST` capability or newer, from which on there is flash attention, too."""
+    found = capability(device)
+    return found is not None and found >= OLDEST
+
+
 # All that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
 interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_new._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(x: Tensor) -> bool:

@@ -29,8 +29,7 @@ from dualview.kernels.chunked_attention import (
     rows_of,
 )
 
-WIDEST_FLASH_HEAD, OLDEST_FLASH = 256, (8, 0)
-"""What torch's flash attention takes: width of a head, compute capability."""
+WIDEST_FLASH_HEAD = 256
 
 
 def tile_attention(
@@ -177,8 +176,8 @@ def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
     of ours helps; and the switches that turn cuDNN off are process-wide.
     """
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
-    new_enough = (dispatch.capability(q.device) or (0, 0)) >= OLDEST_FLASH  # which is cuDNN's oldest, too
-    return q.is_cuda and recorded and new_enough and q.dtype in (torch.float16, torch.bfloat16)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and recorded and half and dispatch.is_new(q.device)  # cuDNN's attention takes no older GPU
 
 
 class _ByChunks(torch.autograd.Function):

@@ -21,6 +21,7 @@ from dualview.ops.planned.live import (
     EnhanceSpec,
     Pairing,
     Source,
+    check_present,
     plan_enhance,
 )
 from dualview.ops.planned.products import Products, products_of
@@ -302,12 +303,7 @@ class DualPerspectiveEnhance(nn.Module):
         tokens = check_size(local_tiles.shape[2:4], "token map")
         spec = self._spec(grid, tokens, self.readout)
         plan = plan_enhance(*spec)
-        missing = [sorted(set(needed) - set(given)) for needed, given in zip(plan.live, present, strict=True)]
-        if any(missing) or any(len(set(tiles)) != len(tiles) for tiles in present):
-            raise ValueError(
-                f"live={present}: each tile once, and all that are needed of a grid of {grid}. Missing are local tiles "
-                f"{missing[0]} and stride tiles {missing[1]}: pass those of dem.plan(grid, (h, w)).live."
-            )
+        check_present(spec, present)
         given: dict[Perspective, TileMap] = {
             "local": TileMap(local_tiles, "local", present[0]),
             "global": TileMap(stride_tiles, "global", present[1]),
