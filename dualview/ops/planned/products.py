@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import product
+from types import MethodType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -260,9 +261,10 @@ def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
     """
     kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     hooked = any(getattr(hook, "__module__", None) != but_of for hooks in kinds for hook in hooks.values())
-    # torch.compile guards the second expression, and not the first.
-    patched = "forward" in vars(layer) or getattr(layer.forward, "__func__", None) is not type(layer).forward
-    if hooked or _global_hook() or patched or hasattr(layer, "_hf_hook"):
+    # torch.compile does not guard the first condition; it guards the method, but misses its function by getattr.
+    forward: Any = layer.forward
+    patched = "forward" in vars(layer) or not isinstance(forward, MethodType)
+    if hooked or _global_hook() or patched or forward.__func__ is not type(layer).forward or hasattr(layer, "_hf_hook"):
         return False
     parameters = [p for p in layer._parameters.values() if p is not None]
     return all(_plain(p) and p.device == like.device for p in parameters)

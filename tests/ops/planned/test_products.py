@@ -1,6 +1,7 @@
 """How products are arranged: by estimated time, from rates; and only of layers that are what their class made them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -281,6 +282,30 @@ def test_a_compiled_graph_is_made_anew_when_a_forward_is_replaced(part: str) -> 
     ordinary = layer.forward
     layer.forward = lambda *x: 3 * ordinary(*x)
     torch.testing.assert_close(compiled(*given), dem(*given, (2, 3)))
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_a_compiled_graph_is_arranged_as_the_call_is(preset: str) -> None:
+    torch._dynamo.reset()
+    dem = getattr(dv.DualPerspectiveEnhance, preset)(64).double().requires_grad_(False)
+    given, operations = features((3, 3), (2, 2), 64), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        operations.append(counted(lambda: graph(*inputs)))
+        return graph
+
+    def counted(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    with machine("operations count"):
+        torch.compile(lambda *x: dem(*x, (3, 3)), backend=count, fullgraph=True)(*given)
+        planned = counted(lambda: dem(*given, (3, 3)))
+    with machine("never measured"):
+        as_written = counted(lambda: dem(*given, (3, 3)))
+    assert operations == [planned]
+    assert planned < as_written
 
 
 def test_every_bias_has_a_gradient() -> None:
