@@ -60,21 +60,6 @@ def test_equals_the_formula(name: str, dim: int, batch: int, size: tuple[int, in
         torch.testing.assert_close(one, reference.fuse(name, loc, glo, weights), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name, fusion in CLASSES.items() if getattr(fusion, "cells", False)])
-@given(cell=sizes, size=sizes, batch=st.integers(0, 2), seed=st.integers(0, 99))
-@settings(max_examples=20)
-def test_cells_are_averaged(name: str, cell: tuple[int, int], size: tuple[int, int], batch: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    fusion = randomised(CLASSES[name](16, dtype=torch.float64))
-    v_loc, v_glo = maps(batch, size[0] * cell[0], size[1] * cell[1], 16)
-    fused = fusion(v_loc, v_glo, cell=cell)
-    assert fused.shape == (batch, *size, 16)
-    weights = dict(fusion.named_parameters())
-    for one, loc, glo in zip(fused, v_loc, v_glo, strict=True):
-        averaged = reference.read_out(reference.fuse(name, loc, glo, weights), cell, "average")
-        torch.testing.assert_close(one, averaged, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("name", sorted(set(CLASSES) - {"conv3x3"}))
 def test_token_by_token(name: str) -> None:
     """Any leading dimensions will do, and no token sees its neighbour."""
@@ -112,6 +97,26 @@ def test_concatenation_orders() -> None:
     out = released(zero, zero)
     assert (out[:, :8] == 0).all()
     assert (out[:, 8:] != 0).any()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_looks_as_far_as_it_declares(name: str) -> None:
+    fusion = randomised(CLASSES[name](16, dtype=torch.float64))
+    v_loc, v_glo = maps(1, 7, 7, 16)
+    other_loc, other_glo = v_loc.clone(), v_glo.clone()
+    other_loc[0, 3, 3] += 9
+    other_glo[0, 3, 3] += 9
+    reached = (fusion(other_loc, other_glo) != fusion(v_loc, v_glo))[0].any(-1).nonzero()
+    assert (reached - 3).abs().max() == fusion.radius
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_is_affine_where_it_declares_to_be_linear(name: str) -> None:
+    """Then, and only then, an average may be taken before it."""
+    fusion = randomised(CLASSES[name](16, dtype=torch.float64))
+    one, other = maps(1, 3, 4, 16), maps(1, 3, 4, 16)
+    of_means = fusion(*((x + y) / 2 for x, y in zip(one, other, strict=True)))
+    assert torch.allclose(of_means, (fusion(*one) + fusion(*other)) / 2) == fusion.linear
 
 
 def test_parameter_counts() -> None:

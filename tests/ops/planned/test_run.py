@@ -186,6 +186,28 @@ def test_planned_errs_as_full_does(arithmetic, preset, chosen, fusion, grid, tok
             assert_errs_as_full_does(name, *found, gradient, largest)
 
 
+@pytest.mark.parametrize("tokens, pool", [((4, 6), "cells"), ((5, 6), "map")])
+@pytest.mark.parametrize("pairing", ["paper", "released"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("masked", [None, "one", "pair"])
+@pytest.mark.parametrize("fastest", ["operations count", "attention is free"])
+def test_averages_taken_inside_are_those_of_the_equations(fastest, masked, residual, pairing, tokens, pool):
+    """Few random sizes have cells that fill blocks. A whole tile of either perspective is masked besides."""
+    grid = (2, 3)
+    dem = build("paper", pairing=pairing, residual=residual, bias=True, out_proj=True, num_heads=2)
+    tiles, size = inputs(grid, tokens), (grid[0] * tokens[0], grid[1] * tokens[1])
+    mask = mask_of(masked, size)
+    for part in () if mask is None else mask if masked == "pair" else (mask,):
+        part[..., : tokens[0], : tokens[1]] = False
+        part[..., :: grid[0], :: grid[1]] = False
+    direction = torch.randn(*size, DIM, dtype=torch.float64)
+    with dv.full_computation():
+        expected = run(dem, tiles, grid, mask, direction)
+    with machine(fastest):
+        assert {a.pool for a in dem.products(grid, tokens, tiles[0]).directions} == {pool, "tiles"}
+        torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("fusion", ["addition", "multiplication", "bottleneck_concat"])
 @pytest.mark.parametrize("masked", [None, "one"])
 def test_planned_has_the_type_of_full_under_autocast(fusion, masked):
