@@ -33,6 +33,9 @@ SizeLike: TypeAlias = int | Sequence[int]
 MOST_TILES = 16_384
 """Most tiles of a grid, 128 x 128: what follows from a grid is found tile by tile."""
 
+MOST_SINGLE_CELLS = 1_024
+"""Most tiles that may be single cells of their map."""
+
 
 @dataclass(frozen=True)
 class TileGrid:
@@ -91,7 +94,8 @@ class TileGrid:
         """Size (h, w) of one tile of a map of ``size`` = (H, W).
 
         Raises:
-            ValueError: ``size`` is not a positive multiple of (rows, cols).
+            ValueError: ``size`` is not a positive multiple of (rows, cols), or the tiles would be single cells, more
+                than 1,024 of them: a tile size was given as the grid.
         """
         height, width = size
         if height < 1 or width < 1 or height % self.rows or width % self.cols:
@@ -99,6 +103,12 @@ class TileGrid:
                 f"a map of {height} x {width} (height x width) cannot be cut into {self.rows} x {self.cols} tiles: "
                 f"the height must be a positive multiple of rows={self.rows} and the width of cols={self.cols}. "
                 "Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder` argument)."
+            )
+        if (height, width) == (self.rows, self.cols) and self.num_tiles > MOST_SINGLE_CELLS:
+            raise ValueError(
+                f"a grid of {self.rows} x {self.cols} cuts a map of {height} x {width} (height x width) into single "
+                f"cells, and more than {MOST_SINGLE_CELLS:,} are refused: was a tile size meant? "
+                "TileGrid.for_image(size, tile) gives the grid."
             )
         return height // self.rows, width // self.cols
 

@@ -7,7 +7,9 @@ order. A view has every factor as a dimension of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
+from os import PathLike
 from typing import get_args
 
 import torch
@@ -31,13 +33,83 @@ def check_data_format(data_format: str) -> DataFormat:
     return data_format  # type: ignore[return-value]  # narrowed by the check above
 
 
-def check_rank(x: Tensor, layout: Layout, data_format: str) -> None:
-    """Raise a ValueError for an unknown ``data_format``, or where ``x`` has too few dimensions for the layout."""
+def check_tensors(**named: object) -> None:
+    """Raise a TypeError that says how to convert it for the first argument that is no tensor."""
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {_conversion(x)}.")
+
+
+def check_list(tensors: Sequence[object], name: str) -> None:
+    """Raise a TypeError unless this is a list of tensors."""
+    if not isinstance(tensors, list | tuple):
+        check_tensors(**{name: tensors})
+    check_tensors(**{f"{name}[{i}]": x for i, x in enumerate(tensors)})
+
+
+def _conversion(x: object) -> str:
+    """The type of ``x``, and the call that makes a tensor of it."""
+    kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+    remedy = "torch.as_tensor(x)"
+    if kind.startswith("PIL."):
+        remedy = "dualview.load_image(x)"
+    elif kind.startswith("numpy."):
+        remedy = "torch.from_numpy(x), or dualview.load_image(x) for a picture of height x width x channels"
+    elif isinstance(x, str | PathLike):
+        remedy = "dualview.load_image(x)"
+    elif isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
+        remedy = "torch.stack(x)"
+    return f"{kind}. To convert it: {remedy}"
+
+
+def check_map(x: Tensor, layout: Layout, data_format: str) -> None:
+    """Raise an error unless ``x`` can be a map in this layout.
+
+    Raises:
+        TypeError: ``x`` is no tensor.
+        ValueError: ``data_format`` is unknown, ``x`` has too few dimensions, or it is one image whose channels come
+            last where they should come first: more than 16 channels, and a width of 3 or 4.
+    """
+    check_tensors(x=x)
     expected = DIMENSIONS[layout == "raster", check_data_format(data_format)]
     if x.dim() < expected.count(","):
         raise ValueError(
             f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
             f"{expected} with any leading batch dimensions."
+        )
+    one_image = layout == "raster" and x.dim() == 3 and data_format == "channels_first"
+    if one_image and x.shape[0] > 16 and x.shape[2] in (3, 4):
+        raise ValueError(
+            f"an image of shape {tuple(x.shape)} under data_format='channels_first' has {x.shape[0]} channels and a "
+            f"width of {x.shape[2]}: its channels seem to come last. Pass data_format='channels_last', or "
+            "x.movedim(-1, 0); where the shape is meant, pass x[None]."
+        )
+
+
+def check_tile_pair(
+    local_tiles: Tensor,
+    stride_tiles: Tensor,
+    grid: TileGrid,
+    present: tuple[Sequence[int], Sequence[int]],
+    width: int | None = None,
+) -> None:
+    """Raise an error unless these are the present tiles of the local and of the global map of one grid.
+
+    Raises:
+        TypeError: One of them is no tensor.
+        ValueError: Their counts, sizes or widths do not fit the grid, the module or each other.
+    """
+    check_tensors(local_tiles=local_tiles, stride_tiles=stride_tiles)
+    shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
+    fits = all(
+        len(shape) == 5 and shape[1] == len(tiles) and width in (None, shape[4])
+        for shape, tiles in zip(shapes, present, strict=True)
+    )
+    if not fits or shapes[0][0] != shapes[1][0] or shapes[0][2:] != shapes[1][2:]:
+        expected = " and ".join(f"(B, {len(tiles)}, h, w, {width or 'D'})" for tiles in present)
+        raise ValueError(
+            f"got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: they must be {expected}, "
+            "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w))."
         )
 
 
@@ -47,7 +119,7 @@ def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat
     Raises:
         ValueError: ``x`` is no map of this grid, or ``data_format`` is unknown.
     """
-    check_rank(x, layout, data_format)
+    check_map(x, layout, data_format)
     h, w = x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]
     if layout == "raster":
         return grid.tile_size((h, w))

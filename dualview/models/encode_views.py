@@ -16,6 +16,7 @@ from dualview.ops.planned.run import select
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.switches import planning
+from dualview.views import check_list
 
 
 def encode_dual_view(
@@ -28,7 +29,11 @@ def encode_dual_view(
     full = not planning()
     if isinstance(pixels, TileBatch):
         pixels = recombine(pixels, perspective="local")
-    batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in pixels]
+    if isinstance(pixels, Tensor):
+        batches = [pixels]
+    else:
+        check_list(pixels, "pixels")
+        batches = [image[None] for image in pixels]
     if not batches:
         raise ValueError("a list of images must hold at least one.")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))

@@ -6,11 +6,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, LiveTiles, Size, TileGrid, check_size
+from dualview.geometry import GridLike, LiveTiles, Perspective, Size, TileGrid, check_size
 from dualview.ops.planned.live import DirectPlan, plan_direct
 from dualview.ops.planned.run import TileMap, mean_of_cells, put_back, take_tiles
 from dualview.ops.readout import Readout, check_readout, read_out
 from dualview.switches import planning
+from dualview.views import check_tile_pair
 
 
 class DirectReadout(nn.Module):
@@ -56,23 +57,15 @@ class DirectReadout(nn.Module):
         grid = TileGrid.of(grid)
         everything = tuple(range(grid.num_tiles))
         live = live or LiveTiles(everything, everything)
+        check_tile_pair(local_tiles, stride_tiles, grid, live)
         size = check_size(local_tiles.shape[2:4], "token map")
-        if local_tiles.shape[2:] != stride_tiles.shape[2:]:
-            raise ValueError(
-                f"DirectReadout got local features {tuple(local_tiles.shape)} and stride features "
-                f"{tuple(stride_tiles.shape)}: their token maps and widths must be the same, (B, tiles, h, w, D)."
-            )
-        given = {"local": (local_tiles, live.local), "global": (stride_tiles, live.stride)}
+        given: dict[Perspective, TileMap] = {
+            "local": TileMap(local_tiles, "local", live.local),
+            "global": TileMap(stride_tiles, "global", live.stride),
+        }
         planes = []
         for perspective, rows, cols in self.plan(grid, size).cuts:
-            tiles, present = given[perspective]
-            if tiles.dim() != 5 or tiles.shape[1] != len(present):
-                raise ValueError(
-                    f"DirectReadout got {perspective} features {tuple(tiles.shape)}, {tiles.shape[1]} tiles for a "
-                    f"grid of {grid}: they must be (B, {len(present)}, h, w, D). Flattened tokens need "
-                    ".unflatten(2, (h, w)) first."
-                )
-            taken = take_tiles(TileMap(tiles, perspective, present), rows, cols, perspective, grid)
+            taken = take_tiles(given[perspective], rows, cols, perspective, grid)
             planes.append(put_back(taken, rows, cols, perspective, grid))
         total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
         whole = tuple(total.shape[1:3]) == grid.map_size(size)

@@ -13,6 +13,7 @@ from dualview.geometry import Perspective, Size, TileGrid, check_size
 from dualview.ops.low_pass import low_pass
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
+from dualview.views import check_list, check_map
 
 Remainder: TypeAlias = Literal["error", "pad", "crop", "resize"]
 
@@ -102,6 +103,7 @@ class DualPerspectiveCrop(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor]) -> DualPerspectiveTiles | DualPerspectiveTileBatch:
         if isinstance(images, Tensor):
             return self._cut(images)
+        check_list(images, "images")
         if not images or any(image.dim() != 3 for image in images):
             raise ValueError(
                 f"a list of images must hold at least one, each (C, H, W); got {[tuple(i.shape) for i in images]}."
@@ -116,8 +118,7 @@ class DualPerspectiveCrop(nn.Module):
         )
 
     def _cut(self, images: Tensor) -> DualPerspectiveTiles:
-        if images.dim() < 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (..., C, H, W).")
+        check_map(images, "raster", "channels_first")
         canvas, real = self._fit(images)
         grid = TileGrid.for_image((canvas.shape[-2], canvas.shape[-1]), self.tile)
         smooth = low_pass(canvas, grid) if self.low_pass else canvas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
@@ -31,6 +31,7 @@ from dualview.ops.released_weights import LoadReport, load_released, released_st
 from dualview.ops.tile_attention import Init, TileAttention
 from dualview.ops.tiling import crop, recombine
 from dualview.switches import planning
+from dualview.views import check_tile_pair
 
 KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 """True for cells that may be attended to; of one map or, as a pair, of the local and the global map."""
@@ -249,7 +250,7 @@ class DualPerspectiveEnhance(nn.Module):
         grid = TileGrid.of(grid)
         everything = tuple(range(grid.num_tiles))
         given = (everything, everything) if live is None else (tuple(live[0]), tuple(live[1]))
-        self._check(local_tiles, stride_tiles, grid, given)
+        check_tile_pair(local_tiles, stride_tiles, grid, given, self.dim)
         if planning() or given != (everything, everything):
             out = self._planned(local_tiles, stride_tiles, grid, key_mask, given)
         else:
@@ -267,7 +268,7 @@ class DualPerspectiveEnhance(nn.Module):
     ) -> EnhancedMaps:
         """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
         grid = TileGrid.of(grid)
-        self._check(local_tiles, stride_tiles, grid, (range(grid.num_tiles),) * 2)
+        check_tile_pair(local_tiles, stride_tiles, grid, (range(grid.num_tiles),) * 2, self.dim)
         tokens = check_size(local_tiles.shape[2:4], "token map")
         masks = self._masks(key_mask, local_tiles.shape[0], grid.map_size(tokens))
         maps: dict[Perspective, Tensor] = {
@@ -359,22 +360,6 @@ class DualPerspectiveEnhance(nn.Module):
             first, *others = (of_map[perspective] for perspective in MAPS_OF_ROLE[self.source][role])
             masks[role] = first | others[0] if others else first
         return masks
-
-    def _check(
-        self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, given: tuple[Sequence[int], Sequence[int]]
-    ) -> None:
-        shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
-        fits = all(
-            len(shape) == 5 and shape[1] == len(present) and shape[4] == self.dim
-            for shape, present in zip(shapes, given, strict=True)
-        )
-        if not fits or shapes[0][0] != shapes[1][0] or shapes[0][2:] != shapes[1][2:]:
-            expected = " and ".join(f"(B, {len(present)}, h, w, {self.dim})" for present in given)
-            raise ValueError(
-                f"DualPerspectiveEnhance got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of "
-                f"{grid}: they must be {expected}, rows*cols tiles each unless `live` names those present. Flattened "
-                "tokens need .unflatten(2, (h, w))."
-            )
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Load the weights of a released checkpoint, copied into this module's parameters.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualview.geometry import DataFormat, GridLike, TileGrid
-from dualview.views import check_rank
+from dualview.views import check_map
 
 
 def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first") -> Tensor:
@@ -34,11 +34,11 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
         [[[0.0, 1.0, 2.0, 1.0, 0.0]]]
     """
     grid = TileGrid.of(grid)
+    check_map(x, "raster", data_format)
     if not x.is_floating_point():
         raise TypeError(
             f"low_pass averages pixels, so it needs a floating-point tensor; got {x.dtype}. Convert it first."
         )
-    check_rank(x, "raster", data_format)
     first = data_format == "channels_first"
     planes = x if first else x.movedim(-1, -3)
     flat = planes.reshape(-1, 1, *planes.shape[-2:])

@@ -11,7 +11,7 @@ from torch import Tensor
 from dualview.geometry import DataFormat, GridLike, LiveTiles, TileGrid
 from dualview.kernels.crop_normalize import crop_normalize
 from dualview.kernels.dispatch import Backend
-from dualview.views import check_rank
+from dualview.views import check_map
 
 
 class NormalizedTiles(NamedTuple):
@@ -67,7 +67,7 @@ def normalized_crop(
         torch.Size([6, 3, 336, 336])
     """
     grid = TileGrid.of(grid)
-    check_rank(images, "raster", data_format)
+    check_map(images, "raster", data_format)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images of type {images.dtype}: bytes (uint8) or floating-point numbers can be normalised.")
     planes = images if data_format == "channels_first" else images.movedim(-1, -3)

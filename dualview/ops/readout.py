@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dualview.geometry import GridLike, TileGrid
+from dualview.views import check_map
 
 Readout: TypeAlias = Literal["average", "bilinear", "centre", "none"]
 
@@ -62,8 +63,7 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
         2.5
     """
     grid, readout = TileGrid.of(grid), check_readout(readout)
-    if x.dim() < 3:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} is no token map: expected (..., H, W, D).")
+    check_map(x, "raster", "channels_last")
     grid.tile_size((x.shape[-3], x.shape[-2]))  # a ValueError where the map is no multiple of the grid
     if readout == "none":
         return x

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dualview.kernels import tile_attention as kernel
 from dualview.kernels.dispatch import Backend
+from dualview.views import check_tensors
 
 Init: TypeAlias = Literal["xavier", "identical"]
 
@@ -47,6 +48,7 @@ def tile_attention(
         >>> tile_attention(q, kv, kv, num_heads=4).shape
         torch.Size([2, 6, 20, 32])
     """
+    check_tensors(query=query, key=key, value=value)
     if key.shape != value.shape or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dualview.geometry import GridLike, Perspective, TileGrid, check_perspective
+from dualview.views import check_list
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class TileBatch:
             ValueError: The counts, tile sizes or the number of grids do not agree.
         """
         grid_tuple = tuple(TileGrid.of(grid) for grid in grids)
+        check_list(tiles, "tiles")
         counts = [t.shape[0] for t in tiles]
         if counts != [grid.num_tiles for grid in grid_tuple] or len({tuple(t.shape[1:]) for t in tiles}) != 1:
             raise ValueError(

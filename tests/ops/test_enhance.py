@@ -687,7 +687,7 @@ class TestDirectReadout:
             dv.DirectReadout("dual")
         with refuses("readout='mean'"):
             dv.DirectReadout(readout="mean")
-        with refuses("5 tiles", "2x3"):
+        with refuses("(1, 5, 2, 2, 4)", "(B, 6, h, w, D)", "2x3"):
             dv.DirectReadout()(torch.zeros(1, 5, 2, 2, 4), torch.zeros(1, 5, 2, 2, 4), (2, 3))
 
 
