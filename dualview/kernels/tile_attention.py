@@ -186,9 +186,17 @@ class _ByChunks(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*problem: Any) -> Tensor:
-        with _without_autocast(problem[0]):
-            return attend_by_chunks(Problem(*problem))
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        key_mask: Tensor | None,
+        key_index: Tensor | None,
+        scale: float,
+        over_tiles: bool,
+    ) -> Tensor:  # by the number of parameters torch.compile knows (2.11) that the context is none of them
+        with _without_autocast(q):
+            return attend_by_chunks(Problem(q, k, v, key_mask, key_index, scale, over_tiles))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
