@@ -109,7 +109,8 @@ def check_tile_pair(
         expected = " and ".join(f"(B, {len(tiles)}, h, w, {width or 'D'})" for tiles in present)
         raise ValueError(
             f"got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: they must be {expected}, "
-            "rows*cols tiles each unless `live` names those present. Flattened tokens need .unflatten(2, (h, w))."
+            "rows*cols tiles each unless `live` names those present; B, h, w and D must be the same in both. Flattened "
+            "tokens need .unflatten(2, (h, w))."
         )
 
 
