@@ -130,7 +130,7 @@ def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, val
         assert low is not None, "without a dem the low-resolution view is all there is"
         return low
     options: dict[str, Any] = {}
-    if method_of(dem, "plan"):
+    if method_of(dem, "plan") is not None:
         options["live"] = plan.live
     if valid is not None:
         options["key_mask"] = _token_masks(valid, grid, parts.options.tile, (features.shape[2], features.shape[3]))

@@ -164,8 +164,8 @@ def plan_encoder(
     elif full or plan_of_dem is None:
         live = all_tiles(grid)
     else:
-        local, stride = plan_of_dem(grid, (grid.rows, grid.cols)).live
-        live = LiveTiles(tuple(local), tuple(stride))
+        needed = plan_of_dem(grid, (grid.rows, grid.cols)).live
+        live = LiveTiles(tuple(needed[0]), tuple(needed[1]))  # torch.compile (2.11) indexes it, but does not unpack it
     if plan_of_dem is not None:
         token_map = method_of(encoder, "token_map")
         known = tokens or (None if token_map is None else token_map(options.tile))
