@@ -62,7 +62,7 @@ class HfTower(NamedTuple):
                 f"one size alone: use tile={_pair(tower.config.image_size)}."
             )
         if self.layer is None:
-            tokens = cast(Tensor, tower(pixel_values=pixels).last_hidden_state)
+            tokens = cast(Tensor, tower(pixels).last_hidden_state)
         elif plan.norm:  # all that there is
             tokens = self._state_of_whole(pixels)
         else:
@@ -80,7 +80,7 @@ class HfTower(NamedTuple):
         assert self.layer is not None
         tower, needed = cast(Any, self.model), self.layer % (len(_blocks(self.model)) + 1)
         if _of_transformers(tower):
-            return cast(Tensor, tower(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer])
+            return cast(Tensor, tower(pixels, output_hidden_states=True).hidden_states[self.layer])
         # transformers knows by the class what to collect, and sharding (FSDP2) changes the class.
         found, thread = [], get_ident()
 
@@ -92,7 +92,7 @@ class HfTower(NamedTuple):
         blocks = _blocks(tower)
         handle = blocks[needed - 1].register_forward_hook(keep) if needed else blocks[0].register_forward_pre_hook(keep)
         try:
-            states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+            states = tower(pixels, output_hidden_states=True).hidden_states
         finally:
             handle.remove()
         return found[0] if states is None else cast(Tensor, states[self.layer])

@@ -224,9 +224,14 @@ def test_half_types(average: str | None, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1.25 * eps * expected.abs().max())
 
 
-def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = a_call(None, "elsewhere", masked=True)
-    monkeypatch.delitem(SCORES_AT_ONCE, "cpu")
+@pytest.mark.parametrize("kind", ["own", "shared", "elsewhere"])
+def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of their own are never met a few tiles at a time, unless something is averaged."""
+    call = a_call(None, kind, masked=True)
+    if kind == "own":
+        call.inputs[2] = keys(2).requires_grad_()  # as wide as the keys, which is what that kernel takes
+    else:
+        monkeypatch.delitem(SCORES_AT_ONCE, "cpu")
     with Operations() as operations:
         out = call.ours(*call.inputs)
     fused = [func for func, _ in operations.seen if "scaled_dot_product" in str(func)]

@@ -563,7 +563,10 @@ def test_says_what_does_not_fit(device: str) -> None:
     def call(**changed: Any) -> Tensor:
         return tile_attention(**({"q": q, "k": k, "v": v, "scale": 0.3} | changed))
 
-    for wrong in (k[:, :1], k[:1], k[..., :7], k.repeat(1, 1, 1, 2, 1)[:, :, :, :3], k[0]):
+    three_heads = k.repeat(1, 1, 1, 2, 1)[:, :, :, :3]
+    with refuses("k (2, 2, 4, 3, 8)", "(B, T, K, H or 1, E or V)"):
+        call(k=three_heads, v=three_heads)
+    for wrong in (k[:, :1], k[:1], k[..., :7], three_heads, k[0]):
         with refuses(f"k {tuple(wrong.shape)}", "(B, T, K, H or 1, E or V)", "(B, T, M, G, H, E)"):
             call(k=wrong)
     for wrong in (v[:, :, :3], v[:, :, :, :1]):
@@ -581,7 +584,13 @@ def test_says_what_does_not_fit(device: str) -> None:
     for wrong in (index.float(), index[:1], index[0]):
         with refuses(f"key_index {tuple(wrong.shape)} of {wrong.dtype}", "integers", "(2, K)"):
             call(**of_tokens, key_index=wrong)
-    for wrong in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 2, 3, dtype=torch.bool), torch.ones(2, 2, 4)):
+    for shape, dtype in (
+        ((2, 4), torch.bool),
+        ((2, 2, 3), torch.bool),
+        ((3, 2, 4), torch.bool),
+        ((2, 2, 4), torch.float),
+    ):
+        wrong = torch.ones(shape, dtype=dtype)
         with refuses(f"key_mask {tuple(wrong.shape)} of {wrong.dtype}", "boolean", "(2 or 1, 2, 4)"):
             call(key_mask=wrong.to(device))
     with refuses("over_tiles=True", "(B, T, 1, G, H, E)"):
