@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 import resource
 import statistics
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from dualview.terminal import native_messages_dropped
 
 Run = Callable[[], Any]
 SAMPLE_SECONDS = 1e-2
@@ -109,7 +110,8 @@ def peak_bytes(run: Run, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # The profiler's library logs every start and stop to the file descriptor itself.
+    with native_messages_dropped(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()  # noqa: F841 - alive until the meter stops
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
@@ -117,19 +119,6 @@ def peak_bytes(run: Run, device: str) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's library logs every start and stop to the file descriptor itself."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 def difference(ours: Any, theirs: Any) -> float:

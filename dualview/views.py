@@ -41,8 +41,8 @@ def check_tensors(**named: object) -> None:
 
 
 def check_list(tensors: Sequence[object], name: str) -> None:
-    """Raise a TypeError unless this is a list of tensors."""
-    if not isinstance(tensors, list | tuple):
+    """Raise a TypeError unless this is a list, or another sequence, of tensors."""
+    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
         check_tensors(**{name: tensors})
     check_tensors(**{f"{name}[{i}]": x for i, x in enumerate(tensors)})
 

@@ -45,6 +45,7 @@ def retile(
 
     Raises:
         ValueError: The map does not fit the grid, or an argument is not one of the choices.
+        TypeError: ``x`` is no tensor.
         RuntimeError: ``backend`` is "triton", and the kernel cannot run.
 
     Example:

@@ -121,6 +121,7 @@ class DualViewEncoder(nn.Module):
         Raises:
             ValueError: Images, masks and grid do not fit each other, the encoder returns something that is no token
                 map, or ``max_tiles_per_pass`` would change the statistics of its batch norms.
+            TypeError: An image is no tensor.
         """
         return encode_dual_view(self.dual_view(), pixels, valid)
 

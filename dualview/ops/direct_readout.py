@@ -50,7 +50,7 @@ class DirectReadout(nn.Module):
         *,
         live: LiveTiles | None = None,
     ) -> Tensor:
-        """Recombine, add and read out; arguments and shapes as for the call of a `DualPerspectiveEnhance`.
+        """Recombine, add and read out; arguments, shapes and errors as for the call of a `DualPerspectiveEnhance`.
 
         ``key_mask`` is part of the call that it stands in for: where nothing is attended to, there is no key to mask.
         """

@@ -74,7 +74,8 @@ class DualPerspectiveCrop(nn.Module):
     Raises:
         ValueError: ``remainder`` is unknown; an image is no multiple of the tile ("error") or smaller than one
             ("error", "crop"); the list is empty or its images differ in channels; ``pad_value`` has another number of
-            channels.
+            channels; the channels of a single image seem to come last.
+        TypeError: An image is no tensor.
 
     Example:
         >>> tiles = DualPerspectiveCrop(tile=(4, 4), remainder="pad")(torch.ones(3, 7, 9))

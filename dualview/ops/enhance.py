@@ -242,6 +242,7 @@ class DualPerspectiveEnhance(nn.Module):
 
         Raises:
             ValueError: Sizes, grid and mask do not fit each other.
+            TypeError: The tiles are no tensors.
             RuntimeError: "triton" was asked for and cannot run.
         """
         if backend is not None:

@@ -57,7 +57,7 @@ def normalized_crop(
 
     Raises:
         ValueError: The image is no multiple of the grid, or ``mean`` and ``std`` are not one number per channel.
-        TypeError: ``images`` are integers other than uint8.
+        TypeError: ``images`` is no tensor, or holds integers other than uint8.
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:

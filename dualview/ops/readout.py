@@ -56,6 +56,7 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
 
     Raises:
         ValueError: The map is no multiple of the grid, or ``readout`` is unknown.
+        TypeError: ``x`` is no tensor.
 
     Example:
         >>> import torch

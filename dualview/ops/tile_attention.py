@@ -41,6 +41,7 @@ def tile_attention(
 
     Raises:
         ValueError: The widths or leading dimensions differ, or D is no multiple of ``num_heads``.
+        TypeError: One of the three is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:

@@ -68,6 +68,7 @@ class TileBatch:
 
         Raises:
             ValueError: The counts, tile sizes or the number of grids do not agree.
+            TypeError: An element of ``tiles`` is no tensor.
         """
         grid_tuple = tuple(TileGrid.of(grid) for grid in grids)
         check_list(tiles, "tiles")

@@ -41,8 +41,9 @@ def local_crop(
         A new contiguous tensor that shares no memory with ``x``.
 
     Raises:
-        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
-            is not one of the choices.
+        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, its channels
+            seem to come last under "channels_first", or an argument is not one of the choices.
+        TypeError: ``x`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:
@@ -76,8 +77,9 @@ def global_stride_crop(
         A new contiguous tensor that shares no memory with ``x``.
 
     Raises:
-        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, or an argument
-            is not one of the choices.
+        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, its channels
+            seem to come last under "channels_first", or an argument is not one of the choices.
+        TypeError: ``x`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:
@@ -149,6 +151,7 @@ def recombine(
 
     Raises:
         ValueError: The tiles are of the wrong count, size or (where it is recorded) perspective.
+        TypeError: ``tiles`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
     Example:

@@ -1,5 +1,6 @@
 """What is no tensor, what has its channels last and what is a tile size are refused with the remedy."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,12 @@ def test_what_is_no_tensor_is_named_with_its_conversion(call: str, wrong: object
     assert remedy in message
 
 
+def test_any_sequence_of_tensors_is_a_list_of_images() -> None:
+    images = [torch.rand(3, 4, 8), torch.rand(3, 8, 4)]
+    tiles = dv.DualPerspectiveCrop((4, 4))(deque(images))
+    assert torch.equal(tiles.local.data, dv.DualPerspectiveCrop((4, 4))(images).local.data)
+
+
 def test_a_pillow_image_is_sent_to_load_image() -> None:
     pillow = pytest.importorskip("PIL.Image")
     with pytest.raises(TypeError, match=r"PIL\.Image\.Image\. To convert it: dualview\.load_image\(x\)"):
@@ -78,9 +85,8 @@ def test_one_image_with_its_channels_last_is_refused_where_they_should_come_firs
     if first > 16 and width * cols in (3, 4):
         with pytest.raises(ValueError, match="its channels seem to come last"):
             cut(x)
-        assert torch.equal(cut(x[None])[0], dv.local_crop(x[None], (1, cols))[0])  # the remedy for maps that are meant
-    else:
-        assert cut(x).shape == (cols, first, height, width)
+        x = x[None]  # the remedy for maps that are meant
+    assert torch.equal(cut(x), torch.stack(x.split(width, dim=-1), dim=-4))
 
 
 def test_a_tile_size_given_as_the_grid_is_recognised() -> None:
