@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dualview.geometry import GridLike, Size, TileGrid
@@ -96,23 +96,10 @@ def place(image: Tensor, canvas: Size, corner: tuple[int, int], colour: Sequence
 
 def resize(image: Tensor, size: Size) -> Tensor:
     """The picture at another size: bicubic and antialiased, as Pillow does it. (3, H, W) -> (3, h, w)"""
-    from torch.nn import functional as F
+    from dualview.interpolation import bicubic
 
-    def interpolate(pixels: Tensor, to: Size) -> Tensor:
-        return F.interpolate(pixels[None], to, mode="bicubic", align_corners=False, antialias=True)[0]
-
-    resized = upright(interpolate, image, size)
+    resized = bicubic(image[None], size)[0]
     return resized.clamp(0, 1) if image.is_floating_point() else resized
-
-
-def upright(resizing: Callable[[Tensor, Size], Tensor], image: Tensor, size: Size) -> Tensor:
-    """What ``resizing`` makes of the picture, by way of its transpose where torch would mix up the rows of the result.
-
-    On a CPU, torch 2.11 to 2.15 do so with floating-point pictures that become one pixel wide.
-    """
-    if size[1] > 1 or not image.is_floating_point():
-        return resizing(image, size)
-    return resizing(image.mT.contiguous(), (size[1], size[0])).mT
 
 
 def fit_canvas(image: ImageSource, size: Size) -> Tensor:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "dualview"
 
 FLOORS = (  # from the ground up
     ("geometry.py",),
-    ("views.py", "switches.py"),
+    ("views.py", "interpolation.py", "switches.py"),
     ("kernels/*.py",),
     (
         *(f"ops/{name}.py" for name in ("__init__", "tiling", "dual_crop", "tile_batch", "low_pass")),

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dualview.geometry import Perspective, Size, TileGrid, check_size
+from dualview.interpolation import bicubic
 from dualview.ops.low_pass import low_pass
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
@@ -187,9 +187,7 @@ class DualPerspectiveCrop(nn.Module):
 def _resize(images: Tensor, size: Size) -> Tensor:
     """Bicubic, antialiased, in at least float32; integer images are rounded and kept in their range."""
     precise = images.to(torch.promote_types(images.dtype, torch.float32))
-    small = F.interpolate(
-        precise.reshape(-1, 1, *images.shape[-2:]), size, mode="bicubic", align_corners=False, antialias=True
-    ).reshape(*images.shape[:-2], *size)
+    small = bicubic(precise.reshape(-1, 1, *images.shape[-2:]), size).reshape(*images.shape[:-2], *size)
     if not images.is_floating_point():
         limits = torch.iinfo(images.dtype)
         small = small.round().clamp(limits.min, limits.max)

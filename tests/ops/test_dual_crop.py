@@ -98,6 +98,13 @@ class TestPolicies:
         check_tiles(out, canvas.reshape(*batch, 2, *size), grid)
         assert out.valid.all()
 
+    def test_resize_of_one_column(self) -> None:
+        """Torch alone mixes up its rows; where all columns are alike, every width shows the same."""
+        column = torch.rand(2, 3, 11, 1)
+        narrow, wide = (dv.DualPerspectiveCrop((4, width), remainder="resize") for width in (1, 5))
+        resized = wide.inverse(wide(column.expand(-1, -1, -1, 5)))
+        torch.testing.assert_close(narrow.inverse(narrow(column)), resized[..., :1])
+
     def test_resize_keeps_dtypes_in_range(self) -> None:
         harsh = torch.randint(0, 2, (3, 7, 9), dtype=torch.uint8) * 255
         out = dv.DualPerspectiveCrop((4, 4), remainder="resize")(harsh)

@@ -26,9 +26,10 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from dualview.canvas import centred, fitted_size, middle_part, place, upright
+from dualview.canvas import centred, fitted_size, middle_part, place
 from dualview.geometry import Size, check_size, choose_grid
 from dualview.images import ImageError, load_image
+from dualview.interpolation import upright
 from dualview.ops.tiling import local_crop
 from dualview.pixels import from_array, from_tensor
 

@@ -1,0 +1,35 @@
+"""Bicubic interpolation, and what torch gets wrong about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dualview.geometry import Size
+
+
+def bicubic(image: Tensor, size: Size) -> Tensor:
+    """Images at another size: bicubic and antialiased, as Pillow does it. (N, C, H, W) -> (N, C, h, w)
+
+    Floating-point values may overshoot; those of uint8 are cut off.
+    """
+    return upright(_interpolate, image, size)
+
+
+def upright(resizing: Callable[[Tensor, Size], Tensor], image: Tensor, size: Size) -> Tensor:
+    """What ``resizing`` makes of the picture, by way of its transpose where torch would mix up the rows of the result.
+
+    On a CPU, torch 2.11 to 2.15 do so with floating-point pictures that become one pixel wide.
+
+    Shape:
+        (..., C, H, W) -> (..., C, h, w)
+    """
+    if size[1] > 1 or not image.is_floating_point():
+        return resizing(image, size)
+    return resizing(image.mT.contiguous(), (size[1], size[0])).mT
+
+
+def _interpolate(image: Tensor, size: Size) -> Tensor:
+    return F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=True)
