@@ -1,4 +1,4 @@
-"""Tile geometry: which pixel of a map lies in which tile. Integers only, no tensors.
+"""Tile geometry: which position of a map lies in which tile, and which are read out. Integers only, no tensors.
 
 Everything in this package rests on two bijections between a position ``Y`` on an axis and a pair
 (tile index ``i``, offset ``u`` inside the tile), for ``tiles`` tiles of ``size`` positions each:
@@ -24,6 +24,8 @@ Perspective: TypeAlias = Literal["local", "global"]
 Layout: TypeAlias = Literal["raster", "local", "global"]
 """How a map lies in memory: row by row, or tile by tile of a perspective."""
 DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
+Readout: TypeAlias = Literal["average", "bilinear", "centre", "none"]
+"""How a cell of rows x cols neighbouring tokens becomes one token."""
 Size: TypeAlias = tuple[int, int]
 """A pair (height, width)."""
 
@@ -258,6 +260,23 @@ def tile_slice(perspective: Perspective, tile: int, tiles: int, size: int) -> sl
     """
     first, last = (position(perspective, tile, offset, tiles, size) for offset in (0, size - 1))
     return slice(first, last + 1, max(1, (last - first) // max(1, size - 1)))
+
+
+def readout_support(readout: Readout, n: int) -> range:
+    """Which of the n tokens of a cell, along one axis, a readout averages.
+
+    Bilinear interpolation from n h to h positions without antialiasing samples n u + (n - 1) / 2: the centre token for
+    odd n, halfway between the two central ones for even n.
+
+    Example:
+        >>> [list(readout_support(name, 4)) for name in ("average", "bilinear", "centre")]
+        [[0, 1, 2, 3], [1, 2], [2]]
+    """
+    if readout == "bilinear":
+        return range((n - 1) // 2, n // 2 + 1)
+    if readout == "centre":
+        return range(n // 2, n // 2 + 1)
+    return range(n)
 
 
 def choose_grid(size: SizeLike, tile: SizeLike, max_tiles: int) -> TileGrid:

@@ -19,9 +19,9 @@ import dualview as dv
 from dualview import cli, commands, demo
 from dualview.canvas import Rest, fit_to_grid
 from dualview.demo import LOW_RES, Preset
+from dualview.geometry import Readout
 from dualview.images import load_image
 from dualview.ops.fusion import FUSIONS
-from dualview.ops.readout import Readout
 from dualview.visualize import draw_tiles
 from tests.pictures import png_header, saved
 

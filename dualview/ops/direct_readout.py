@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, LiveTiles, Perspective, Size, TileGrid, check_size
+from dualview.geometry import GridLike, LiveTiles, Perspective, Readout, Size, TileGrid, check_size
 from dualview.ops.planned.live import DirectPlan, plan_direct
 from dualview.ops.planned.run import TileMap, mean_of_cells, put_back, take_tiles
-from dualview.ops.readout import Readout, check_readout, read_out
+from dualview.ops.readout import check_readout, read_out
 from dualview.switches import planning
 from dualview.views import check_tile_pair
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, LiveTiles, Perspective, Size, TileGrid, check_size
+from dualview.geometry import GridLike, LiveTiles, Perspective, Readout, Size, TileGrid, check_size
 from dualview.kernels.dispatch import Backend, use_backend
 from dualview.ops.fusion import FUSIONS, declared
 from dualview.ops.planned.live import (
@@ -26,7 +26,7 @@ from dualview.ops.planned.live import (
 )
 from dualview.ops.planned.products import Products, products_of
 from dualview.ops.planned.run import TileMap, enhance_live
-from dualview.ops.readout import Readout, check_readout, read_out
+from dualview.ops.readout import check_readout, read_out
 from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
 from dualview.ops.tiling import crop, recombine

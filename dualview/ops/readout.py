@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from einops import rearrange
 from torch import Tensor
 
-from dualview.geometry import GridLike, TileGrid
+from dualview.geometry import GridLike, Readout, TileGrid, readout_support
 from dualview.views import check_map
-
-Readout: TypeAlias = Literal["average", "bilinear", "centre", "none"]
 
 
 def check_readout(readout: str) -> Readout:
@@ -18,23 +16,6 @@ def check_readout(readout: str) -> Readout:
     if readout not in get_args(Readout):
         raise ValueError(f"readout={readout!r}: must be one of {get_args(Readout)}.")
     return readout  # type: ignore[return-value]  # narrowed by the check above
-
-
-def readout_support(readout: Readout, n: int) -> range:
-    """Which of the n tokens of a cell, along one axis, a readout averages.
-
-    Bilinear interpolation from n h to h positions without antialiasing samples n u + (n - 1) / 2: the centre token for
-    odd n, halfway between the two central ones for even n.
-
-    Example:
-        >>> [list(readout_support(name, 4)) for name in ("average", "bilinear", "centre")]
-        [[0, 1, 2, 3], [1, 2], [2]]
-    """
-    if readout == "bilinear":
-        return range((n - 1) // 2, n // 2 + 1)
-    if readout == "centre":
-        return range(n // 2, n // 2 + 1)
-    return range(n)
 
 
 def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:

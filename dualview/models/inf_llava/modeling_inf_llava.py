@@ -124,6 +124,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         config: The configuration.
 
     Attributes:
+        tile: Input size (h, w) of the vision tower in pixels.
         max_tiles_per_pass: Most sub-images in one call of the vision tower, as in
             [`DualViewEncoder`][dualview.DualViewEncoder]. May be set at any time; it changes no result.
 
@@ -141,6 +142,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         # The width of the embeddings, which need not be that of the layers.
         width = self.language_model.get_input_embeddings().embedding_dim
         self.multi_modal_projector = InfLlavaMultiModalProjector(config, width)
+        self.tile = config.tile
         self.max_tiles_per_pass: int | None = None
         self.post_init()
 
@@ -197,16 +199,16 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     def _parts(self, grid: TileGrid | None, *, resize: bool) -> DualView:
         tower = HfTower(self.vision_tower, self.config.vision_feature_layer)
         low_res = cast(LowRes, self.config.low_res)  # the configuration has put a value in the place of "auto"
-        options = ViewOptions(self.config.tile, grid, low_res, resize, max_tiles_per_pass=self.max_tiles_per_pass)
+        options = ViewOptions(self.tile, grid, low_res, resize, max_tiles_per_pass=self.max_tiles_per_pass)
         return DualView(cast(Encoder, tower), self.dem, options)
 
     def _images_of_tiles(self, tiles: Tensor, image_grids: Tensor) -> list[Tensor]:
         grids = [TileGrid.of(pair) for pair in image_grids.tolist()]
         counts = [grid.num_tiles for grid in grids]
-        if tiles.shape[0] != sum(counts) or tuple(tiles.shape[-2:]) != self.config.tile:
+        if tiles.shape[0] != sum(counts) or tuple(tiles.shape[-2:]) != self.tile:
             raise ValueError(
                 f"pixel_values of shape {tuple(tiles.shape)} with image_grids {image_grids.tolist()}: expected "
-                f"{sum(counts)} tiles of {self.config.tile[0]} x {self.config.tile[1]} pixels, all tiles of an image "
+                f"{sum(counts)} tiles of {self.tile[0]} x {self.tile[1]} pixels, all tiles of an image "
                 "in row-major order, as InfLlavaImageProcessor(max_tiles=...) makes them."
             )
         return [recombine(part, g, "local") for part, g in zip(tiles.split(counts), grids, strict=True)]

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
-from dualview.geometry import LiveTiles, Perspective, Size, TileGrid, position
-from dualview.ops.readout import Readout, readout_support
+from dualview.geometry import LiveTiles, Perspective, Readout, Size, TileGrid, position, readout_support
 
 Pairing: TypeAlias = Literal["paper", "released"]
 Enhance: TypeAlias = Literal["both", "global", "local"]
