@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualview.cost import Cost, device_of
 from dualview.geometry import GridLike, Size, TileGrid, check_size
-from dualview.kernels.dispatch import choose, use_backend
+from dualview.kernels.dispatch import BACKEND, choose
 from dualview.models.parts import DualView
 from dualview.models.view_plan import method_of
 from dualview.ops.planned.products import rates_of
@@ -118,7 +118,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | N
     if chosen is None:
         raise ValueError("explain needs a grid: pass grid=(rows, cols).")
     size = TileGrid.of(chosen)
-    with use_backend("torch"):  # tensors without contents are no tensors of a GPU
+    with BACKEND.holding(("torch", "explain"), traced=False):  # tensors without contents are no tensors of a GPU
         dem = module if parts is None else parts.dem
         stages: list[Stage] = []
         features = Features(tokens or DEFAULT_TOKENS)

@@ -17,7 +17,7 @@ from dualview.ops.planned.attention import query_key_matrix
 from dualview.ops.planned.live import MAPS_OF_ROLE, DirectionPlan, EnhancePlan, LayerPlan
 from dualview.ops.planned.products import Arrangement, Products
 from dualview.ops.planned.run import TileMap, enhance_direction
-from dualview.switches import full_computation
+from dualview.switches import FULL
 
 DEFAULT_TOKENS = (24, 24)
 
@@ -58,8 +58,9 @@ class Features(NamedTuple):
 
 
 def enhances(dem: Any) -> bool:
-    """Whether a dem says how its products are arranged, as `DualPerspectiveEnhance` does."""
-    return method_of(dem, "plan") is not None and method_of(dem, "products") is not None
+    """Whether a dem has all that `DualPerspectiveEnhance` has, and so the rows of one."""
+    names = ("plan", "products", "attentions", "fusion", "dim", "enhance", "source", "readout", "gate")
+    return all(hasattr(dem, name) for name in names)
 
 
 def products_of(dem: Any, grid: TileGrid, tokens: Size) -> Products:
@@ -77,7 +78,7 @@ def encoder_stages(parts: DualView, grid: TileGrid, tokens: Size | None) -> tupl
     if tokens is not None:
         features = features._replace(tokens=tokens)
     planned = plan_encoder(*parts, grid, size, full=False)
-    with full_computation():
+    with FULL.holding(True, traced=False):
         full, (one_in_full, _) = plan_encoder(*parts, grid, size, full=True), _run_of_encoder(parts)
     resized = ", interpolated inside" if options.resize else ""
     filtered = ", low-pass filtered" if options.low_pass else ""
@@ -143,7 +144,7 @@ def stages_of(dem: Any, grid: TileGrid, features: Features) -> list[Stage]:
 def _enhance_stages(dem: Any, grid: TileGrid, tokens: Size) -> list[Stage]:
     planned, arranged = dem.plan(grid, tokens), products_of(dem, grid, tokens)
     *cost, rest = _costs(dem, grid, planned, arranged)
-    with full_computation():
+    with FULL.holding(True, traced=False):
         full, as_written = dem.plan(grid, tokens), products_of(dem, grid, tokens)
         *full_cost, full_rest = _costs(dem, grid, full, as_written)
     pairs = zip(planned.directions, arranged.directions, full.directions, as_written.directions, strict=True)
@@ -240,7 +241,7 @@ def _readout_stage(dem: Any, grid: TileGrid, features: Features) -> Stage:
     planned = LiveTiles(*(tuple(tiles) for tiles in dem.plan(grid, features.tokens).live))
     planned_cost = cost(planned)
     full = all_tiles(grid)
-    with full_computation():
+    with FULL.holding(True, traced=False):
         full_cost = cost(full)
     what = [getattr(dem, name) for name in ("source", "readout") if isinstance(getattr(dem, name, None), str)]
     texts = [f"{sum(len(tiles) for tiles in live)} tiles" for live in (planned, full)]

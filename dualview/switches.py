@@ -57,8 +57,13 @@ class Switch(Generic[T]):
         return entered[-1] if entered else self._default
 
     @contextmanager
-    def holding(self, value: T) -> Iterator[None]:
-        """Within the block the switch has this value; blocks may be left in any order."""
+    def holding(self, value: T, *, traced: bool = True) -> Iterator[None]:
+        """Within the block the switch has this value; blocks may be left in any order.
+
+        Args:
+            value: The value.
+            traced: Whether what `torch.compile` traces meanwhile, in any thread, has the value, too.
+        """
         if torch.compiler.is_dynamo_compiling():
             before, self._traced = self._traced, (value,)
             try:
@@ -69,9 +74,10 @@ class Switch(Generic[T]):
         block = _Block()
         try:
             self._of_context.set((*self._of_context.get(), (block, value)))
-            with self._lock:
-                self._of_all[block] = value
-                self._of_process = value
+            if traced:
+                with self._lock:
+                    self._of_all[block] = value
+                    self._of_process = value
             yield
         finally:
             entered = self._of_context.get()
@@ -88,7 +94,8 @@ class Switch(Generic[T]):
         self._of_process = next(reversed(self._of_all.values()), self._default)
 
 
-_full = Switch("dualview_full_computation", default=False)
+FULL = Switch("dualview_full_computation", default=False)
+"""Whether everything is computed."""
 
 
 def full_computation() -> AbstractContextManager[None]:
@@ -103,9 +110,9 @@ def full_computation() -> AbstractContextManager[None]:
         ...     planning()
         False
     """
-    return _full.holding(True)
+    return FULL.holding(True)
 
 
 def planning() -> bool:
     """Whether only what the readout reads is computed; False inside `full_computation`."""
-    return not _full.value()
+    return not FULL.value()

@@ -4,6 +4,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -297,6 +298,25 @@ def test_a_dem_of_a_users_own_has_a_row() -> None:
     assert operations == [2 * 6 * DIM**2, 6 * 2 * 6 * DIM**2]
     alone = explain(Corner(), grid=(2, 3)).stages
     assert [(s.name, s.planned, s.planned_cost) for s in alone] == [("Corner", "2 tiles", None), ("total", "", (0, 0))]
+
+
+class Around(nn.Module):
+    """A module around a dem that hands on its plan and its products."""
+
+    def __init__(self, dem: nn.Module) -> None:
+        super().__init__()
+        self.dem = dem
+        self.plan, self.products = dem.plan, dem.products
+
+    def forward(self, *tiles: Any, **options: Any) -> Tensor:
+        return self.dem(*tiles, **options)
+
+
+def test_a_module_around_a_dem_has_a_row() -> None:
+    dem = DualPerspectiveEnhance.released(DIM)
+    rows = {s.name: s for s in explain(DualViewEncoder(Patches(), Around(dem), tile=TILE, grid=(3, 3))).stages}
+    assert rows["Around"].planned == f"{sum(map(len, dem.plan((3, 3), TOKENS).live))} tiles"
+    assert rows["Around"].planned_cost.operations < rows["Around"].full_cost.operations
 
 
 def test_inf_llava() -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dualview.kernels.dispatch import choose, use_backend
-from dualview.switches import Switch, full_computation, planning
+from dualview import DualPerspectiveEnhance, DualViewEncoder
+from dualview.explain import explain
+from dualview.kernels.dispatch import BACKEND, choose, use_backend
+from dualview.switches import FULL, Switch, full_computation, planning
 
 BONUS = {"off": 0.0, "on": 1.0, "more": 2.0}
 
@@ -271,6 +273,30 @@ def blocks_inside(switch: Switch[str]) -> Callable[[Tensor], tuple[Tensor, ...]]
         return before, on, more, again, after
 
     return function
+
+
+def test_a_block_of_eager_code_alone_compiles_nothing_anew(switch: Switch[str]) -> None:
+    compiled = Compiled(lambda x: x + BONUS[switch.value()])
+    assert compiled() == BONUS["off"]
+    with switch.holding("on", traced=False):
+        assert switch.value() == "on"
+        assert in_a_thread(compiled) == BONUS["off"]
+    assert switch.value() == "off"
+    assert compiled.graphs == 1
+
+
+def test_explain_leaves_the_graphs_of_other_threads_alone() -> None:
+    seen: list[tuple[Any, str]] = []
+
+    class Encoder(nn.Module):
+        """Says what a graph that is traced meanwhile is told, and what this thread is."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((FULL._of_process, BACKEND._of_process[0]))
+            return x.new_zeros(len(x), 2, 2, 4)
+
+    explain(DualViewEncoder(Encoder(), DualPerspectiveEnhance.paper(4), tile=(4, 4), grid=(2, 2)))
+    assert set(seen) == {(False, "auto")}
 
 
 def test_blocks_inside_of_a_graph(switch: Switch[str]) -> None:

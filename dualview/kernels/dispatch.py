@@ -55,7 +55,8 @@ def check_backend(backend: str, name: str = "backend") -> Backend:
 
 
 _of_environment = check_backend(os.environ.get("DUALVIEW_BACKEND", "auto"), "the environment variable DUALVIEW_BACKEND")
-_asked: Switch[tuple[Backend, str]] = Switch("dualview_backend", (_of_environment, "DUALVIEW_BACKEND"))
+BACKEND: Switch[tuple[Backend, str]] = Switch("dualview_backend", (_of_environment, "DUALVIEW_BACKEND"))
+"""The backend that is asked for, and by what."""
 _triton_installed = find_spec("triton") is not None
 
 
@@ -77,7 +78,7 @@ def use_backend(backend: Backend) -> AbstractContextManager[None]:
         ...     choose("retile", torch.zeros(1)).name
         'torch'
     """
-    return _asked.holding((check_backend(backend), "use_backend"))
+    return BACKEND.holding((check_backend(backend), "use_backend"))
 
 
 def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
@@ -93,7 +94,7 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
         RuntimeError: "triton" was asked for, in whatever way, and the kernel cannot run.
         ValueError: ``backend`` is none of the three.
     """
-    asked, by = _asked.value() if backend is None else (check_backend(backend), "the argument of the call")
+    asked, by = BACKEND.value() if backend is None else (check_backend(backend), "the argument of the call")
     if asked == "torch":
         return Choice("torch", (f'backend="torch", by {by}',))
     if asked == "auto" and kernel not in MEASURED:  # at once: a call of a small batch waits for the host

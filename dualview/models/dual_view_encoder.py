@@ -152,7 +152,7 @@ class DualViewEncoder(nn.Module):
                 sub-images do not depend on it.
 
         Raises:
-            ValueError: A size is not positive, or the image is smaller than a tile.
+            ValueError: A size is not positive, the image is smaller than a tile, or ``grid`` is not the fixed one.
 
         Example:
             >>> from dualview import DualPerspectiveEnhance
@@ -160,8 +160,9 @@ class DualViewEncoder(nn.Module):
             >>> len(model.plan((1008, 1008)).views)
             10
         """
-        chosen = TileGrid.of(grid) if grid is not None else self.grid or TileGrid.for_image(size, self.tile)
-        return plan_encoder(*self.dual_view(), chosen, size, full=not planning(), tokens=tokens)
+        parts = self.dual_view(grid)
+        chosen = parts.options.grid or TileGrid.for_image(size, self.tile)
+        return plan_encoder(*parts, chosen, size, full=not planning(), tokens=tokens)
 
     def extra_repr(self) -> str:
         return (

@@ -34,9 +34,9 @@ class ViewPlan:
     Attributes:
         views: The distinct sub-images that are encoded.
         live: Which tiles they provide.
-        local: Places among ``views`` of the live local tiles.
-        stride: Places of the live stride tiles.
-        low: Place of the low-resolution view, None if it is not needed.
+        local: Index in ``views`` of each live local tile.
+        stride: Index of each live stride tile.
+        low: Index of the low-resolution view, None if it is not needed.
         layers: Which layers of the encoder are run; None if it does not say.
         enhance: What the dem computes, by its own plan; None if there is none, if it has no plan, or if how many tokens
             a tile gives is not known before it is encoded.
@@ -106,20 +106,20 @@ def plan_views(
             return tuple((s.start, s.step) for s in slices), smoothed and view.kind == "global"
         return (tuple(((n - 1) // 2, n) for n in grid), False) if exact else view
 
-    places: dict[object, int] = {}
+    index: dict[object, int] = {}
     views: list[View] = []
 
-    def place(view: View) -> int:
+    def index_of(view: View) -> int:
         key = samples(view)
-        if key not in places:
-            places[key] = len(views)
+        if key not in index:
+            index[key] = len(views)
             views.append(view)
-        return places[key]
+        return index[key]
 
-    local = tuple(place(View("local", index)) for index in local_tiles)
-    stride = tuple(place(View("global", index)) for index in stride_tiles)
-    low_place = place(View("low", 0)) if low else None
-    return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_place)
+    local = tuple(index_of(View("local", tile)) for tile in local_tiles)
+    stride = tuple(index_of(View("global", tile)) for tile in stride_tiles)
+    low_index = index_of(View("low", 0)) if low else None
+    return ViewPlan(tuple(views), LiveTiles(local_tiles, stride_tiles), local, stride, low_index)
 
 
 def gate_of(dem: object) -> Tensor | None:

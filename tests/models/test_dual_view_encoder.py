@@ -860,3 +860,10 @@ def test_refuses_what_cannot_be_called() -> None:
         DualViewEncoder(Patches(), "released")
     with refuses("encoder", "callable", error=TypeError):
         DualViewEncoder("clip", None)
+
+
+def test_a_plan_for_another_grid_than_the_fixed_one_is_refused() -> None:
+    model = DualViewEncoder(Patches(), DualPerspectiveEnhance.released(DIM), tile=TILE, grid=(2, 3))
+    assert model.plan((8, 27), (2, 3)) == model.plan((8, 27))
+    with refuses("grid=3x2", "fixed grid of 2x3", "omit"):
+        model.plan((12, 18), (3, 2))
