@@ -44,7 +44,17 @@ def declared(fusion: nn.Module, name: str) -> Any:
     return None
 
 
-class LinearConcatFusion(nn.Module):
+class _Fusion(nn.Module):
+    """What the fusions have in common: their weights are those of their layers."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as far as there are any."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Conv2d)):
+                layer.reset_parameters()
+
+
+class LinearConcatFusion(_Fusion):
     """Halve the width of both maps by a linear layer each and concatenate [global; local] (Eq. 26-27).
 
     Args:
@@ -72,17 +82,12 @@ class LinearConcatFusion(nn.Module):
         self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
         self.global_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.local_proj.reset_parameters()
-        self.global_proj.reset_parameters()
-
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
 
 
-class BottleneckConcatFusion(nn.Module):
+class BottleneckConcatFusion(_Fusion):
     """The fusion of the released weights: bottlenecks, concatenation [local; global], residuals, LayerNorm.
 
     LayerNorm([b_loc(V_loc); b_glo(V_glo)] + V_glo + V_loc), where each b is Linear(D, D/16) - GELU - Linear(D/16, D/2).
@@ -120,12 +125,6 @@ class BottleneckConcatFusion(nn.Module):
         self.local_bottleneck, self.global_bottleneck = bottleneck(), bottleneck()
         self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        for module in (*self.local_bottleneck, *self.global_bottleneck, self.norm):
-            if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                module.reset_parameters()
-
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         halves = [self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)]
@@ -133,16 +132,13 @@ class BottleneckConcatFusion(nn.Module):
         return fused
 
 
-class _ParameterFreeFusion(nn.Module):
+class _ParameterFreeFusion(_Fusion):
     """Takes the arguments of every fusion, so that fusions can be exchanged, and needs none of them."""
 
     def __init__(
         self, dim: int | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-
-    def reset_parameters(self) -> None:
-        """Nothing to draw."""
 
 
 class AdditionFusion(_ParameterFreeFusion):
@@ -251,7 +247,7 @@ class MaxPoolFusion(_ParameterFreeFusion):
         return torch.maximum(v_glo, v_loc)
 
 
-class Conv3x3Fusion(nn.Module):
+class Conv3x3Fusion(_Fusion):
     """One 3x3 convolution, 2D -> D channels, padding 1, on the concatenated maps [global; local] (our reading).
 
     Args:
@@ -273,10 +269,6 @@ class Conv3x3Fusion(nn.Module):
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.conv.reset_parameters()
 
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         """Fuse two maps. (B, H, W, D), (B, H, W, D) -> (B, H, W, D)"""

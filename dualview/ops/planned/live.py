@@ -95,7 +95,7 @@ class AxisCut:
             len(wanted) == len(held) * size,
         )
 
-    def widened(self, perspective: Perspective, tiles: int, size: int) -> AxisCut:
+    def widened(self, tiles: int, size: int, perspective: Perspective) -> AxisCut:
         """The same tiles with all of their positions: the keys of the queries."""
         live = (position(perspective, tile, u, tiles, size) for tile in self.tiles for u in range(size))
         return AxisCut.of(perspective, live, tiles, size)
@@ -199,7 +199,7 @@ def plan_enhance(
             continue
         cut = CROP_OF_QUERY[pairing][query]
         queries = _both(partial(AxisCut.of, cut), fused, grid, tokens)
-        keys = _both(partial(_keys_of, cut), queries, grid, tokens)
+        keys = _both(partial(AxisCut.widened, perspective=cut), queries, grid, tokens)
         directions.append(DirectionPlan(query, cut, *queries, *keys))
         for perspective in MAPS_OF_ROLE[source][query]:
             needed[perspective].append(fused)
@@ -289,10 +289,6 @@ def _widened(radius: int | None, positions: tuple[int, ...], length: int) -> tup
         return tuple(range(length))
     around = {p + step for p in positions for step in range(-radius, radius + 1)}
     return tuple(sorted(p for p in around if 0 <= p < length))
-
-
-def _keys_of(cut: Perspective, queries: AxisCut, tiles: int, size: int) -> AxisCut:
-    return queries.widened(cut, tiles, size)
 
 
 def _tiles_of(

@@ -56,6 +56,6 @@ def test_axis_cut_sorts_positions_into_tiles(perspective, tiles, size, drawn):
     groups = [cut.positions[i : i + cut.per_tile] for i in range(0, len(cut.positions), cut.per_tile)]
     assert [{owner[p] for p in group} for group in groups] == [{t} for t in cut.tiles]
     assert set(cut.positions) == set(live)
-    whole = cut.widened(perspective, tiles, size)
+    whole = cut.widened(tiles, size, perspective)
     assert whole.whole
     assert set(whole.positions) == {p for p, t in owner.items() if t in cut.tiles}
