@@ -169,8 +169,45 @@ class TileGrid:
             )
         return cls(height // h, width // w)
 
+    @classmethod
+    def whole(cls, size: SizeLike, tile: SizeLike) -> TileGrid:
+        """The grid of an image that is a whole number of tiles.
+
+        Args:
+            size: Image size (H, W) in pixels.
+            tile: Tile size (h, w) in pixels, or one number for a square.
+
+        Raises:
+            ValueError: The image is no whole number of tiles, or holds more than 16,384.
+
+        Example:
+            >>> TileGrid.whole((672, 1008), tile=336)
+            TileGrid(rows=2, cols=3)
+        """
+        (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
+        if height % h or width % w:
+            raise ValueError(
+                f"an image of {height} x {width} (height x width) is no whole number of {h} x {w} tiles. "
+                'DualPerspectiveCrop makes it one, by remainder="pad", "crop" or "resize".'
+            )
+        return cls(height // h, width // w)
+
 
 GridLike: TypeAlias = TileGrid | tuple[int, int] | Sequence[int]
+
+
+def grid_or_tile(grid: GridLike | None, tile: SizeLike | None) -> tuple[TileGrid | None, Size | None]:
+    """The one of the two that says how a map is cut: how many tiles, or how large they are.
+
+    Raises:
+        ValueError: Both or neither are given, or the one that is given is wrong.
+    """
+    if (grid is None) == (tile is None):
+        raise ValueError(
+            f"grid={grid!r}, tile={tile!r}: give one of the two, grid=(rows, cols) for the number of tiles or "
+            "tile=(h, w) for the size of one."
+        )
+    return None if grid is None else TileGrid.of(grid), None if tile is None else check_size(tile, "tile")
 
 
 class LiveTiles(NamedTuple):

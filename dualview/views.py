@@ -15,7 +15,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dualview.geometry import DataFormat, Layout, Perspective, Size, TileGrid, split_axis
+from dualview.geometry import (
+    DataFormat,
+    GridLike,
+    Layout,
+    Perspective,
+    Size,
+    SizeLike,
+    TileGrid,
+    grid_or_tile,
+    split_axis,
+)
 
 DIMENSIONS = {
     (True, "channels_first"): "(..., C, H, W)",
@@ -84,6 +94,21 @@ def check_map(x: Tensor, layout: Layout, data_format: str) -> None:
             f"width of {x.shape[2]}: its channels seem to come last. Pass data_format='channels_last', or "
             "x.movedim(-1, 0); where the shape is meant, pass x[None]."
         )
+
+
+def grid_for(x: Tensor, grid: GridLike | None, tile: SizeLike | None, data_format: str) -> TileGrid:
+    """The grid itself, or the one that cuts a map into tiles of the size.
+
+    Raises:
+        ValueError: Both or neither are given, or ``x`` is no map of a whole number of tiles.
+        TypeError: ``x`` is no tensor.
+    """
+    grid, tile = grid_or_tile(grid, tile)
+    if grid is not None:
+        return grid
+    assert tile is not None, "one of the two is given"
+    check_map(x, "raster", data_format)
+    return TileGrid.whole(tuple(x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]), tile)
 
 
 def check_tile_pair(

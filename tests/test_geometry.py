@@ -59,6 +59,14 @@ class TestTileGrid:
         with refuses(f"grid={bad!r}", "pair (rows, cols) of positive integers"):
             dv.TileGrid.of(bad)  # type: ignore[arg-type]
 
+    @given(sides, sides, tile_sizes)
+    def test_whole(self, height: int, width: int, tile: tuple[int, int]) -> None:
+        if height % tile[0] or width % tile[1]:
+            with refuses(f"{height} x {width}", f"{tile[0]} x {tile[1]} tiles", '"pad", "crop" or "resize"'):
+                dv.TileGrid.whole((height, width), tile)
+        else:
+            assert dv.TileGrid.whole((height, width), tile).map_size(tile) == (height, width)
+
     @given(counts, counts)
     def test_text_round_trip(self, rows: int, cols: int) -> None:
         grid = dv.TileGrid(rows, cols)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Size, TileGrid, check_size
+from dualview.geometry import GridLike, Size, SizeLike, TileGrid, check_size
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions, low_res_of
 from dualview.models.view_plan import ViewPlan, plan_encoder
@@ -31,7 +31,7 @@ class DualViewEncoder(nn.Module):
         dem: A `DualPerspectiveEnhance` or `DirectReadout`, or a module of your own that is called as they are and may
             declare which tiles it needs (see ``dualview.models.parts.DeclaresTiles``), or None for the encoder's
             features of the low-resolution view alone.
-        tile: The encoder's input size (h, w) in pixels.
+        tile: The encoder's input size (h, w) in pixels, or one number for a square.
         grid: Rows and columns of tiles. None: each image's size must be a whole number of tiles and gives its grid.
         low_res: How the low-resolution view is mixed in: "mean" (the released model), "add" (the paper), None (not at
             all: the single-resolution rows of Table 3), or "auto": what ``dem.low_res`` says, "mean" where it says
@@ -73,7 +73,7 @@ class DualViewEncoder(nn.Module):
         encoder: Encoder,
         dem: nn.Module | None,
         *,
-        tile: Size = (336, 336),
+        tile: SizeLike = (336, 336),
         grid: GridLike | None = None,
         low_res: LowRes | Literal["auto"] = "auto",
         resize: bool = False,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from dualview.geometry import Perspective, Size, TileGrid, check_size
+from dualview.geometry import Perspective, Size, SizeLike, TileGrid, check_size
 from dualview.interpolation import bicubic
 from dualview.ops.low_pass import low_pass
 from dualview.ops.tile_batch import TileBatch
@@ -58,7 +58,7 @@ class DualPerspectiveCrop(nn.Module):
     ``remainder`` says what becomes of the rest.
 
     Args:
-        tile: Size (h, w) of a tile in pixels, the encoder's input size.
+        tile: Size (h, w) of a tile in pixels, or one number for a square: the encoder's input size.
         remainder: "error" refuses images that are no multiple of the tile; "pad" fills up at the bottom and the right;
             "crop" drops rows at the bottom and columns at the right; "resize" interpolates (bicubic, antialiased) to
             the nearest whole number of tiles per axis, at least one.
@@ -85,7 +85,7 @@ class DualPerspectiveCrop(nn.Module):
 
     def __init__(
         self,
-        tile: Size = (336, 336),
+        tile: SizeLike = (336, 336),
         *,
         remainder: Remainder = "error",
         pad_value: float | Sequence[float] = 0.0,
@@ -129,17 +129,14 @@ class DualPerspectiveCrop(nn.Module):
 
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
         """The images on a canvas of whole tiles, and the (height, width) of it that is real."""
-        (height, width), (h, w) = images.shape[-2:], self.tile
-        if height % h == 0 and width % w == 0 and height > 0 and width > 0:
+        (height, width), (h, w) = check_size(tuple(images.shape[-2:]), "image size"), self.tile
+        if self.remainder == "error":
+            TileGrid.whole((height, width), self.tile)
+        if height % h == 0 and width % w == 0:
             return images, (height, width)
         if self.remainder == "crop":
             rows, cols = TileGrid.for_image((height, width), self.tile)
             return images[..., : rows * h, : cols * w], (rows * h, cols * w)
-        if self.remainder == "error" or height < 1 or width < 1:
-            raise ValueError(
-                f"images of {height} x {width} (height x width) are no whole number of {h} x {w} tiles. Choose "
-                'remainder="pad", "crop" or "resize", or resize them first.'
-            )
         if self.remainder == "resize":
             rows, cols = (max(1, (2 * side + unit) // (2 * unit)) for side, unit in ((height, h), (width, w)))
             return _resize(images, (rows * h, cols * w)), (rows * h, cols * w)

@@ -12,15 +12,29 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from dualview.geometry import DataFormat, GridLike, Perspective, Size, TileGrid, check_perspective
+from dualview.geometry import (
+    DataFormat,
+    GridLike,
+    Perspective,
+    Size,
+    SizeLike,
+    TileGrid,
+    check_perspective,
+    grid_or_tile,
+)
 from dualview.kernels.dispatch import Backend
 from dualview.kernels.retile import retile as move
 from dualview.ops.tile_batch import TileBatch
-from dualview.views import check_data_format, tile_size
+from dualview.views import check_data_format, grid_for, tile_size
 
 
 def local_crop(
-    x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first", backend: Backend | None = None
+    x: Tensor,
+    grid: GridLike | None = None,
+    *,
+    tile: SizeLike | None = None,
+    data_format: DataFormat = "channels_first",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Cut a map into contiguous blocks, row by row (Eq. 11-13 of arXiv 2407.16198).
 
@@ -29,6 +43,7 @@ def local_crop(
     Args:
         x: Images or token maps of any dtype, device and memory format.
         grid: Rows and columns of tiles.
+        tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
         data_format: Whether the channels come before or after height and width.
         backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
             channels-last maps.
@@ -41,8 +56,9 @@ def local_crop(
         A new contiguous tensor that shares no memory with ``x``.
 
     Raises:
-        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, its channels
-            seem to come last under "channels_first", or an argument is not one of the choices.
+        ValueError: H or W is not a positive multiple of the grid or the tile, both or neither of the two are given,
+            ``x`` has fewer than three dimensions, its channels seem to come last under "channels_first", or an argument
+            is not one of the choices.
         TypeError: ``x`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
@@ -52,11 +68,16 @@ def local_crop(
         >>> local_crop(x, (1, 2)).tolist()
         [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
     """
-    return crop(x, grid, "local", data_format=data_format, backend=backend)
+    return crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
 
 
 def global_stride_crop(
-    x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_first", backend: Backend | None = None
+    x: Tensor,
+    grid: GridLike | None = None,
+    *,
+    tile: SizeLike | None = None,
+    data_format: DataFormat = "channels_first",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Cut a map into interleaved strides (Eq. 14-17 of arXiv 2407.16198).
 
@@ -65,6 +86,7 @@ def global_stride_crop(
     Args:
         x: Images or token maps of any dtype, device and memory format.
         grid: Rows and columns of tiles.
+        tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
         data_format: Whether the channels come before or after height and width.
         backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
             channels-last maps.
@@ -77,8 +99,9 @@ def global_stride_crop(
         A new contiguous tensor that shares no memory with ``x``.
 
     Raises:
-        ValueError: H or W is not a positive multiple of the grid, ``x`` has fewer than three dimensions, its channels
-            seem to come last under "channels_first", or an argument is not one of the choices.
+        ValueError: H or W is not a positive multiple of the grid or the tile, both or neither of the two are given,
+            ``x`` has fewer than three dimensions, its channels seem to come last under "channels_first", or an argument
+            is not one of the choices.
         TypeError: ``x`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
@@ -88,18 +111,20 @@ def global_stride_crop(
         >>> global_stride_crop(x, (1, 2)).tolist()
         [[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]
     """
-    return crop(x, grid, "global", data_format=data_format, backend=backend)
+    return crop(x, grid, "global", tile=tile, data_format=data_format, backend=backend)
 
 
 def crop(
     x: Tensor,
-    grid: GridLike,
+    grid: GridLike | None,
     perspective: Perspective,
     *,
+    tile: SizeLike | None = None,
     data_format: DataFormat = "channels_first",
     backend: Backend | None = None,
 ) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
+    grid = grid_for(x, grid, tile, data_format)
     return move(x, "raster", check_perspective(perspective), grid, data_format=data_format, backend=backend)
 
 
@@ -198,15 +223,19 @@ class _Crop(nn.Module):
 
     perspective: Perspective
 
-    def __init__(self, grid: GridLike, *, data_format: DataFormat = "channels_first") -> None:
+    def __init__(
+        self, grid: GridLike | None = None, *, tile: SizeLike | None = None, data_format: DataFormat = "channels_first"
+    ) -> None:
         super().__init__()
-        self.grid, self.data_format = TileGrid.of(grid), check_data_format(data_format)
+        self.grid, self.tile = grid_or_tile(grid, tile)
+        self.data_format = check_data_format(data_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        return crop(x, self.grid, self.perspective, data_format=self.data_format)
+        return crop(x, self.grid, self.perspective, tile=self.tile, data_format=self.data_format)
 
     def extra_repr(self) -> str:
-        return f"grid=({self.grid.rows}, {self.grid.cols}), data_format={self.data_format!r}"
+        cut = f"tile={self.tile}" if self.grid is None else f"grid=({self.grid.rows}, {self.grid.cols})"
+        return f"{cut}, data_format={self.data_format!r}"
 
 
 class LocalCrop(_Crop):
@@ -214,6 +243,7 @@ class LocalCrop(_Crop):
 
     Args:
         grid: Rows and columns of tiles.
+        tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
         data_format: Whether the channels come before or after height and width.
 
     Shape:
@@ -234,6 +264,7 @@ class GlobalStrideCrop(_Crop):
 
     Args:
         grid: Rows and columns of tiles.
+        tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
         data_format: Whether the channels come before or after height and width.
 
     Shape:

@@ -125,6 +125,50 @@ class TestAlgebra:
         assert (moved is tiles) == (source == target)
 
 
+class TestByTileSize:
+    @given(cases, perspectives)
+    def test_is_the_crop_of_the_grid(self, case: tuple, perspective: str) -> None:
+        grid, tile, data_format = case[2:]
+        x = numbered(map_shape(*case))
+        expected = reference.crop(x, grid, perspective, data_format)
+        module = MODULES[perspective](tile=tile, data_format=data_format)
+        assert torch.equal(CROPS[perspective](x, tile=tile, data_format=data_format), expected)
+        for copied in (module, pickle.loads(pickle.dumps(module))):
+            assert torch.equal(copied(x), expected)
+
+    def test_one_number_is_a_square(self) -> None:
+        x = numbered((3, 8, 12))
+        assert torch.equal(dv.local_crop(x, tile=4), dv.local_crop(x, (2, 3)))
+        assert repr(dv.LocalCrop(tile=4)) == "LocalCrop(tile=(4, 4), data_format='channels_first')"
+
+    def test_compiles_and_exports(self) -> None:
+        module = dv.GlobalStrideCrop(tile=(4, 5))
+        assert_compiles_once(module, lambda batch: (numbered((batch, 2, 8, 15), torch.float32),))
+        assert_exports(module, lambda batch: (numbered((batch, 2, 8, 15), torch.float32),))
+
+    @given(st.integers(1, 14), st.integers(1, 14), tile_sizes)
+    def test_a_remainder_is_refused(self, height: int, width: int, tile: tuple[int, int]) -> None:
+        """Also where the grid of whole tiles would divide the map, into tiles of another size."""
+        if height % tile[0] == 0 and width % tile[1] == 0:
+            return
+        for shape, data_format in (((1, height, width), "channels_first"), ((height, width, 1), "channels_last")):
+            with refuses(f"{height} x {width}", f"{tile[0]} x {tile[1]} tiles", "DualPerspectiveCrop"):
+                dv.local_crop(torch.zeros(shape), tile=tile, data_format=data_format)
+
+    def test_refuses(self) -> None:
+        x = torch.zeros(3, 8, 12)
+        for wrong in ({}, {"grid": (2, 3), "tile": 4}):
+            for call in (dv.LocalCrop, dv.GlobalStrideCrop, lambda **cut: dv.local_crop(x, **cut)):
+                with refuses(f"tile={wrong.get('tile')}", "one of the two"):
+                    call(**wrong)
+        with refuses("tile=(4, 0)"):
+            dv.global_stride_crop(x, tile=(4, 0))
+        with refuses("(0, 12)", "at least 1"):
+            dv.local_crop(x[:, :0], tile=4)
+        with refuses("(8, 12)", "(..., C, H, W)"):
+            dv.local_crop(x[0], tile=4)
+
+
 class TestAgainstOthers:
     @given(grids, tile_sizes, channels)
     def test_timm_windows_and_grids(self, grid: tuple[int, int], tile: tuple[int, int], channel: int) -> None:
