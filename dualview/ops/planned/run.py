@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from dualview.geometry import Perspective, Size, TileGrid, check_size, split_axis
+from dualview.geometry import Perspective, Size, TileGrid, check_size
 from dualview.kernels.tables import listed, table
 from dualview.ops.fusion import LinearConcatFusion
 from dualview.ops.planned.attention import attend_arranged, fuse_with_values, project_values, query_key_matrix
@@ -221,22 +221,12 @@ def _token_index(
     grid: TileGrid,
     size: Size,
 ) -> Tensor:
-    (h, w), order = size, {tile: k for k, tile in enumerate(present)}
-    tile_rows, offset_rows = _tile_and_offset(perspective, rows, grid.rows, h)
-    tile_cols, offset_cols = _tile_and_offset(perspective, cols, grid.cols, w)
-    tiles = torch.tensor([[order[i * grid.cols + j] for j in tile_cols] for i in tile_rows], device=device)
-    u, v = torch.tensor(offset_rows, device=device)[:, None], torch.tensor(offset_cols, device=device)[None, :]
-    pattern = "(i u) (j v) -> (i j) (u v)"
-    index: Tensor = rearrange((tiles * h + u) * w + v, pattern, i=len(rows.tiles), j=len(cols.tiles))
+    tokens = torch.full((grid.num_tiles, *size, 1), -1, device=device)
+    tokens[list(present)] = torch.arange(len(present) * size[0] * size[1], device=device).view(-1, *size, 1)
+    plane = recombine(tokens, grid, perspective, data_format="channels_last", backend="torch").squeeze(-1)
+    plane = plane[list(rows.positions)][:, list(cols.positions)]
+    index: Tensor = rearrange(plane, "(i u) (j v) -> (i j) (u v)", i=len(rows.tiles), j=len(cols.tiles))
     return index
-
-
-def _tile_and_offset(perspective: Perspective, cut: AxisCut, tiles: int, size: int) -> tuple[list[int], list[int]]:
-    """Tile and offset of every gathered position, as the map is cut now."""
-    (_, inner), tile_factor = split_axis(perspective, tiles, size)
-    pairs = [divmod(position, inner) for position in cut.positions]
-    tile, offset = ([pair[part] for pair in pairs] for part in (tile_factor, 1 - tile_factor))
-    return tile, offset
 
 
 def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
