@@ -131,6 +131,13 @@ def test_has_a_docstring(name):
         assert own_doc(function), f"{name}.{method} has no docstring"
 
 
+@pytest.mark.parametrize(
+    "name", sorted(name for name, thing in CALLABLE.items() if inspect.isclass(thing) and issubclass(thing, nn.Module))
+)
+def test_help_shows_no_text_of_torch(name):
+    assert inspect.getdoc(CALLABLE[name].forward) != inspect.getdoc(nn.Module.forward)
+
+
 def defers(doc: str) -> bool:
     """Whether the first line points to another object, whose documentation then speaks for both."""
     return "][dualview." in doc.splitlines()[0]

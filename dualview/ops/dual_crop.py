@@ -102,6 +102,7 @@ class DualPerspectiveCrop(nn.Module):
     @overload
     def forward(self, images: Sequence[Tensor]) -> DualPerspectiveTileBatch: ...
     def forward(self, images: Tensor | Sequence[Tensor]) -> DualPerspectiveTiles | DualPerspectiveTileBatch:
+        """Cut images of one size, or a list of images of any sizes."""
         if isinstance(images, Tensor):
             return self._cut(images)
         check_list(images, "images")

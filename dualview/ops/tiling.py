@@ -231,6 +231,7 @@ class _Crop(nn.Module):
         self.data_format = check_data_format(data_format)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Cut a map into tiles."""
         return crop(x, self.grid, self.perspective, tile=self.tile, data_format=self.data_format)
 
     def extra_repr(self) -> str:
@@ -307,6 +308,7 @@ class SubfeatureRecombine(nn.Module):
         self.data_format = check_data_format(data_format)
 
     def forward(self, tiles: Tensor) -> Tensor:
+        """Put tiles back."""
         return recombine(tiles, self.grid, self.perspective, data_format=self.data_format)
 
     def extra_repr(self) -> str:
