@@ -398,7 +398,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             inputs_embeds: Embedded tokens in place of ``input_ids``.
             image_grids: Rows and columns of each image.
             image_sizes: With ``image_grids``, height and width of the picture on each image's canvas.
-            labels: Token ids to predict, shifted inside. -100 is ignored: set it for image tokens, questions and padding.
+            labels: Token ids to predict, shifted inside. -100 is ignored: give it to image tokens, questions, padding.
             logits_to_keep: How many of the last positions get logits (0: all), or their indices.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             **kwargs: Passed to the language model and to the loss.

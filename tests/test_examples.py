@@ -1,0 +1,78 @@
+"""The scripts of examples/ do what the documentation says that they do."""
+
+import ast
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+def run(name, capsys, monkeypatch, folder):
+    """What the script prints, run in a folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def shown(name):
+    """What the page says that the script prints."""
+    section = next(part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE) if f"`examples/{name}.py`" in part)
+    (printed,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    return printed
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_says_what_one_learns_and_is_shown(path):
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert "What you learn: " in doc
+    assert f"python examples/{path.name}" in doc
+    assert f'--8<-- "examples/{path.name}"' in PAGE
+    assert not re.search("labels ?= ?(tokens|input_ids)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_document_page(capsys, monkeypatch, tmp_path):
+    printed = run("document_page", capsys, monkeypatch, tmp_path)
+    assert printed.startswith(shown("document_page"))
+    drawn = Image.open(tmp_path / "document_page.png")
+    committed = Image.open(ROOT / "docs" / "assets" / "document_page.png")
+    assert drawn.size == committed.size == (976, 376)
+    assert len(drawn.getcolors(2**20)) > 100
+
+
+def test_own_encoder(capsys, monkeypatch, tmp_path):
+    printed = run("own_encoder", capsys, monkeypatch, tmp_path)
+    assert printed.startswith(shown("own_encoder"))
+    assert "timm's vit_tiny_patch16_224\n  alone:          96 x 96 pixels -> (1, 6, 6, 192)" in printed
+
+
+def test_train_with_masked_labels(capsys, monkeypatch, tmp_path):
+    printed = run("train_with_masked_labels", capsys, monkeypatch, tmp_path)
+    assert printed.startswith(shown("train_with_masked_labels"))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    (right,) = re.findall(r"new images: (\d+)% right", printed)
+    assert losses[-1] < losses[0] / 4
+    assert int(right) > 80  # guessing gives 17
+
+
+def test_masked_labels_leave_everything_else_out():
+    """The loss of the answer alone, worked out by hand, and no gradient at any other position."""
+    script = runpy.run_path(str(ROOT / "examples" / "train_with_masked_labels.py"))
+    tokens, pixels, labels = script["examples"](3)
+    logits = torch.randn(*tokens.shape, script["VOCABULARY"], requires_grad=True)
+    loss = script["loss_of"](logits, labels)
+    by_hand = -logits[:, -2].log_softmax(-1).gather(1, tokens[:, -1:]).mean()
+    assert torch.allclose(loss, by_hand)
+    loss.backward()
+    assert logits.grad[:, -2].abs().min() > 0
+    assert logits.grad[:, :-2].abs().max() == logits.grad[:, -1].abs().max() == 0
+    marked = pixels.mean(1).unflatten(1, (2, -1)).unflatten(3, (3, -1)).amax((2, 4)).flatten(1).argmax(1)
+    assert torch.equal(marked, tokens[:, -1])
