@@ -1,4 +1,4 @@
-"""Tables and plots of result files. `python -m benchmarks.report` puts them into docs/benchmarks.md."""
+"""Tables and plots of result files. `python -m benchmarks.report` puts them into the documentation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import results
 from benchmarks.cases import KERNELS, OURS
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, FIRST_PAGE = DOCS / "benchmarks.md", DOCS / "index.md"
+PAGE, FIRST_PAGE, ROWS = DOCS / "benchmarks.md", DOCS / "index.md", DOCS / "benchmarks"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->", "<!-- written by benchmarks/report.py: end -->"
 
 Document = dict[str, Any]
@@ -25,7 +26,7 @@ def tables(document: Document) -> str:
     """All tables of one result file, as Markdown."""
     parts = [_conditions(document), _targets(document)]
     suites = dict.fromkeys(row["suite"] for row in document["rows"])
-    parts += [f"#### {suite}\n\n{_suite(document, suite)}" for suite in suites]
+    parts += [f"## {suite}\n\n{_suite(document, suite)}" for suite in suites]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -52,7 +53,7 @@ def _targets(document: Document) -> str:
         for (case, side, what, aim), (value, against) in worst.items()
     )  # fmt: skip
     head = ("case", "side", "of", "against", "aim", "measured", "reached")
-    return f"#### Aims\n\n{_table(head, rows)}" if worst else ""
+    return f"## Aims\n\n{_table(head, rows)}" if worst else ""
 
 
 FRACTION = "what the machine could do"
@@ -202,24 +203,83 @@ def _draw_dem(rows: list[dict[str, Any]]) -> Any:
 
 
 def shown(folder: Path = results.FOLDER) -> dict[str, Document]:
-    """The result files that the page shows, by stem: not a quick selection of which there is the whole full one."""
+    """The result files that are shown, by stem: not a quick selection of which there is the whole full one."""
     found = {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
     whole = {stem for stem, document in found.items() if document["selection"] == "full"}
     return {stem: d for stem, d in found.items() if stem.replace("-quick-", "-full-") not in whole - {stem}}
 
 
-def section(documents: dict[str, Document]) -> str:
-    """Everything on the page between the two marks."""
-    parts = []
-    for stem, document in documents.items():
-        suites = {row["suite"] for row in document["rows"] if row["missing"] is None}
-        images = [f"![{name}](assets/bench-{stem}-{name}.svg)" for name in ("scaling", "dem") if name in suites]
-        title = f"### {'GPU' if document['device'] == 'cuda' else 'CPU'}, {document['dtype']}, {document['selection']}"
-        parts.append("\n\n".join([title, tables(document), *images]))
-    for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
-        if all(document["device"] != device for document in documents.values()):
-            parts.append(f"### {name}\n\nNot measured on a {name} yet.")
+SUITES = {
+    "prefix": "pixels to projected tokens, ViT-L/14-336",
+    "train_step": "one training step of a small INF-LLaVA",
+    "dem": "the enhancement module",
+    "scaling": "the enhancement module over tiles, batch and width",
+    "absorb": "products as they are arranged, and arranged by hand",
+    "photo": "bytes to normalised tiles",
+    "preprocess": "a picture to a canvas",
+    "ops": "crops, recombination and re-tiling",
+    "import_time": "import, in a new process",
+}
+"""What the suites with peers measure, in the order of the summary."""
+
+AS_FAST = 0.95
+"""Ratios above are taken for equal: less than what one run differs from the next."""
+
+
+def summary(documents: dict[str, Document]) -> str:
+    """Per suite, our time beside that of the fastest other way; then all cases in which another way is faster."""
+    fastest: dict[str, dict[str, tuple[float, str]]] = {}
+    for document in sorted(documents.values(), key=lambda document: document["selection"] != "quick"):
+        if document["device"] == "cpu":
+            for suite in {row["suite"] for row in document["rows"]}:
+                fastest[suite] = _fastest_peers(row for row in document["rows"] if row["suite"] == suite)
+    found = [(suite, fastest[suite]) for suite in SUITES if fastest.get(suite)]
+    wins, losses = [], []
+    for suite, cases in found:
+        ratios = sorted(ratio for ratio, _ in cases.values())
+        as_fast = sum(ratio >= AS_FAST for ratio in ratios)
+        wins.append((SUITES[suite], f"{as_fast} of {len(ratios)}", *(f"{r:.2f}" for r in (median(ratios), ratios[0]))))
+        losses += [(case, side, f"{ratio:.2f}") for case, (ratio, side) in cases.items() if ratio < AS_FAST]
+    head = ("what", "cases in which nothing is faster", "fastest other way / ours: median", "least")
+    parts = [_table(head, wins)]
+    if losses:
+        parts += [
+            f"Another way is faster by more than {1 - AS_FAST:.0%} here:",
+            _table(("case", "the fastest other way", "its time / ours"), losses),
+        ]
     return "\n\n".join(parts)
+
+
+def _fastest_peers(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[float, str]]:
+    """By case: the least ratio of a peer's time to ours, and whose it is."""
+    found: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        if row["missing"] is None and row["role"] == "peer" and row["ratio"] is not None:
+            found[row["case"]] = min(found.get(row["case"], (float("inf"), "")), (row["ratio"], row["side"]))
+    return found
+
+
+def title(document: Document) -> str:
+    """What a result file measures, in one line."""
+    size, *part = document["selection"].split()
+    suites = f": {', '.join(dict.fromkeys(row['suite'] for row in document['rows']))}" if part else ""
+    return f"{'GPU' if document['device'] == 'cuda' else 'CPU'}, {document['dtype']}, {size}{suites}"
+
+
+def section(documents: dict[str, Document]) -> str:
+    """What stands on the page of the summary between the two marks."""
+    links = [f"- [{title(document)}](benchmarks/{stem}.md)" for stem, document in documents.items()]
+    return "\n\n".join([summary(documents), "All rows, with their conditions:", "\n".join(links)])
+
+
+def rows_page(stem: str, document: Document) -> str:
+    """The page with all rows of a result file."""
+    suites = {row["suite"] for row in document["rows"] if row["missing"] is None}
+    images = [f"![{name}](../assets/bench-{stem}-{name}.svg)" for name in ("scaling", "dem") if name in suites]
+    made = (
+        f"Written by `python -m benchmarks.report` from `benchmarks/results/{stem}.json`; [summary](../benchmarks.md)."
+    )
+    return "\n\n".join([f"# {title(document)}", made, tables(document), *images]) + "\n"
 
 
 HEADLINES = (
@@ -262,6 +322,11 @@ def main() -> None:
     documents = shown()
     for path, made in ((PAGE, section(documents)), (FIRST_PAGE, headlines(documents))):
         path.write_text(page(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+    ROWS.mkdir(exist_ok=True)
+    for path in ROWS.glob("*.md"):
+        path.unlink()
+    for stem, document in documents.items():
+        (ROWS / f"{stem}.md").write_text(rows_page(stem, document), encoding="utf-8")
     drawn = [path for stem, document in documents.items() for path in plots(document, stem, DOCS / "assets")]
     print(f"wrote {PAGE.name} and {', '.join(path.name for path in drawn) or 'no plots'} from {list(documents)}")
 

@@ -310,9 +310,36 @@ def test_first_page_shows_the_headlines():
     assert report.page(text, report.headlines(report.shown())) == text, "run: python -m benchmarks.report"
 
 
-def test_page_shows_the_committed_results():
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert text == report.page(text, report.section(report.shown())), "run: python -m benchmarks.report"
+def test_pages_show_the_committed_results():
+    text, documents = report.PAGE.read_text(encoding="utf-8"), report.shown()
+    assert text == report.page(text, report.section(documents)), "run: python -m benchmarks.report"
+    rows = {path.stem: path.read_text(encoding="utf-8") for path in report.ROWS.glob("*.md")}
+    assert rows == {stem: report.rows_page(stem, document) for stem, document in documents.items()}
+
+
+def test_summary_counts_wins_and_names_losses(document):
+    def row(case, side, ratio, role="peer", **other):
+        return {"suite": "dem", "case": case, "side": side, "role": role, "ratio": ratio, "missing": None} | other
+
+    rows = [
+        row("one", OURS, None, "ours"),
+        row("one", "slow", 3.0),
+        row("one", "slower", 4.0),
+        row("two", "fast", 0.5),
+        row("two", "another function", 0.1, "other function"),
+        row("two", "broken", None, missing="failed"),
+        row("three", "as fast", 0.96),
+    ]
+    quick = {"device": "cpu", "selection": "quick", "rows": [row("old", "fast", 0.1)]}
+    full = {"device": "cpu", "selection": "full dem", "rows": rows}
+    lines = report.summary({"b": quick, "a": full}).splitlines()
+    assert lines[2] == "| the enhancement module | 2 of 3 | 0.96 | 0.50 |"
+    assert lines[-1] == "| two | fast | 0.50 |"
+    assert not [line for line in lines if "old" in line or "another function" in line]
+    assert "faster by" not in report.summary({"a": full | {"rows": rows[:3]}})
+    assert report.summary({"a": full | {"device": "cuda"}}).count("\n") == 1  # a head, and no row
+    peers = {r["suite"] for path in report.shown().values() for r in path["rows"] if r["role"] == "peer"}
+    assert peers == set(report.SUITES)
 
 
 def test_full_results_hide_quick_ones(document, tmp_path):
