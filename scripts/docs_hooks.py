@@ -1,6 +1,6 @@
 """What the documentation is given while it is built: equations as MathML, and the list of all public names.
 
-Equations are written in the way that GitHub shows, too: a block fenced as `math`, or $`...`$ within a line. Browsers
+Equations are written in the way that GitHub shows, too: a block fenced as `math`, or $`W`$ within a line. Browsers
 show MathML by themselves: no script and no font is fetched.
 """
 
