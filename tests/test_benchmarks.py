@@ -448,7 +448,7 @@ def test_gpu_script_runs_on_the_cpu(tmp_path, one_case):
 
 def test_gpu_script_leaves_kernels_out_that_failed(tmp_path, monkeypatch, one_case):
     chosen = []
-    monkeypatch.setattr(runner, "_release", lambda place: chosen.append(dispatch._asked.value()[0]))
+    monkeypatch.setattr(runner, "_release", lambda place: chosen.append(dispatch.BACKEND.value()[0]))
     gpu.measure_type(CPU, "tiny", "failed: 1 failed", 100, tmp_path)
     document = results.read(tmp_path / "cpu-tiny-float32.json")
     missing = {row["side"]: row["missing"] for row in document["rows"]}
