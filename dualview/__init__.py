@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualview import testing
+    from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
     from dualview.explain import Explanation, explain
     from dualview.geometry import TileGrid, choose_grid
     from dualview.images import load_image
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dualview.models.dual_view_encoder import DualViewEncoder
     from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
     from dualview.ops.direct_readout import DirectReadout
-    from dualview.ops.dual_crop import DualPerspectiveCrop, DualPerspectiveTileBatch, DualPerspectiveTiles
+    from dualview.ops.dual_crop import DualPerspectiveCrop
     from dualview.ops.enhance import DualPerspectiveEnhance, EnhancedMaps
     from dualview.ops.functional import (
         global_stride_crop,
@@ -55,7 +56,8 @@ _HOMES = {
     "models.dual_view_encoder": "DualViewEncoder",
     "models.encoders": "HfEncoder OpenClipEncoder TimmEncoder",
     "ops.direct_readout": "DirectReadout",
-    "ops.dual_crop": "DualPerspectiveCrop DualPerspectiveTileBatch DualPerspectiveTiles",
+    "ops.dual_crop": "DualPerspectiveCrop",
+    "dual_tiles": "DualPerspectiveTileBatch DualPerspectiveTiles",
     "ops.enhance": "DualPerspectiveEnhance EnhancedMaps",
     "ops.functional": "global_stride_crop local_crop low_pass read_out recombine tile_attention",
     "ops.fusion": (

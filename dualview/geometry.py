@@ -80,6 +80,13 @@ class TileGrid:
     def __iter__(self) -> Iterator[int]:
         return iter((self.rows, self.cols))
 
+    def __eq__(self, other: object) -> bool:
+        """Whether this is the same grid, or the pair of its rows and columns."""
+        return isinstance(other, TileGrid | tuple) and (self.rows, self.cols) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((self.rows, self.cols))
+
     def __str__(self) -> str:
         return f"{self.rows}x{self.cols}"
 
@@ -215,6 +222,71 @@ class LiveTiles(NamedTuple):
 
     local: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+class Placement(NamedTuple):
+    """Where an image lies on the canvas of its tiles: from the top left on, with padding at the bottom and the right.
+
+    Attributes:
+        grid: Rows and columns of tiles.
+        tile: Size (h, w) of a tile in pixels.
+        size: Size (H, W) of the image as it was given.
+        real: Size of the part of the canvas that the image fills, after it was cropped or resized; the rest is padding.
+
+    Example:
+        >>> photo = Placement(TileGrid(2, 3), tile=(336, 336), size=(600, 900), real=(600, 900))
+        >>> photo.real_at((24, 24)), photo.seen("global", (24, 24))
+        ((43, 65), (44, 66))
+    """
+
+    grid: TileGrid
+    tile: Size
+    size: Size
+    real: Size
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is padding."""
+        return self.real != self.grid.map_size(self.tile)
+
+    def real_at(self, tile: Size) -> Size:
+        """Size of the part that the image fills of a map whose tiles have ``tile`` = (h', w') cells.
+
+        This is the same share of the map as it is of the canvas, with a cell that is partly image counted in:
+        predictions at a quarter of the size cover ceil(H / 4) x ceil(W / 4).
+        """
+        height, width = (-(-r * cells // size) for r, cells, size in zip(self.real, tile, self.tile, strict=True))
+        return height, width
+
+    def seen(self, perspective: Perspective, tokens: Size) -> Size:
+        """Size of the part of a token map whose tokens see at least one pixel of the image.
+
+        A token of a local tile sees a patch of the canvas, one of a stride tile pixels that lie ``rows`` and ``cols``
+        apart: at the border more of these see a bit of the image.
+
+        Args:
+            perspective: Of the tiles that were encoded.
+            tokens: Token map (h', w') of one tile. Pixels beyond whole patches are not seen.
+
+        Raises:
+            ValueError: A tile has fewer pixels than tokens.
+        """
+        height, width = (
+            _first_unseen(perspective, *axis) for axis in zip(self.grid, self.tile, tokens, self.real, strict=True)
+        )
+        return height, width
+
+
+def _first_unseen(perspective: Perspective, tiles: int, size: int, cells: int, real: int) -> int:
+    """The number of cells on an axis that see one of its first ``real`` pixels, which are the first cells."""
+    patch = size // cells
+    if size // max(patch, 1) != cells:
+        raise ValueError(
+            f"a tile of {size} pixels does not split into {cells} patches, so a mask of pixels has no exact mask of "
+            "tokens: give the key_mask yourself."
+        )
+    pixels = (position(perspective, i, u * patch, tiles, size) for i in range(tiles) for u in range(cells))
+    return sum(pixel < real for pixel in pixels)
 
 
 def check_size(size: SizeLike, name: str) -> Size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +17,20 @@ def bicubic(image: Tensor, size: Size) -> Tensor:
     Floating-point values may overshoot; those of uint8 are cut off.
     """
     return upright(_interpolate, image, size)
+
+
+def resized(images: Tensor, size: Size) -> Tensor:
+    """Images of any type at another size, by `bicubic` in at least float32; integers are rounded and kept in range.
+
+    Shape:
+        (..., C, H, W) -> (..., C, h, w)
+    """
+    precise = images.to(torch.promote_types(images.dtype, torch.float32))
+    small = bicubic(precise.reshape(-1, 1, *images.shape[-2:]), size).reshape(*images.shape[:-2], *size)
+    if not images.is_floating_point():
+        limits = torch.iinfo(images.dtype)
+        small = small.round().clamp(limits.min, limits.max)
+    return small.to(images.dtype)
 
 
 def upright(resizing: Callable[[Tensor, Size], Tensor], image: Tensor, size: Size) -> Tensor:

@@ -67,6 +67,8 @@ def _conversion(x: object) -> str:
         remedy = "torch.from_numpy(x), or dualview.load_image(x) for a picture of height x width x channels"
     elif isinstance(x, str | PathLike):
         remedy = "dualview.load_image(x)"
+    elif kind.startswith("dualview."):
+        remedy = "take its tensors, x.data or x.local and x.stride"
     elif isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
         remedy = "torch.stack(x)"
     return f"{kind}. To convert it: {remedy}"
@@ -137,6 +139,29 @@ def check_tile_pair(
             "rows*cols tiles each unless `live` names those present; B, h, w and D must be the same in both. Flattened "
             "tokens need .unflatten(2, (h, w))."
         )
+
+
+def rectangle(inner: Size, outer: Size, device: torch.device) -> Tensor:
+    """A mask of size ``outer``: True in the first rows and columns, as many as ``inner`` says."""
+    rows, cols = (torch.arange(all_of_it, device=device) < part for part, all_of_it in zip(inner, outer, strict=True))
+    return rows[:, None] & cols
+
+
+def in_order(groups: Sequence[Sequence[int]], grids: Sequence[TileGrid], results: Sequence[Tensor]) -> Tensor:
+    """Results of groups of images as one batch, given the places of the images of each group and their grid.
+
+    Raises:
+        ValueError: The results are full maps of different grids.
+    """
+    if len({result.shape[1:] for result in results}) > 1:
+        raise ValueError(
+            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes "
+            'and cannot be one batch: use a readout other than "none", or one grid per call.'
+        )
+    if len(results) == 1:
+        return results[0]
+    rows = dict(zip((place for group in groups for place in group), torch.cat(list(results)), strict=True))
+    return torch.stack([rows[place] for place in range(len(rows))])
 
 
 def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat) -> Size:

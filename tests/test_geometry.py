@@ -31,6 +31,15 @@ class TestTileGrid:
         assert grid.map_size((24, 20)) == (48, 60)
         assert grid.tile_size((48, 60)) == (24, 20)
 
+    @given(grids, grids)
+    def test_equals_a_pair(self, one: tuple[int, int], other: tuple[int, int]) -> None:
+        grid = dv.TileGrid(*one)
+        assert (grid == other) == (other == grid) == (one == other) == (grid == dv.TileGrid(*other))
+        assert (grid != other) == (one != other)
+        assert hash(grid) == hash(one)
+        assert {grid: 1}.get(other) == (1 if one == other else None)
+        assert grid not in ("2x3", None, 2, (*one, 1), list(one))
+
     @given(grids, tile_sizes)
     def test_sizes_are_inverse(self, grid: tuple[int, int], tile: tuple[int, int]) -> None:
         made = dv.TileGrid(*grid)

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "dualview"
 
 FLOORS = (  # from the ground up
     ("geometry.py",),
-    ("views.py", "interpolation.py", "switches.py"),
-    ("kernels/*.py",),
+    ("views.py", "interpolation.py", "padding.py", "records.py", "switches.py"),
+    ("kernels/*.py", "ops/tile_batch.py"),
+    ("dual_tiles.py",),
     (
-        *(f"ops/{name}.py" for name in ("__init__", "tiling", "dual_crop", "tile_batch", "low_pass")),
+        *(f"ops/{name}.py" for name in ("__init__", "tiling", "dual_crop", "low_pass")),
         *(f"ops/{name}.py" for name in ("normalized_crop", "tile_attention", "fusion", "readout", "released_weights")),
         "cost.py",
     ),

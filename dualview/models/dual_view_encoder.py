@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from dualview.geometry import GridLike, Size, SizeLike, TileGrid, check_size
 from dualview.models.encode_views import encode_dual_view
-from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions, low_res_of
+from dualview.models.parts import DualView, Encoder, LowRes, Pixels, ViewOptions, low_res_of
 from dualview.models.view_plan import ViewPlan, plan_encoder
-from dualview.ops.tile_batch import TileBatch
 from dualview.switches import planning
 
 
@@ -47,8 +46,9 @@ class DualViewEncoder(nn.Module):
             statistics from the batch, as in training, gets all sub-images in one pass.
 
     Shape:
-        - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own, or the local tiles
-          of such images as a [`TileBatch`][dualview.TileBatch]
+        - pixels: (B, 3, rows*h, cols*w), or a list of (3, H, W) images, each with a grid of its own, or the tiles of
+          such images: what [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] made, or local tiles as a
+          [`TileBatch`][dualview.TileBatch]
         - valid: (B, rows*h, cols*w) booleans, or a list of (H, W): False where pixels are padding. The dem then attends
           to no token of padding alone. Images must already have the size of the grid's canvas.
         - result: (B, h', w', D); with readout "none" of a uniform batch, (B, rows*h', cols*w', D)
@@ -104,17 +104,17 @@ class DualViewEncoder(nn.Module):
         self.low_res, self.resize, self.low_pass = low_res, resize, low_pass
         self.max_tiles_per_pass = max_tiles_per_pass
 
-    def forward(
-        self, pixels: Tensor | Sequence[Tensor] | TileBatch, valid: Tensor | Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, pixels: Pixels, valid: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Encode images from both perspectives.
 
         Args:
-            pixels: Images of one size, a list of images, or local tiles of images.
-            valid: False where pixels are padding.
+            pixels: Images of one size, a list of images, or tiles of images: the result of
+                [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop], or local tiles as a
+                [`TileBatch`][dualview.TileBatch].
+            valid: False where pixels are padding; what `DualPerspectiveCrop` made knows it.
 
         Shape:
-            - pixels: (B, 3, rows*h, cols*w), a list of (3, H, W), or a [`TileBatch`][dualview.TileBatch]
+            - pixels: (B, 3, rows*h, cols*w), a list of (3, H, W), or tiles
             - valid: (B, rows*h, cols*w) booleans, or a list of (H, W)
             - result: (B, h', w', D); with readout "none" of a uniform batch, (B, rows*h', cols*w', D)
 

@@ -9,26 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import Perspective, Size, TileGrid
-from dualview.models.parts import DualView, Encoder, ViewOptions
+from dualview.models.parts import DualView, Encoder, Pixels, ViewOptions
 from dualview.models.view_plan import ViewPlan, cut_views, gate_of, method_of, plan_encoder
 from dualview.ops.planned.run import select
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.switches import planning
-from dualview.views import check_list
+from dualview.views import check_list, in_order
 
 
 def encode_dual_view(
     parts: DualView,
-    pixels: Tensor | Sequence[Tensor] | TileBatch,
+    pixels: Pixels,
     valid: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; shapes and errors as for its call."""
     encoder, dem, options = parts
-    full = not planning()
-    if isinstance(pixels, TileBatch):
-        pixels = recombine(pixels, perspective="local")
+    full, cut = not planning(), None
+    if isinstance(pixels, DualPerspectiveTiles | DualPerspectiveTileBatch | TileBatch):
+        pixels, cut, valid = _put_back(pixels, valid)
     if isinstance(pixels, Tensor):
         batches = [pixels]
     else:
@@ -38,6 +39,12 @@ def encode_dual_view(
         raise ValueError("a list of images must hold at least one.")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     grids = [_grid_of(batch, options) for batch in batches]
+    if cut not in (None, tuple(grids)) and not options.resize:
+        raise ValueError(
+            f"tiles of grids {[str(g) for g in cut or ()]} were given, and with the encoder's tiles of "
+            f"{options.tile[0]} x {options.tile[1]} these images have grids {[str(g) for g in grids]}: give "
+            f"DualPerspectiveCrop the tile of the encoder."
+        )
     plans = [
         plan_encoder(encoder, dem, options, grid, (batch.shape[2], batch.shape[3]), full=full)
         for batch, grid in zip(batches, grids, strict=True)
@@ -47,20 +54,30 @@ def encode_dual_view(
     counts = [v.shape[0] * v.shape[1] for v in views]
     features = [part.unflatten(0, v.shape[:2]) for part, v in zip(encoded.split(counts), views, strict=True)]
 
-    outputs: dict[int, Tensor] = {}
+    groups, of_groups, outputs = [], [], []
     sizes = [(g.rows, g.cols, *batch.shape[2:]) for g, batch in zip(grids, batches, strict=True)]
     for size in dict.fromkeys(sizes):  # images of one grid and size share one plan and one call of the DEM
         members = [i for i, other in enumerate(sizes) if other == size]
         g, plan = grids[members[0]], plans[members[0]]
         mask = None if masks is None else torch.cat([masks[i] for i in members])
-        fused = _fuse(torch.cat([features[i] for i in members]), g, plan, parts, mask)
-        outputs.update(zip(members, fused.split([batches[i].shape[0] for i in members]), strict=True))
-    if len({out.shape[1:] for out in outputs.values()}) > 1:
-        raise ValueError(
-            f"full maps of different grids ({', '.join(str(g) for g in dict.fromkeys(grids))}) have different sizes "
-            'and cannot be one batch: use a readout other than "none", or one grid per call.'
-        )
-    return torch.cat([outputs[i] for i in range(len(batches))])
+        outputs.append(_fuse(torch.cat([features[i] for i in members]), g, plan, parts, mask))
+        groups.append(members)
+        of_groups.append(g)
+    return in_order(groups, of_groups, outputs)
+
+
+def _put_back(
+    tiles: TileBatch | DualPerspectiveTiles | DualPerspectiveTileBatch, valid: Tensor | Sequence[Tensor] | None
+) -> tuple[Tensor | list[Tensor], tuple[TileGrid, ...], Tensor | Sequence[Tensor] | None]:
+    """The images whose local tiles these are, the grids, and what is padding if it is known and not given."""
+    if isinstance(tiles, DualPerspectiveTiles):
+        canvas = recombine(tiles, perspective="local")
+        canvas = canvas[None] if canvas.dim() == 3 else canvas
+        masks = tiles.valid.expand(len(canvas), -1, -1)
+        return canvas, (tiles.grid,), masks if valid is None and tiles.image.padded else valid
+    held: TileBatch = tiles if isinstance(tiles, TileBatch) else tiles.of("local")
+    padded = any(image.padded for image in held.images or ())
+    return recombine(held, perspective="local"), held.grids, held.valid if valid is None and padded else valid
 
 
 def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:

@@ -10,10 +10,13 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
+from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import LiveTiles, Size, TileGrid
 from dualview.ops.planned.live import LayerPlan
+from dualview.ops.tile_batch import TileBatch
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
+Pixels: TypeAlias = Tensor | Sequence[Tensor] | TileBatch | DualPerspectiveTiles | DualPerspectiveTileBatch
 LowRes: TypeAlias = Literal["mean", "add"] | None
 
 

@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Literal, TypeAlias, get_args, overload
 
-import torch
 from torch import Tensor, nn
 
-from dualview.geometry import Perspective, Size, SizeLike, TileGrid, check_size
-from dualview.interpolation import bicubic
+from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
+from dualview.geometry import DataFormat, Perspective, Placement, Size, SizeLike, TileGrid, check_size
+from dualview.interpolation import resized
 from dualview.ops.low_pass import low_pass
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
+from dualview.padding import check_pad_value, pad_to
 from dualview.views import check_list, check_map
 
 Remainder: TypeAlias = Literal["error", "pad", "crop", "resize"]
-
-
-class DualPerspectiveTiles(NamedTuple):
-    """What [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes of images of one size.
-
-    Attributes:
-        local: Contiguous blocks, (..., rows*cols, C, h, w).
-        stride: Interleaved strides, (..., rows*cols, C, h, w).
-        grid: The grid of both.
-        valid: (rows*h, cols*w) booleans on the tiled canvas, False where pixels were padded.
-    """
-
-    local: Tensor
-    stride: Tensor
-    grid: TileGrid
-    valid: Tensor
-
-
-class DualPerspectiveTileBatch(NamedTuple):
-    """What [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes of a list of images: the same, a grid per image.
-
-    Attributes:
-        local: Contiguous blocks, packed.
-        stride: Interleaved strides, packed.
-        grid: One grid per image.
-        valid: One (rows*h, cols*w) mask per image.
-    """
-
-    local: TileBatch
-    stride: TileBatch
-    grid: tuple[TileGrid, ...]
-    valid: tuple[Tensor, ...]
 
 
 class DualPerspectiveCrop(nn.Module):
@@ -62,9 +31,10 @@ class DualPerspectiveCrop(nn.Module):
         remainder: "error" refuses images that are no multiple of the tile; "pad" fills up at the bottom and the right;
             "crop" drops rows at the bottom and columns at the right; "resize" interpolates (bicubic, antialiased) to
             the nearest whole number of tiles per axis, at least one.
-        pad_value: What "pad" fills with: one number, or one per channel.
+        pad_value: What "pad" fills with: one number, or one per channel; numbers that the type of the images can hold.
         low_pass: Smooth the image before the stride crop, so that it does not alias. The stride tiles are then no
             longer a permutation of the pixels; floating-point images only.
+        perspectives: Which tiles to cut: ("local",) where the stride tiles are not needed.
 
     Shape:
         (..., C, H, W), or a list of (C, H, W) images of any sizes -> see
@@ -72,12 +42,13 @@ class DualPerspectiveCrop(nn.Module):
         [`DualPerspectiveTileBatch`][dualview.DualPerspectiveTileBatch]
 
     Raises:
-        ValueError: ``remainder`` is unknown; an image is no multiple of the tile ("error") or smaller than one
-            ("error", "crop"); the list is empty or its images differ in channels; ``pad_value`` has another number of
-            channels; the channels of a single image seem to come last.
+        ValueError: ``remainder`` or a perspective is unknown; an image is no multiple of the tile ("error") or smaller
+            than one ("error", "crop"); the list is empty or its images differ in channels; ``pad_value`` has another
+            number of channels or does not fit the type of the images; the channels of a single image seem to come last.
         TypeError: An image is no tensor.
 
     Example:
+        >>> import torch
         >>> tiles = DualPerspectiveCrop(tile=(4, 4), remainder="pad")(torch.ones(3, 7, 9))
         >>> tiles.grid, tiles.local.shape, tiles.valid.sum().item()
         (TileGrid(rows=2, cols=3), torch.Size([6, 3, 4, 4]), 63)
@@ -90,12 +61,17 @@ class DualPerspectiveCrop(nn.Module):
         remainder: Remainder = "error",
         pad_value: float | Sequence[float] = 0.0,
         low_pass: bool = False,
+        perspectives: Sequence[Perspective] = ("local", "global"),
     ) -> None:
         super().__init__()
         if remainder not in get_args(Remainder):
             raise ValueError(f"remainder={remainder!r}: must be one of {get_args(Remainder)}.")
+        if isinstance(perspectives, str) or not {*perspectives} or not {*perspectives} <= {*get_args(Perspective)}:
+            raise ValueError(
+                f'perspectives={perspectives!r}: give ("local", "global"), or one of the two such as ("local",).'
+            )
         self.tile, self.remainder, self.low_pass = check_size(tile, "tile"), remainder, low_pass
-        self.pad_value = pad_value
+        self.pad_value, self.perspectives = check_pad_value(pad_value), tuple(perspectives)
 
     @overload
     def forward(self, images: Tensor) -> DualPerspectiveTiles: ...
@@ -110,23 +86,19 @@ class DualPerspectiveCrop(nn.Module):
             raise ValueError(
                 f"a list of images must hold at least one, each (C, H, W); got {[tuple(i.shape) for i in images]}."
             )
-        cut = [self._cut(image) for image in images]
-        grids = tuple(tiles.grid for tiles in cut)
-        return DualPerspectiveTileBatch(
-            TileBatch.collate([tiles.local for tiles in cut], grids, "local"),
-            TileBatch.collate([tiles.stride for tiles in cut], grids, None if self.low_pass else "global"),
-            grids,
-            tuple(tiles.valid for tiles in cut),
-        )
+        return DualPerspectiveTileBatch.collate([self._cut(image) for image in images])
 
     def _cut(self, images: Tensor) -> DualPerspectiveTiles:
         check_map(images, "raster", "channels_first")
         canvas, real = self._fit(images)
-        grid = TileGrid.for_image((canvas.shape[-2], canvas.shape[-1]), self.tile)
-        smooth = low_pass(canvas, grid) if self.low_pass else canvas
-        valid = torch.zeros(canvas.shape[-2:], dtype=torch.bool, device=canvas.device)
-        valid[: real[0], : real[1]] = True
-        return DualPerspectiveTiles(crop(canvas, grid, "local"), crop(smooth, grid, "global"), grid, valid)
+        grid = TileGrid.whole(tuple(canvas.shape[-2:]), self.tile)
+        local = stride = None
+        if "local" in self.perspectives:
+            local = crop(canvas, grid, "local")
+        if "global" in self.perspectives:
+            stride = crop(low_pass(canvas, grid) if self.low_pass else canvas, grid, "global")
+        place = Placement(grid, self.tile, (images.shape[-2], images.shape[-1]), real)
+        return DualPerspectiveTiles(local, stride, place, self.low_pass)
 
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
         """The images on a canvas of whole tiles, and the (height, width) of it that is real."""
@@ -140,53 +112,75 @@ class DualPerspectiveCrop(nn.Module):
             return images[..., : rows * h, : cols * w], (rows * h, cols * w)
         if self.remainder == "resize":
             rows, cols = (max(1, (2 * side + unit) // (2 * unit)) for side, unit in ((height, h), (width, w)))
-            return _resize(images, (rows * h, cols * w)), (rows * h, cols * w)
+            return resized(images, (rows * h, cols * w)), (rows * h, cols * w)
         rows, cols = -(-height // h), -(-width // w)
-        value = torch.as_tensor(self.pad_value, device=images.device).to(images.dtype)
-        if value.dim() and value.shape != images.shape[-3:-2]:
-            raise ValueError(
-                f"pad_value={self.pad_value} for images of shape {tuple(images.shape)}: give one number, or one for "
-                f"each of the {images.shape[-3]} channels."
-            )
-        fill = value.reshape(-1, 1, 1) if value.dim() else value
-        canvas = images.new_empty((*images.shape[:-2], rows * h, cols * w))
-        canvas[:] = fill
-        canvas[..., :height, :width] = images
-        return canvas, (height, width)
+        return pad_to(images, (rows * h, cols * w), self.pad_value), (height, width)
 
     @overload
-    def inverse(self, tiles: DualPerspectiveTiles, perspective: Perspective = ...) -> Tensor: ...
-    @overload
-    def inverse(self, tiles: DualPerspectiveTileBatch, perspective: Perspective = ...) -> list[Tensor]: ...
+    @staticmethod
     def inverse(
-        self, tiles: DualPerspectiveTiles | DualPerspectiveTileBatch, perspective: Perspective = "local"
+        tiles: DualPerspectiveTiles, perspective: Perspective = ..., *, data_format: DataFormat = ...
+    ) -> Tensor: ...
+    @overload
+    @staticmethod
+    def inverse(
+        tiles: TileBatch | DualPerspectiveTileBatch, perspective: Perspective = ..., *, data_format: DataFormat = ...
+    ) -> list[Tensor]: ...
+    @staticmethod
+    def inverse(
+        tiles: DualPerspectiveTiles | TileBatch | DualPerspectiveTileBatch,
+        perspective: Perspective = "local",
+        *,
+        data_format: DataFormat = "channels_first",
     ) -> Tensor | list[Tensor]:
-        """The images that the tiles were cut from, padding removed. (..., rows*cols, C, h, w) -> (..., C, H, W)
+        """The images that the tiles were cut from, or maps of what became of the tiles, padding removed.
 
-        Of a list of images, a list. What "crop" dropped is gone, and "resize" gives the resized image.
+        What "crop" dropped is gone, and "resize" gives the resized image. Tiles that have another size than those that
+        were cut, such as predictions at a quarter of it, give the map of the image at that size: a cell that is partly
+        image counts, so an image of H x W has ceil(H / 4) x ceil(W / 4) predictions.
+
+        Args:
+            tiles: What the crop made, or the same ``with_data``.
+            perspective: Of which tiles.
+            data_format: Whether the channels come before or after height and width.
+
+        Shape:
+            (..., rows*cols, C, h, w) -> (..., C, H, W), or (..., rows*cols, h, w, D) -> (..., H, W, D)
+
+        Returns:
+            A new contiguous tensor; of a list of images, a list.
 
         Raises:
-            ValueError: The stride tiles were low-pass filtered: they do not hold the original pixels.
+            ValueError: The stride tiles were low-pass filtered: they do not hold the original pixels. The tiles of this
+                perspective are not held, or their images are not known.
+
+        Example:
+            >>> import torch
+            >>> dcm = DualPerspectiveCrop(tile=(8, 8), remainder="pad")
+            >>> tiles = dcm(torch.rand(3, 13, 21))
+            >>> quarter = tiles.with_data(local=torch.rand(6, 5, 2, 2))
+            >>> dcm.inverse(tiles).shape, dcm.inverse(quarter).shape
+            (torch.Size([3, 13, 21]), torch.Size([5, 4, 6]))
         """
-        if perspective == "global" and self.low_pass:
+        if perspective == "global" and not isinstance(tiles, TileBatch) and tiles.low_pass:
             raise ValueError('low-pass filtered stride tiles do not hold the original pixels: use perspective="local".')
-        if isinstance(tiles, DualPerspectiveTileBatch):
-            images = zip(tiles.local.split(), tiles.stride.split(), tiles.grid, tiles.valid, strict=True)
-            return [self.inverse(DualPerspectiveTiles(*image), perspective) for image in images]
-        source = tiles.local if perspective == "local" else tiles.stride
-        canvas = recombine(source, tiles.grid, perspective, size=tiles.grid.map_size(self.tile))
-        height, width = int(tiles.valid[:, 0].sum()), int(tiles.valid[0].sum())
-        return canvas[..., :height, :width].contiguous()
+        if isinstance(tiles, DualPerspectiveTiles):
+            return _without_padding(recombine(tiles, perspective, data_format=data_format), tiles.image, data_format)
+        if tiles.images is None:
+            raise ValueError("this TileBatch does not know its images, as those do that DualPerspectiveCrop makes.")
+        maps = recombine(tiles, perspective, data_format=data_format)
+        return [_without_padding(x, image, data_format) for x, image in zip(maps, tiles.images, strict=True)]
 
     def extra_repr(self) -> str:
-        return f"tile={self.tile}, remainder={self.remainder!r}, pad_value={self.pad_value}, low_pass={self.low_pass}"
+        return (
+            f"tile={self.tile}, remainder={self.remainder!r}, pad_value={self.pad_value}, low_pass={self.low_pass}, "
+            f"perspectives={self.perspectives}"
+        )
 
 
-def _resize(images: Tensor, size: Size) -> Tensor:
-    """Bicubic, antialiased, in at least float32; integer images are rounded and kept in their range."""
-    precise = images.to(torch.promote_types(images.dtype, torch.float32))
-    small = bicubic(precise.reshape(-1, 1, *images.shape[-2:]), size).reshape(*images.shape[:-2], *size)
-    if not images.is_floating_point():
-        limits = torch.iinfo(images.dtype)
-        small = small.round().clamp(limits.min, limits.max)
-    return small.to(images.dtype)
+def _without_padding(x: Tensor, image: Placement, data_format: DataFormat) -> Tensor:
+    """The part of a map of any resolution that the image fills."""
+    axis = x.dim() - (2 if data_format == "channels_first" else 3)
+    tile = image.grid.tile_size((x.shape[axis], x.shape[axis + 1]))
+    height, width = image.real_at(tile)
+    return x.narrow(axis, 0, height).narrow(axis + 1, 0, width).contiguous()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles, groups_of
 from dualview.geometry import GridLike, LiveTiles, Perspective, Readout, Size, TileGrid, check_size
 from dualview.kernels.dispatch import Backend, use_backend
 from dualview.ops.fusion import FUSIONS, declared
@@ -29,9 +30,11 @@ from dualview.ops.planned.run import TileMap, enhance_live
 from dualview.ops.readout import check_readout, read_out
 from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
+from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
+from dualview.records import Record, short_repr
 from dualview.switches import planning
-from dualview.views import check_tile_pair
+from dualview.views import check_tile_pair, in_order
 
 KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 """True for cells that may be attended to; of one map or, as a pair, of the local and the global map."""
@@ -47,6 +50,9 @@ class EnhancedMaps(NamedTuple):
 
     v_loc: Tensor | None
     v_glo: Tensor | None
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class DualPerspectiveEnhance(nn.Module):
@@ -84,7 +90,9 @@ class DualPerspectiveEnhance(nn.Module):
         dtype: Type of the parameters.
 
     Shape:
-        - local_tiles, stride_tiles: (B, rows*cols, h, w, D), the encoded sub-images of either perspective
+        - local_tiles, stride_tiles: (B, rows*cols, h, w, D), the encoded sub-images of either perspective; or, in place
+          of both and of the grid and the mask, the result of [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop]
+          ``with_data``
         - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w), True for cells that may be attended to; or a pair of them,
           for keys from the local and from the global map (a key that is a sum of both counts if either does). What a
           masked cell holds must still be finite
@@ -216,9 +224,9 @@ class DualPerspectiveEnhance(nn.Module):
 
     def forward(
         self,
-        local_tiles: Tensor,
-        stride_tiles: Tensor,
-        grid: GridLike,
+        local_tiles: Tensor | TileBatch | DualPerspectiveTiles | DualPerspectiveTileBatch,
+        stride_tiles: Tensor | TileBatch | None = None,
+        grid: GridLike | Sequence[GridLike] | None = None,
         key_mask: KeyMask = None,
         *,
         live: LiveTiles | None = None,
@@ -226,12 +234,17 @@ class DualPerspectiveEnhance(nn.Module):
     ) -> Tensor:
         """Enhance two sets of encoded tiles by each other, fuse them, and read the result out.
 
+        Plain tensors cannot show that they were exchanged, or that they are of another grid of as many tiles. Records
+        of tiles, as [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes them, are refused then, and what was
+        padded is not attended to.
+
         Args:
-            local_tiles: Encoded tiles of the local perspective.
-            stride_tiles: Encoded tiles of the global perspective.
-            grid: Rows and columns of tiles.
+            local_tiles: Encoded tiles of the local perspective. Or those of both in one record, alone: the result of
+                [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] ``with_data``. Or a `TileBatch`.
+            stride_tiles: Encoded tiles of the global perspective; a `TileBatch` beside one.
+            grid: Rows and columns of tiles; records know it.
             key_mask: True for cells that may be attended to, of both maps or, as a pair, of the local and the global
-                map.
+                map; records know it.
             live: Which tiles are given, where not all are: those of ``plan(grid, (h, w)).live`` are enough.
             backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
 
@@ -248,7 +261,10 @@ class DualPerspectiveEnhance(nn.Module):
         if backend is not None:
             with use_backend(backend):
                 return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
-        grid = TileGrid.of(grid)
+        if isinstance(local_tiles, Record) or not isinstance(stride_tiles, Tensor):
+            places, tiles = zip(*groups_of(local_tiles, stride_tiles, grid, key_mask), strict=True)
+            return in_order(places, [of[2] for of in tiles], [self.forward(*of, live=live) for of in tiles])
+        grid = TileGrid.of(grid)  # type: ignore[arg-type]  # None is refused
         everything = tuple(range(grid.num_tiles))
         given = (everything, everything) if live is None else (tuple(live[0]), tuple(live[1]))
         check_tile_pair(local_tiles, stride_tiles, grid, given, self.dim)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dualview.geometry import DataFormat, GridLike, LiveTiles, TileGrid
 from dualview.kernels.crop_normalize import crop_normalize
 from dualview.kernels.dispatch import Backend
+from dualview.records import short_repr
 from dualview.views import check_map
 
 
@@ -24,6 +25,9 @@ class NormalizedTiles(NamedTuple):
 
     local: Tensor
     stride: Tensor
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def normalized_crop(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, TileGrid, check_perspective
-from dualview.views import check_list
+from dualview.geometry import GridLike, Perspective, Placement, TileGrid, check_perspective
+from dualview.records import Record
+from dualview.views import check_list, check_tensors, rectangle
 
 
-@dataclass(frozen=True)
-class TileBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class TileBatch(Record, tensors=("data",)):
     """Tiles of a mixed-grid batch: all tiles of image 0, then all of image 1, and so on.
 
     Args:
@@ -22,12 +23,13 @@ class TileBatch:
         offsets: Where the tiles of each image start, plus the end: one more entry than images, from 0.
         grids: One grid per image.
         perspective: "local" or "global" where it is known, so that a wrong inverse can be refused.
+        images: Where each image lies on the canvas of its tiles, where that is known, so that padding can be removed.
 
     Shape:
         - data: (total_tiles, C, h, w) or (total_tiles, h, w, D)
 
     Raises:
-        ValueError: Offsets, grids and the number of tiles do not agree.
+        ValueError: Offsets, grids, images and the number of tiles do not agree.
 
     Example:
         >>> batch = TileBatch.collate([torch.zeros(6, 3, 4, 4), torch.ones(2, 3, 4, 4)], [(2, 3), (1, 2)])
@@ -39,8 +41,10 @@ class TileBatch:
     offsets: tuple[int, ...]
     grids: tuple[TileGrid, ...]
     perspective: Perspective | None = None
+    images: tuple[Placement, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_tensors(data=self.data)
         object.__setattr__(self, "offsets", tuple(self.offsets))
         object.__setattr__(self, "grids", tuple(TileGrid.of(grid) for grid in self.grids))
         if self.perspective is not None:
@@ -56,13 +60,29 @@ class TileBatch:
                 f"TileBatch data of shape {tuple(self.data.shape)} does not fit grids {[str(g) for g in self.grids]}: "
                 f"the first dimension must be {expected[-1]} tiles."
             )
+        if self.images is not None and tuple(image.grid for image in self.images) != self.grids:
+            raise ValueError(
+                f"TileBatch images of grids {[str(image.grid) for image in self.images]} do not fit its grids "
+                f"{[str(g) for g in self.grids]}."
+            )
 
     def __len__(self) -> int:
         return len(self.grids)
 
+    @property
+    def valid(self) -> tuple[Tensor, ...] | None:
+        """A mask (rows*h, cols*w) of the pixels of each image, False where they are padding; None if not known."""
+        if self.images is None:
+            return None
+        return tuple(rectangle(i.real, i.grid.map_size(i.tile), self.data.device) for i in self.images)
+
     @classmethod
     def collate(
-        cls, tiles: Sequence[Tensor], grids: Sequence[GridLike], perspective: Perspective | None = None
+        cls,
+        tiles: Sequence[Tensor],
+        grids: Sequence[GridLike],
+        perspective: Perspective | None = None,
+        images: Sequence[Placement] | None = None,
     ) -> TileBatch:
         """Pack one tensor of tiles per image, each (rows*cols, ...), with equal trailing sizes.
 
@@ -79,7 +99,8 @@ class TileBatch:
                 f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
                 "and the same tile size throughout."
             )
-        return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective)
+        places = None if images is None else tuple(images)
+        return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective, places)
 
     def split(self) -> list[Tensor]:
         """The tiles of each image, views of shape (rows*cols, ...)."""
@@ -91,11 +112,12 @@ class TileBatch:
         stop = max(start, stop)
         first, last = self.offsets[start], self.offsets[stop]
         offsets = tuple(offset - first for offset in self.offsets[start : stop + 1])
-        return TileBatch(self.data[first:last], offsets, self.grids[start:stop], self.perspective)
+        images = None if self.images is None else self.images[start:stop]
+        return TileBatch(self.data[first:last], offsets, self.grids[start:stop], self.perspective, images)
 
     def with_data(self, data: Tensor) -> TileBatch:
         """The same images and grids with other contents, such as the features of the tiles."""
-        return TileBatch(data, self.offsets, self.grids, self.perspective)
+        return TileBatch(data, self.offsets, self.grids, self.perspective, self.images)
 
     def checked_grids(self, grids: object) -> tuple[TileGrid, ...]:
         """The grids of the batch; a ValueError if ``grids`` is given and differs from them."""

@@ -8,10 +8,11 @@ with dilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
+from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import (
     DataFormat,
     GridLike,
@@ -140,16 +141,26 @@ def recombine(
 ) -> Tensor: ...
 @overload
 def recombine(
-    tiles: TileBatch,
-    grid: Sequence[GridLike] | None = ...,
+    tiles: DualPerspectiveTiles,
+    grid: GridLike | Perspective | None = ...,
+    perspective: Perspective | None = ...,
+    *,
+    data_format: DataFormat = ...,
+    size: Size | None = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def recombine(
+    tiles: TileBatch | DualPerspectiveTileBatch,
+    grid: Sequence[GridLike] | Perspective | None = ...,
     perspective: Perspective | None = ...,
     *,
     data_format: DataFormat = ...,
     backend: Backend | None = ...,
 ) -> list[Tensor]: ...
 def recombine(
-    tiles: Tensor | TileBatch,
-    grid: GridLike | Sequence[GridLike] | None = None,
+    tiles: Tensor | TileBatch | DualPerspectiveTiles | DualPerspectiveTileBatch,
+    grid: GridLike | Sequence[GridLike] | Perspective | None = None,
     perspective: Perspective | None = None,
     *,
     data_format: DataFormat = "channels_first",
@@ -159,9 +170,12 @@ def recombine(
     """Put tiles back on the two-dimensional grid: the inverse of the crop of the same perspective (Eq. 5-6).
 
     Args:
-        tiles: Tiles in the order that the crops give them, or a [`TileBatch`][dualview.TileBatch] of mixed grids.
-        grid: Rows and columns of tiles (for a ``TileBatch``: omit it, the batch knows its grids).
-        perspective: "local" or "global", the crop to undo (for a ``TileBatch`` that records it: may be omitted).
+        tiles: Tiles in the order that the crops give them; or a record of tiles, which knows its grids:
+            [`TileBatch`][dualview.TileBatch] or what [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] made.
+        grid: Rows and columns of tiles. Omitted for a record: ``recombine(tiles, "local")``.
+        perspective: "local" or "global", the crop to undo. A plain tensor cannot show that it is of the other
+            perspective, or of a grid of as many tiles; a record is refused then. A ``TileBatch`` that knows its
+            perspective needs none.
         data_format: Whether the channels come before or after height and width.
         size: The (H, W) that the result must have, checked if given.
         backend: As for the crops.
@@ -169,7 +183,7 @@ def recombine(
     Shape:
         - channels_first: (..., rows*cols, C, h, w) -> (..., C, rows*h, cols*w)
         - channels_last: (..., rows*cols, h, w, D) -> (..., rows*h, cols*w, D)
-        - ``TileBatch``: a list with one map per image
+        - ``TileBatch``, ``DualPerspectiveTileBatch``: a list with one map per image
 
     Returns:
         A new contiguous tensor that shares no memory with ``tiles``, or a list of them.
@@ -185,6 +199,11 @@ def recombine(
         >>> torch.equal(recombine(global_stride_crop(x, (2, 3)), (2, 3), "global"), x)
         True
     """
+    if isinstance(grid, str) and perspective is None:
+        grid, perspective = None, grid
+    if isinstance(tiles, DualPerspectiveTiles | DualPerspectiveTileBatch):
+        held: tuple[Any, ...] = tiles.of(perspective), tiles.checked_grid(grid), perspective  # type: ignore[arg-type]
+        return recombine(*held, data_format=data_format, size=size, backend=backend)
     if isinstance(tiles, TileBatch):
         grids = tiles.checked_grids(grid)
         recorded = tiles.checked_perspective(perspective)
