@@ -15,7 +15,7 @@ from dualview.records import Record
 from dualview.views import check_tensors, check_tile_pair, rectangle
 
 Group: TypeAlias = tuple[Sequence[int], tuple[Tensor, Tensor, TileGrid, tuple[Tensor, Tensor] | None]]
-"""Images of one grid: their places in the batch, and local tiles, stride tiles, grid and masks of their tokens."""
+"""Images of one grid: their places in the batch where there are others; local tiles, stride tiles, grid and masks."""
 
 
 class DualTiles(Record, tensors=("local", "stride")):
@@ -58,7 +58,7 @@ class DualTiles(Record, tensors=("local", "stride")):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DualPerspectiveTiles(DualTiles, tensors=("local", "stride")):
+class DualPerspectiveTiles(DualTiles):
     """What [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes of images of one size, or what became of it.
 
     It unpacks as ``local, stride, grid, valid``.
@@ -106,6 +106,11 @@ class DualPerspectiveTiles(DualTiles, tensors=("local", "stride")):
         return self.image.grid
 
     @property
+    def size(self) -> Size:
+        """Size (H, W) of the image as it was given."""
+        return self.image.size
+
+    @property
     def valid(self) -> Tensor:
         """A mask (rows*h, cols*w) of the canvas, False where pixels were padded."""
         return rectangle(self.image.real, self.grid.map_size(self.image.tile), self._first.device)
@@ -138,11 +143,11 @@ class DualPerspectiveTiles(DualTiles, tensors=("local", "stride")):
     def _groups(self) -> list[Group]:
         """The images as one group; one image without a batch dimension is a batch of one."""
         local, stride = (tiles[None] if tiles.dim() == 4 else tiles for tiles in (self.of("local"), self.of("global")))
-        return [_group(range(len(local)), local, stride, self.grid, [self.image] * len(local))]
+        return [_group((), local, stride, self.grid, [self.image])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DualPerspectiveTileBatch(DualTiles, tensors=("local", "stride")):
+class DualPerspectiveTileBatch(DualTiles):
     """What [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes of a list of images, or what became of it.
 
     It unpacks as ``local, stride, grid, valid``, the last two with one entry per image.
@@ -193,6 +198,11 @@ class DualPerspectiveTileBatch(DualTiles, tensors=("local", "stride")):
         """Where each image lies on the canvas of its tiles; None if that is not known."""
         images: tuple[Placement, ...] | None = self._first.images
         return images
+
+    @property
+    def size(self) -> tuple[Size, ...] | None:
+        """Size (H, W) of each image as it was given; None if that is not known."""
+        return None if self.images is None else tuple(image.size for image in self.images)
 
     @property
     def valid(self) -> tuple[Tensor, ...] | None:
@@ -248,9 +258,13 @@ class DualPerspectiveTileBatch(DualTiles, tensors=("local", "stride")):
 
 
 def _group(members: Sequence[int], local: Tensor, stride: Tensor, grid: TileGrid, images: Sequence[Placement]) -> Group:
+    """Of one image, the masks are those of any batch: no number of images is a constant for a compiler."""
     check_tile_pair(local, stride, grid, (range(grid.num_tiles),) * 2)
-    padded, tokens = any(image.padded for image in images), (local.shape[2], local.shape[3])
-    return members, (local, stride, grid, _key_masks(images, tokens, local.device) if padded else None)
+    masks = None
+    if any(image.padded for image in images):
+        of_local, of_global = _key_masks(images, (local.shape[2], local.shape[3]), local.device)
+        masks = (of_local[0], of_global[0]) if len(images) == 1 else (of_local, of_global)
+    return members, (local, stride, grid, masks)
 
 
 def _key_masks(images: Sequence[Placement], tokens: Size, device: torch.device) -> tuple[Tensor, Tensor]:

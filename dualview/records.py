@@ -17,20 +17,21 @@ Known: TypeAlias = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
 class Record:
     """Base of frozen dataclasses some of whose fields are tensors, or None, or such records.
 
-    The tensors are leaves of torch's pytrees, so `torch.compile`, `vmap` and `export` take and return records; what is
-    known of them goes along. A record that torch puts together is not checked: it may hold anything in their place.
+    These fields are named when a class is made, ``class TileBatch(Record, tensors=("data",))``. They are leaves of
+    torch's pytrees, so `torch.compile`, `vmap` and `export` take and return records; what is known of them goes along.
+    A record that torch puts together is not checked: it may hold anything in place of tensors.
     """
 
     _tensors: ClassVar[tuple[str, ...]]
 
-    def __init_subclass__(cls, *, tensors: tuple[str, ...]) -> None:
+    def __init_subclass__(cls, *, tensors: tuple[str, ...] | None = None) -> None:
         super().__init_subclass__()
-        cls._tensors = tensors
+        cls._tensors = cls._tensors if tensors is None else tensors
         register_pytree_node(
             cls,
             _apart,
             partial(_together, cls),
-            serialized_type_name=f"dualview.{cls.__name__}",
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=_apart_with_keys,
         )
 

@@ -47,7 +47,7 @@ class TestRecombine:
             lambda: dv.recombine(tiles, tuple(tiles.grid), perspective),
         ):
             assert torch.equal(call(), canvas)
-        assert tiles.image.size == (height, width)
+        assert tiles.size == (height, width)
 
     @given(sides, sides, pairs, st.integers(1, 3), perspectives)
     def test_takes_features_of_any_size_and_width(
@@ -63,6 +63,7 @@ class TestRecombine:
     def test_of_a_list_of_images(self, sizes: list[tuple[int, int]], perspective: str) -> None:
         images = [numbered((2, *size), torch.float64) for size in sizes]
         batch = crop()(images)
+        assert batch.size == tuple(sizes)
         for back, image in zip(dv.recombine(batch, perspective), images, strict=True):
             assert torch.equal(back[:, : image.shape[1], : image.shape[2]], image)
         features = torch.randn(len(batch.local.data), 3, 2, 5)
@@ -84,6 +85,9 @@ class TestRecombine:
             dv.recombine(one, (3, 2), "local")
         with refuses("[(3, 2), (1, 1)]", "['2x3', '1x1']", "omit the argument"):
             dv.recombine(many, [(3, 2), (1, 1)], "local")
+        for tiles in (one, many.local.slice(0, 1)):
+            with refuses("4 x 6", "2x3", "size=(12, 8)"):
+                dv.recombine(tiles, "local", size=(12, 8))
         seen = one.with_data(stride=torch.rand(6, 2, 2, 5))
         with refuses("perspective='local'", "only tiles of ('global',) are held"):
             dv.recombine(seen, "local")
@@ -141,7 +145,7 @@ class TestInverse:
             predicted = tiles.with_data(local=pooled(tiles.local, (2, 3)))
             got = dv.DualPerspectiveCrop.inverse(predicted)
             assert got.shape == (2, 2 * tiles.grid.rows, 2 * tiles.grid.cols)
-            assert tiles.image.size == (height, width)
+            assert tiles.size == (height, width)
             assert tiles.valid.all()
             assert not tiles.image.padded
 
@@ -232,7 +236,7 @@ class TestEnhancement:
             [dem(local[None, a:b], stride[None, a:b], g) for a, b, g in ((0, 6, (2, 3)), (6, 8, (1, 2)))]
         )
         torch.testing.assert_close(dem(*packed), expected)
-        assert dv.DualPerspectiveTileBatch(*packed).valid is None
+        assert dv.DualPerspectiveTileBatch(*packed)[3] is dv.DualPerspectiveTileBatch(*packed).size is None
 
     def test_refuses_exchanged_roles_and_other_grids(self) -> None:
         dem = dv.DualPerspectiveEnhance.paper(8)
@@ -340,6 +344,12 @@ def numbers(tiles: object) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(tiles) if isinstance(x, Tensor)]
 
 
+def tokens_of(tiles: dv.DualPerspectiveTiles) -> dv.DualPerspectiveTiles:
+    """Features 2 x 2 x 8 of tiles of one channel or more, of another type and back."""
+    local, stride = (x.movedim(-3, -1).repeat_interleave(8, -1)[..., ::2, ::3, :8] for x in tiles[:2])
+    return tiles.with_data(local=local, stride=stride).to(torch.float64).to(torch.float32)
+
+
 class Results(Dataset[dv.DualPerspectiveTiles]):
     def __len__(self) -> int:
         return 6
@@ -370,7 +380,8 @@ class TestRecords:
         record = RECORDS[name]
         half = record.to(torch.float16)
         assert {x.dtype for x in numbers(half)} == {torch.float16}
-        assert {x.device.type for x in numbers(record.to("meta", torch.float64))} == {"meta"}
+        assert {x.device.type for x in numbers(record.to("meta", dtype=torch.float64))} == {"meta"}
+        assert {x.dtype for x in numbers(record.to("meta", dtype=torch.float64))} == {torch.float64}
         assert type(half) is type(record)
         for x, y in zip(numbers(record), numbers(half), strict=True):
             assert torch.equal(x.half(), y)
@@ -443,8 +454,7 @@ class TestRecords:
         dem = dv.DualPerspectiveEnhance.paper(8)
 
         def enhanced(tiles: dv.DualPerspectiveTiles) -> tuple[Tensor, dv.DualPerspectiveTiles]:
-            tokens = [x.movedim(-3, -1).repeat_interleave(8, -1)[..., ::2, ::3, :8] for x in tiles[:2]]
-            seen = tiles.with_data(local=tokens[0], stride=tokens[1]).to(torch.float32)
+            seen = tokens_of(tiles)
             return dem(seen), seen
 
         tiles = crop()(torch.rand(2, 1, 7, 13))
@@ -455,14 +465,21 @@ class TestRecords:
         self.check_same(cut(torch.ones(3, 7, 13)), crop()(torch.ones(3, 7, 13)))
 
     def test_export_takes_and_returns_them(self) -> None:
+        dem = dv.DualPerspectiveEnhance.paper(8)
+
         class Model(nn.Module):
             def forward(self, tiles: dv.DualPerspectiveTiles) -> tuple[Tensor, dv.DualPerspectiveTiles]:
-                return dv.recombine(tiles, "local"), tiles.with_data(local=2 * tiles.local)
+                return dem(tokens_of(tiles)), tiles.with_data(local=2 * tiles.local)
 
-        program = torch.export.export(Model(), (ONE,))
-        canvas, doubled = program.module()(ONE)
-        assert torch.equal(canvas, dv.recombine(ONE, "local"))
-        self.check_same(doubled, ONE.with_data(local=2 * ONE.local))
+        def cut(batch: int) -> dv.DualPerspectiveTiles:
+            return crop()(torch.rand(batch, 3, 7, 13))
+
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(Model(), (cut(2),), dynamic_shapes={"tiles": [{0: batch}, {0: batch}]})
+        for tiles in (cut(1), cut(3)):
+            tokens, doubled = program.module()(tiles)
+            torch.testing.assert_close(tokens, dem(tokens_of(tiles)))
+            self.check_same(doubled, tiles.with_data(local=2 * tiles.local))
 
     def test_print_shapes(self) -> None:
         assert repr(ONE) == (
@@ -478,6 +495,14 @@ class TestRecords:
         maps = dv.DualPerspectiveEnhance.paper(8, enhance="global").enhanced_maps(*torch.rand(2, 1, 6, 2, 3, 8), (2, 3))
         assert repr(normalised).startswith("NormalizedTiles(local=<6 x 3 x 4 x 6, float32, cpu>, ")
         assert repr(maps) == "EnhancedMaps(v_loc=None, v_glo=<1 x 4 x 9 x 8, float32, cpu>)"
+
+    def test_may_be_subclassed(self) -> None:
+        class Named(dv.TileBatch):
+            pass
+
+        named = Named(torch.rand(2, 3, 4, 6), (0, 2), ((1, 2),))
+        assert type(named.to(torch.float16)) is Named
+        assert repr(named).startswith("Named(data=<2 x 3 x 4 x 6")
 
     def test_refuses_other_counts(self) -> None:
         with refuses("(5, 2, 2, 8)", "2x3", "(..., 6, h, w, D)", ".unflatten(0, (-1, 6))", ".unflatten(-2, (h, w))"):

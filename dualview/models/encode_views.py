@@ -73,7 +73,7 @@ def _put_back(
     if isinstance(tiles, DualPerspectiveTiles):
         canvas = recombine(tiles, perspective="local")
         canvas = canvas[None] if canvas.dim() == 3 else canvas
-        masks = tiles.valid.expand(len(canvas), -1, -1)
+        masks = tiles.valid.expand(canvas.shape[0], -1, -1)
         return canvas, (tiles.grid,), masks if valid is None and tiles.image.padded else valid
     held: TileBatch = tiles if isinstance(tiles, TileBatch) else tiles.of("local")
     padded = any(image.padded for image in held.images or ())

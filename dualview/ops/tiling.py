@@ -156,6 +156,7 @@ def recombine(
     perspective: Perspective | None = ...,
     *,
     data_format: DataFormat = ...,
+    size: Size | None = ...,
     backend: Backend | None = ...,
 ) -> list[Tensor]: ...
 def recombine(
@@ -203,12 +204,13 @@ def recombine(
         grid, perspective = None, grid
     if isinstance(tiles, DualPerspectiveTiles | DualPerspectiveTileBatch):
         held: tuple[Any, ...] = tiles.of(perspective), tiles.checked_grid(grid), perspective  # type: ignore[arg-type]
-        return recombine(*held, data_format=data_format, size=size, backend=backend)
+        back: Tensor | list[Tensor] = recombine(*held, data_format=data_format, size=size, backend=backend)
+        return back
     if isinstance(tiles, TileBatch):
         grids = tiles.checked_grids(grid)
         recorded = tiles.checked_perspective(perspective)
         return [
-            recombine(image, g, recorded, data_format=data_format, backend=backend)
+            recombine(image, g, recorded, data_format=data_format, size=size, backend=backend)
             for image, g in zip(tiles.split(), grids, strict=True)
         ]
     if grid is None or perspective is None:
