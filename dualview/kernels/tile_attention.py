@@ -1,12 +1,13 @@
 """Attention inside tiles: torch's version, the operators around the Triton kernels, and the choice between them.
 
-Queries come in groups, and the results of a group may be averaged. For a query i and a key j of one tile
+For a query i and a key j of one tile
 
-    S_ij = scale q_i . k_j,    P = softmax_j(S),    O_i = sum_j P_ij v_j,    result = mean of O_i over a group.
+    S_ij = scale q_i . k_j,    P = softmax_j(S),    O_i = sum_j P_ij v_j,
 
-Torch's version has two ways. Its own fused kernel does what it can do. What it cannot do, average inside or spare the
-gradients of frozen keys, is done a few tiles at a time, with the scores computed anew in the backward pass, so that the
-scores of all tiles are never held.
+and the results of queries that belong together may be averaged. Torch's version has two ways. Its own fused kernel does
+what it can do. What it cannot do, average inside or spare the gradients of frozen keys, is done a few tiles at a time,
+with the scores computed anew in the backward pass, so that the scores of all tiles are never held. The Triton kernel
+does plain attention of heads up to `WIDEST_HEAD`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from dualview.kernels.chunked_attention import (
     SCORES_AT_ONCE,
     Problem,
     attend_by_chunks,
+    by_head,
     gradients_by_chunks,
-    keys_and_values,
     mask_and_alive,
-    rows_of,
 )
 
-WIDEST_FLASH_HEAD = 256
+WIDEST_HEAD = 256
+"""Of flash attention, torch's and that of the Triton kernel."""
 
 
 def tile_attention(
@@ -39,25 +40,25 @@ def tile_attention(
     *,
     scale: float,
     key_mask: Tensor | None = None,
-    key_index: Tensor | None = None,
+    members: int = 1,
     over_tiles: bool = False,
     backend: dispatch.Backend | None = None,
 ) -> Tensor:
-    """Attention of the queries of every tile to the keys of the same tile, averaged over groups of queries.
+    """Attention of the queries of every tile to the keys of the same tile.
 
     Args:
-        q: Queries of every tile in M x G, averaged over M; any strides.
+        q: Queries of every tile, any strides.
         k: Keys, of as many heads as the queries or of one head that serves all of them.
         v: Values, of as many heads as the keys; may be the keys themselves.
         scale: Factor of the scores, positive.
         key_mask: True for keys that may be attended to. A query without any gives zeros.
-        key_index: For keys that lie in another order: the token that is the j-th key of tile t, each once at most.
-        over_tiles: Average over the tiles in place of M, which is 1.
+        members: Average over so many queries M of a tile, which stand G apart.
+        over_tiles: Average over the tiles, with M = 1.
         backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says.
 
     Shape:
-        - q: (B, T, M, G, H, E)
-        - k: (B, T, K, H or 1, E), v: (B, T, K, H or 1, V); with key_index (T, K): (B, N, H or 1, E or V)
+        - q: (B, T, M * G, H, E)
+        - k: (B, T, K, H or 1, E), v: (B, T, K, H or 1, V)
         - key_mask: (B or 1, T, K)
         - result: (B, T, G, H, V), or (B, 1, G, H, V) over tiles
 
@@ -66,18 +67,36 @@ def tile_attention(
         RuntimeError: ``backend`` is "triton", and the kernel cannot run.
 
     Example:
-        >>> q, kv = torch.randn(1, 6, 1, 2, 4, 8), torch.randn(1, 6, 3, 1, 8)  # 6 tiles of 2 queries and 3 keys
+        >>> q, kv = torch.randn(1, 6, 2, 4, 8), torch.randn(1, 6, 3, 1, 8)  # 6 tiles of 2 queries and 3 keys
         >>> tile_attention(q, kv, kv, scale=0.1).shape
         torch.Size([1, 6, 2, 4, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    problem = Problem(q, k, v, key_mask, key_index, float(scale), over_tiles)
+    problem = Problem(q, k, v, key_mask, float(scale), members, over_tiles)
     _check(problem)
-    read = [x for x in problem[:5] if x is not None]
-    if dispatch.choose("tile_attention", *read, backend=backend).name == "torch":
+    read = (q, k, v) if key_mask is None else (q, k, v, key_mask)
+    if dispatch.choose("tile_attention", *read, backend=backend, refused=_refused(problem)).name == "torch":
         return _by_torch(problem._replace(v=None if v is k else v))
-    keep_lse = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return cast(Tensor, _attend(*problem, keep_lse)[0])
+    k, v = (x.expand(-1, -1, -1, q.shape[3], -1) for x in (k, v))  # torch sums the gradients of a head that all ask
+    return cast(Tensor, _attend(q, k, v, key_mask, problem.scale)[0])
+
+
+def _refused(problem: Problem) -> list[str]:
+    """Why the kernel cannot do this."""
+    width, of_values = problem.q.shape[-1], problem.values.shape[-1]
+    refused = too_wide(width)
+    if problem.members > 1 or problem.over_tiles:
+        refused.append("it averages nothing: average the result of all queries")
+    if of_values != width:
+        refused.append(f"values of width {of_values} for keys of {width}: make them equally wide")
+    return refused
+
+
+def too_wide(width: int) -> list[str]:
+    """Why the kernel takes no heads of a width; empty if it does."""
+    return (
+        [f"heads of width {width}: use more heads, of up to {WIDEST_HEAD} columns each"] if width > WIDEST_HEAD else []
+    )
 
 
 def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,38 +111,32 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _check(problem: Problem) -> None:
     """Raise a ValueError where shapes, types or the scale do not fit."""
-    (q, k, _, key_mask, key_index, scale, over_tiles), v = problem, problem.values
-    of_tiles = q.shape[:2] if key_index is None else q.shape[:1]
+    (q, k, _, key_mask, scale, members, over_tiles), v = problem, problem.values
     if (
-        q.dim() != 6
-        or not k.dim() == v.dim() == len(of_tiles) + 3
-        or k.shape[: len(of_tiles)] != of_tiles
+        not q.dim() == k.dim() == v.dim() == 5
+        or k.shape[:2] != q.shape[:2]
         or k.shape[:-1] != v.shape[:-1]
-        or k.shape[-2] not in (1, q.shape[4])
+        or k.shape[-2] not in (1, q.shape[3])
         or k.shape[-1] != q.shape[-1]
         or not q.dtype == k.dtype == v.dtype
         or not q.is_floating_point()
     ):
-        layout = "(B, T, K, H or 1, E or V)" if key_index is None else "(B, N, H or 1, E or V), for a key_index"
         raise ValueError(
-            f"tile_attention got q {_shown(q)}, k {_shown(k)}, v {_shown(v)}: q must be (B, T, M, G, H, E), k and v "
-            f"{layout}, with as many heads in k as in v, and all of one floating-point type. Cast them, or call it "
-            "under torch.autocast."
+            f"tile_attention got q {_shown(q)}, k {_shown(k)}, v {_shown(v)}: q must be (B, T, Q, H, E), k and v "
+            "(B, T, K, H or 1, E or V), with as many heads in k as in v, and all of one floating-point type. Cast "
+            "them, or call it under torch.autocast."
         )
-    if over_tiles and q.shape[2] != 1:
-        raise ValueError(f"tile_attention got q {_shown(q)} and over_tiles=True: q must be (B, T, 1, G, H, E) then.")
-    batch, tiles = q.shape[:2]
-    if key_index is not None and (
-        key_index.dim() != 2 or key_index.shape[0] != tiles or key_index.dtype not in (torch.int32, torch.int64)
-    ):
+    if members < 1 or q.shape[2] % members or (over_tiles and members > 1):
         raise ValueError(
-            f"tile_attention got key_index {_shown(key_index)}: it must be integers of shape ({tiles}, K)."
+            f"tile_attention got q {_shown(q)}, members={members}, over_tiles={over_tiles}: members must divide the "
+            f"{q.shape[2]} queries of a tile, and be 1 over tiles."
         )
-    shapes = [(images, tiles, problem.keys) for images in (1, batch)]
+    batch, tiles, keys = k.shape[:3]
+    shapes = [(images, tiles, keys) for images in (1, batch)]
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in shapes):
         raise ValueError(
             f"tile_attention got key_mask {_shown(key_mask)}: it must be boolean, True for keys that may be attended "
-            f"to, of shape ({batch} or 1, {tiles}, {problem.keys})."
+            f"to, of shape ({batch} or 1, {tiles}, {keys})."
         )
     if not scale > 0:
         raise ValueError(f"tile_attention got scale={scale}: it must be positive, such as E ** -0.5.")
@@ -138,11 +151,11 @@ def _shown(x: Tensor) -> str:
 
 def _by_torch(problem: Problem) -> Tensor:
     """The result, differentiable any number of times."""
-    q, k, v, key_mask, _, scale, over_tiles = problem
+    q, k, v, key_mask, scale, members, over_tiles = problem
     in_cache = v is None and q.device.type in SCORES_AT_ONCE
-    if over_tiles or q.shape[2] > 1 or in_cache or not _fused_is_right(problem):
+    if over_tiles or members > 1 or in_cache or not _fused_is_right(problem):
         return cast(Tensor, _ByChunks.apply(*problem))
-    rows, (keys, values) = rows_of(q), keys_and_values(problem, slice(None))
+    rows, keys, values = by_head(q), by_head(k), by_head(problem.values)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
     rows, keys, values = (x.flatten(0, 1) for x in (rows, keys, values))
@@ -153,16 +166,15 @@ def _by_torch(problem: Problem) -> Tensor:
     else:
         flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         found = F.scaled_dot_product_attention(rows, keys, values, attn_mask=flat_mask, scale=scale)
-    by_head: Tensor = found.flatten(1, 2).unflatten(1, (q.shape[4], q.shape[3])).unflatten(0, q.shape[:2])
-    by_head = by_head if alive is None else by_head.masked_fill(~alive, 0.0)
-    return by_head.transpose(2, 3)
+    out: Tensor = found.flatten(1, 2).unflatten(1, (q.shape[3], q.shape[2])).unflatten(0, q.shape[:2])
+    return by_head(out if alive is None else out.masked_fill(~alive, 0.0))
 
 
 def _fused_is_right(problem: Problem) -> bool:
     """Whether torch has a fused kernel for this with right gradients: flash attention where cuDNN's could run."""
     q, k, v, key_mask = problem[:4]
     width = k.shape[-1]
-    fits_flash = (v is None or v.shape[-1] == width) and width <= WIDEST_FLASH_HEAD and width % 8 == 0
+    fits_flash = (v is None or v.shape[-1] == width) and width <= WIDEST_HEAD and width % 8 == 0
     flash = key_mask is None and fits_flash and torch.backends.cuda.is_flash_attention_available()
     return flash or not _cudnn_may_run(q, k, v)
 
@@ -191,22 +203,21 @@ class _ByChunks(torch.autograd.Function):
         k: Tensor,
         v: Tensor | None,
         key_mask: Tensor | None,
-        key_index: Tensor | None,
         scale: float,
+        members: int,
         over_tiles: bool,
     ) -> Tensor:  # by the number of parameters torch.compile knows (2.11) that the context is none of them
         with _without_autocast(q):
-            return attend_by_chunks(Problem(q, k, v, key_mask, key_index, scale, over_tiles))
+            return attend_by_chunks(Problem(q, k, v, key_mask, scale, members, over_tiles))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scale, ctx.over_tiles = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_mask, key_index = ctx.saved_tensors
-        problem = Problem(q, k, v, key_mask, key_index, ctx.scale, ctx.over_tiles)
+        problem = Problem(*ctx.saved_tensors, *ctx.options)
         with _without_autocast(grad):
             return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None, None
 
@@ -220,66 +231,56 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 # --- By Triton -------------------------------------------------------------------------------------------------------
 
-PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? key_index, float scale, bool over_tiles"
-FORWARD = f"({PROBLEM}, bool keep_lse) -> (Tensor, Tensor)"
-BACKWARD = f"({PROBLEM}, Tensor grad, Tensor lse, Tensor? out, bool[] needed) -> Tensor[]"
+PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale"
 
 
-@torch.library.custom_op("dualview::tile_attention", mutates_args=(), schema=FORWARD)
+@torch.library.custom_op("dualview::tile_attention", mutates_args=(), schema=f"({PROBLEM}) -> (Tensor, Tensor)")
 def _attend(*given: Any) -> tuple[Tensor, Tensor]:
-    """The result and, if it is kept for the backward pass, ``lse``: (B, T, M, G, H)."""
-    problem, keep_lse = Problem(*given[:-1]), given[-1]
+    """The result and, for the backward pass, ``lse``: (B, T, G, H)."""
+    problem = Problem(*given)
     if dispatch.runs_on(problem.q):
         from dualview.kernels.tile_attention_triton import forward
 
-        return forward(problem, keep_lse)
-    lse = problem.q.new_zeros(problem.q.shape[:5] if keep_lse else (0,), dtype=torch.float32)
-    return attend_by_chunks(problem).contiguous(), lse
+        return forward(problem)
+    return attend_by_chunks(problem).contiguous(), problem.q.new_zeros(problem.q.shape[:-1], dtype=torch.float32)
 
 
 @_attend.register_fake
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, _, _, _, over_tiles, keep_lse = given
-    lse = q.new_empty(q.shape[:5] if keep_lse else (0,), dtype=torch.float32)
-    return q.new_empty(q.shape[0], 1 if over_tiles else q.shape[1], *q.shape[3:5], v.shape[-1]), lse
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("dualview::tile_attention_backward", mutates_args=(), schema=BACKWARD)
+@torch.library.custom_op(
+    "dualview::tile_attention_backward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, Tensor out, Tensor lse, Tensor grad, bool of_keys) -> Tensor[]",
+)
 def _attend_backward(*given: Any) -> list[Tensor]:
-    """Those of the gradients of q, k and v that are needed; ``out`` is given where nothing is averaged."""
-    problem, (grad, lse, out, needed) = Problem(*given[:7]), given[7:]
+    """The gradient of q and, if asked for, those of k and v."""
+    problem, (out, lse, grad, of_keys) = Problem(*given[:5]), given[5:]
     if dispatch.runs_on(problem.q):
         from dualview.kernels.tile_attention_triton import backward
 
-        return backward(problem, grad, lse, out, needed)
-    found = gradients_by_chunks(problem, grad, needed)
-    return [x.contiguous() for x, need in zip(found, needed, strict=True) if need and x is not None]
+        return backward(problem, out, lse, grad, of_keys)
+    return [x.contiguous() for x in gradients_by_chunks(problem, grad, (True, of_keys, of_keys)) if x is not None]
 
 
 @_attend_backward.register_fake
 def _(*given: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x, need in zip(given[:3], given[-1], strict=True) if need]
+    return [x.new_empty(x.shape) for x in (given[:3] if given[-1] else given[:1])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.over_tiles, ctx.keep_lse = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    averaged = ctx.over_tiles or inputs[0].shape[2] > 1
-    ctx.save_for_backward(*tensors, lse, None if averaged else out)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *tensors, lse, out = ctx.saved_tensors
-    needed = [grad is not None and need for need in ctx.needs_input_grad]
-    if any(needed) and not ctx.keep_lse:
-        raise RuntimeError(
-            "gradients of a tile_attention that was recorded without any: record or export it with gradients enabled."
-        )
-    given = (*tensors, ctx.scale, ctx.over_tiles, grad, lse, out, needed[:3])
-    found = iter(_attend_backward(*given) if any(needed) else ())
-    return tuple(next(found) if need else None for need in needed)
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    of_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dq, *others = _attend_backward(*tensors, ctx.scale, out, lse, grad, of_keys)
+    return dq, *(others or (None, None)), None, None
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:

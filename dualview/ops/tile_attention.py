@@ -65,7 +65,7 @@ def tile_attention(
     q, k, v = (by_tile(x).unflatten(-1, (num_heads, -1)) for x in (query, key, value))
     mask = None if key_mask is None else by_tile(key_mask.expand(key.shape[:-1]))
     scale = float((query.shape[-1] / num_heads) ** -0.5)
-    attended = kernel.tile_attention(q.unsqueeze(2), k, v, scale=scale, key_mask=mask, backend=backend)
+    attended = kernel.tile_attention(q, k, v, scale=scale, key_mask=mask, backend=backend)
     return attended.reshape(query.shape)
 
 

@@ -21,7 +21,6 @@ def attend_arranged(
     query: Tensor,
     key: Tensor,
     key_mask: Tensor | None,
-    key_index: Tensor | None,
     *,
     members: int,
     folded: Tensor | None,
@@ -34,12 +33,11 @@ def attend_arranged(
         query: Queries; those that are averaged over cells stand ``members`` apart.
         key: Keys.
         key_mask: True where a key may be attended to.
-        key_index: For absorbed keys in another order: the tokens that are the keys of each tile.
         members: Queries of a cell that ask one tile, 1 where none are averaged inside it.
         folded: W_q W_k^T, with ``a.fold``.
 
     Shape:
-        - query: (B, T, members * G, D); key: (B, T, K, D), or (B, N, D) with key_index (T, K); key_mask: (B or 1, T, K)
+        - query: (B, T, members * G, D); key: (B, T, K, D); key_mask: (B or 1, T, K)
         - result: (B, T, G, heads, D / heads), or (..., heads, D) absorbed; T is 1 if averaged over tiles
     """
     heads = attention.num_heads
@@ -52,12 +50,12 @@ def attend_arranged(
             for projected in (attention.q_proj(query), attention.k_proj(key), attention.v_proj(key))
         )
     return tile_attention(
-        q.unflatten(2, (members, -1)),
+        q,
         k,
         v,
         scale=float((attention.dim / heads) ** -0.5),
         key_mask=key_mask,
-        key_index=key_index,
+        members=members,
         over_tiles=a.pool == "tiles",
     )
 

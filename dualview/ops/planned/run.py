@@ -95,12 +95,7 @@ def enhance_direction(
     """
     keys_of = KEYS_OF_QUERY[d.query]
     query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
-    key_index = None
-    if a.absorb and len(maps[keys_of]) == 1 and maps[keys_of][0].perspective != d.cut:
-        key = maps[keys_of][0].tiles.flatten(1, 3)  # unprojected keys stay in the order of their own tiles
-        key_index = token_index(maps[keys_of][0], d.key_rows, d.key_cols, grid)
-    else:
-        key = _take_sum(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid)
+    key = _take_sum(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid)
     mask = masks[keys_of]
     if mask is not None:
         live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
@@ -111,7 +106,7 @@ def enhance_direction(
 
     cells = Cells(plan, d, grid, a)
     query = cells.group(query)
-    collected = attend_arranged(attention, a, query, key, mask, key_index, members=cells.members, folded=folded)
+    collected = attend_arranged(attention, a, query, key, mask, members=cells.members, folded=folded)
     collected = cells.average(collected.flatten(3), inside=True).unflatten(-1, collected.shape[3:])
     if a.absorb and project:
         attended = None
