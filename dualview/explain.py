@@ -132,7 +132,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | N
     return Explanation((*stages, total), _implementations(dem), arranged)
 
 
-def _implementations(dem: nn.Module | None) -> dict[str, str]:
+def _implementations(dem: Any) -> dict[str, str]:
     """What runs of everything that there is a kernel for, for weights of the dem's type where they are."""
     if dem is None or not enhances(dem):
         return {}

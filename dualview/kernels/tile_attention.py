@@ -150,7 +150,7 @@ def _shown(x: Tensor) -> str:
 
 
 def _by_torch(problem: Problem) -> Tensor:
-    """The result, differentiable any number of times."""
+    """The result; any number of times differentiable where it is made by chunks."""
     q, k, v, key_mask, scale, members, over_tiles = problem
     in_cache = v is None and q.device.type in SCORES_AT_ONCE
     if over_tiles or members > 1 or in_cache or not _fused_is_right(problem):
@@ -285,8 +285,8 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        'the Triton kernel of tile_attention has no second derivative: use backend="torch", which is any number of '
-        "times differentiable."
+        'the Triton kernel of tile_attention has no second derivative: use backend="torch", within '
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for torch's fused kernels have none, either."
     )
 
 

@@ -54,14 +54,15 @@ def _columns_together(x: Tensor) -> Tensor:
 def _launch(kernel: Any, problem: Problem, given: tuple[Any, ...], owned: int) -> None:
     """A program for every block of the ``owned`` queries or keys of every head, tile and image.
 
-    Blocks are of 64 queries and keys: nine of them make a tile of 24 x 24 tokens. Of 256 columns two such blocks for
-    each of two operands take 128 of the 227 KiB of shared memory, so no further one is loaded ahead. Products of
-    float32 are made without matrix units, of blocks half as high, and over STEP columns at a time, for every thread
-    holds its rows of the operands. The interpreter takes those, too.
+    Blocks are of 64 queries and 64 keys: nine of them make a tile of 24 x 24 tokens. Where the sums that a program
+    holds, two for the gradients of keys, have more than 256 columns, blocks are of 32, so that registers suffice.
+    Products of float32 are made without matrix units, of blocks of 32 and over 32 columns at a time, for every thread
+    holds its rows of the operands. The interpreter takes those blocks, too.
     """
     batch, tiles, groups, heads, width = problem.q.shape
     small, whole = problem.q.element_size() == 4 or dispatch.interpreting(), triton.next_power_of_2(max(width, 16))
-    block = 32 if small else 64
+    sums = whole * (2 if kernel is _key_gradients else 1)
+    block = 32 if small or sums > 256 else 64
     programs = batch * tiles * heads * triton.cdiv(owned, block)
     if programs == 0:
         return
@@ -83,7 +84,7 @@ def _launch(kernel: Any, problem: Problem, given: tuple[Any, ...], owned: int) -
             BLOCK=block,
             STEP=32 if small else whole,
             WHOLE=whole,
-            num_warps=4 if width <= 128 else 8,
+            num_warps=4 if sums <= 128 else 8,
             num_stages=3 if width <= 128 and not small else 2,
         )
 
@@ -99,8 +100,8 @@ SIZES = ("stride_mask", "T", "G", "K", "H")
 def _place(count, H, T, BLOCK: tl.constexpr):
     """The first of its queries or keys, head, tile and image of a program; those of a tile side by side."""
     blocks = tl.cdiv(count, BLOCK)
-    place = tl.program_id(0).to(tl.int64)
-    rest = place // blocks
+    place = tl.program_id(0)
+    rest = (place // blocks).to(tl.int64)
     return place % blocks * BLOCK, rest % H, rest // H % T, rest // H // T
 
 
@@ -161,16 +162,16 @@ def _attend(
     start, h, t, b = _place(G, H, T, BLOCK)
     row = start + tl.arange(0, BLOCK)
     ok = row < G
-    q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row * stride_qg
+    q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
 
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     collected = tl.zeros((BLOCK, WHOLE), tl.float32)
     for first in range(0, K, BLOCK):
-        key = first + tl.arange(0, BLOCK).to(tl.int64)
+        key = first + tl.arange(0, BLOCK)
         allowed = _allowed(mask, b * stride_mask + t * K, key, K, MASKED)
-        k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key * stride_kn
-        v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key * stride_vn
+        k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key.to(tl.int64) * stride_kn
+        v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key.to(tl.int64) * stride_vn
         scores = _products(q, q_rows, ok, k, k_rows, allowed, E, STEP, UPCAST, PRECISION)
         scores = tl.where(allowed[None, :], scores * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -202,18 +203,18 @@ def _query_gradients(
     start, h, t, b = _place(G, H, T, BLOCK)
     row = start + tl.arange(0, BLOCK)
     ok = row < G
-    q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row * stride_qg
-    g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row * stride_gg
+    q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
+    g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row.to(tl.int64) * stride_gg
     place = ((b * T + t) * G + row) * H + h
     denominator = tl.load(lse + place, mask=ok, other=float("inf"))
     mean = tl.load(delta + place, mask=ok, other=0.0)
 
     total = tl.zeros((BLOCK, WHOLE), tl.float32)
     for first in range(0, K, BLOCK):
-        key = first + tl.arange(0, BLOCK).to(tl.int64)
+        key = first + tl.arange(0, BLOCK)
         allowed = _allowed(mask, b * stride_mask + t * K, key, K, MASKED)
-        k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key * stride_kn
-        v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key * stride_vn
+        k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key.to(tl.int64) * stride_kn
+        v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key.to(tl.int64) * stride_vn
         scores = _products(q, q_rows, ok, k, k_rows, allowed, E, STEP, UPCAST, PRECISION)
         weights = tl.where(allowed[None, :], tl.exp2(scores * (scale * LOG2_E) - denominator[:, None]), 0.0)
         slope = _products(grad, g_rows, ok, v, v_rows, allowed, E, STEP, UPCAST, PRECISION)
@@ -234,16 +235,16 @@ def _key_gradients(
     start, h, t, b = _place(K, H, T, BLOCK)
     key = start + tl.arange(0, BLOCK)
     allowed = _allowed(mask, b * stride_mask + t * K, key, K, MASKED)
-    k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key * stride_kn
-    v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key * stride_vn
+    k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key.to(tl.int64) * stride_kn
+    v_rows = b * stride_vb + t * stride_vt + h * stride_vh + key.to(tl.int64) * stride_vn
 
     total_k = tl.zeros((BLOCK, WHOLE), tl.float32)
     total_v = tl.zeros((BLOCK, WHOLE), tl.float32)
     for first in range(0, G, BLOCK):
-        row = first + tl.arange(0, BLOCK).to(tl.int64)
+        row = first + tl.arange(0, BLOCK)
         ok = row < G
-        q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row * stride_qg
-        g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row * stride_gg
+        q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
+        g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row.to(tl.int64) * stride_gg
         place = ((b * T + t) * G + row) * H + h
         denominator = tl.load(lse + place, mask=ok, other=float("inf"))
         mean = tl.load(delta + place, mask=ok, other=0.0)

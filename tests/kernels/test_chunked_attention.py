@@ -18,25 +18,31 @@ from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.kernels.tile_attention import tile_attention
 
 AVERAGES = (None, "members", "tiles")
-TILES, ROWS, KEYS = 6, 12, 5
-"""Of every image, of every tile and head, and of every tile."""
+TILES, ROWS, KEYS, MEMBERS = 6, 12, 5, 3
+"""Of every image, of every tile and head, of every tile, and of every average."""
 
 
 def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, average: str | None) -> Tensor:
     """All scores held at the same time, and the average last."""
-    k, v = (x.expand(-1, -1, -1, q.shape[4], -1) for x in (k, v))
-    scores = 0.7 * torch.einsum("btmghe,btkhe->btmghk", q, k)
-    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[:, :, None, None, None, :]
+    k, v = (x.expand(-1, -1, -1, q.shape[3], -1) for x in (k, v))
+    scores = 0.7 * torch.einsum("btqhe,btkhe->btqhk", q, k)
+    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[:, :, None, None, :]
     weights = torch.where(allowed, (scores - scores.amax(-1, keepdim=True)).exp(), 0.0)
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
-    of_members = torch.einsum("btmghk,btkhv->btmghv", weights, v).mean(2)
-    return of_members.mean(1, keepdim=True) if average == "tiles" else of_members
+    out = torch.einsum("btqhk,btkhv->btqhv", weights, v)
+    if average == "members":
+        return out.unflatten(2, (MEMBERS, -1)).mean(2)
+    return out.mean(1, keepdim=True) if average == "tiles" else out
 
 
-def queries(average: str | None, heads: int, *, batch: int = 2) -> Tensor:
-    members = 3 if average == "members" else 1
-    return torch.randn(batch, TILES, members, ROWS // members, heads, 4, dtype=torch.float64)
+def queries(heads: int, *, batch: int = 2) -> Tensor:
+    return torch.randn(batch, TILES, ROWS, heads, 4, dtype=torch.float64)
+
+
+def averaging(average: str | None) -> dict[str, Any]:
+    """The arguments that ask for an average."""
+    return {"members": MEMBERS if average == "members" else 1, "over_tiles": average == "tiles"}
 
 
 def keys(heads: int, *, batch: int = 2, count: int = KEYS, width: int = 4) -> Tensor:
@@ -57,14 +63,12 @@ class Call:
     inputs: list[Tensor]
     average: str | None
     mask: Tensor | None
-    index: Tensor | None = None
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
-        options = {"key_mask": self.mask, "key_index": self.index, "over_tiles": self.average == "tiles"}
+        options = {"key_mask": self.mask} | averaging(self.average)
         return tile_attention(q, k, k if v is None else v, scale=0.7, **options, backend="torch")
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
-        k = k if self.index is None else k[:, self.index]
         return at_once(q, k, k if v is None else v, self.mask, self.average)
 
 
@@ -73,25 +77,21 @@ def a_call(average: str | None, kind: str, *, masked: bool) -> Call:
 
     Args:
         average: Over what is averaged.
-        kind: "own" keys and values of every head; "shared": keys of one head that are their own values; "elsewhere":
-            these, among other tokens.
+        kind: "own" keys and values of every head; "shared": keys of one head that are their own values.
         masked: Whether some keys may not be attended to; one tile has none left.
     """
     mask = torch.rand(2, TILES, KEYS) < 0.6 if masked else None
     if mask is not None:
         mask[0, 2], mask[1, 3, 0] = False, True
-    inputs, index = [queries(average, 2), keys(2 if kind == "own" else 1)], None
+    inputs = [queries(2), keys(2 if kind == "own" else 1)]
     if kind == "own":
         inputs.append(keys(2, width=3))
-    if kind == "elsewhere":
-        index = torch.randperm(40)[: TILES * KEYS].view(TILES, KEYS)
-        inputs[1] = torch.randn(2, 40, 1, 4, dtype=torch.float64)  # of which ten are no keys
-    return Call([x.requires_grad_() for x in inputs], average, mask, index)
+    return Call([x.requires_grad_() for x in inputs], average, mask)
 
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["own", "shared", "elsewhere"])
+@pytest.mark.parametrize("kind", ["own", "shared"])
 @pytest.mark.parametrize("average", AVERAGES)
 def test_equals_all_at_once(average: str | None, kind: str, masked: bool) -> None:
     call = a_call(average, kind, masked=masked)
@@ -105,7 +105,7 @@ def test_equals_all_at_once(average: str | None, kind: str, masked: bool) -> Non
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "average, kind", [(None, "shared"), ("tiles", "own"), ("tiles", "elsewhere"), ("members", "shared")]
+    "average, kind", [(None, "shared"), ("tiles", "own"), ("tiles", "shared"), ("members", "shared")]
 )
 def test_double_backward(average: str | None, kind: str, masked: bool) -> None:
     call = a_call(average, kind, masked=masked)
@@ -121,14 +121,14 @@ def test_double_backward(average: str | None, kind: str, masked: bool) -> None:
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
 def test_gradcheck(heads: int, tiles: int, count: int, seed: int) -> None:
     torch.manual_seed(seed)
-    q = torch.randn(2, tiles, 1, 3, heads, 2, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(2, tiles, 3, heads, 2, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, tiles, count, 1, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k: tile_attention(q, k, k, scale=0.7), (q, k))
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_no_scores_are_kept(average: str | None) -> None:
-    q, k = queries(average, 1).requires_grad_(), keys(1, count=50)
+    q, k = queries(1).requires_grad_(), keys(1, count=50)
     kept: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -136,12 +136,12 @@ def test_no_scores_are_kept(average: str | None) -> None:
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
-        tile_attention(q, k, k, scale=0.7, over_tiles=average == "tiles")
+        tile_attention(q, k, k, scale=0.7, **averaging(average))
     assert sorted(kept) == sorted([q.numel(), k.numel()])
 
 
 def test_frozen_keys_cost_no_gradient() -> None:
-    q, k = queries(None, 2), keys(1)
+    q, k = queries(2), keys(1)
 
     def operations(*wanted: Tensor) -> int:
         out = tile_attention(q, k, k, scale=0.7).sum()
@@ -176,7 +176,7 @@ class Operations(TorchDispatchMode):
     "average, kind, needed",
     [
         (average, kind, needed)
-        for average, kind in [("tiles", "own"), ("members", "own"), ("members", "shared"), (None, "elsewhere")]
+        for average, kind in [("tiles", "own"), ("members", "own"), ("members", "shared"), (None, "shared")]
         for needed in product([False, True], repeat=3 if kind == "own" else 2)
         if any(needed)
     ],
@@ -200,9 +200,9 @@ def test_few_scores_are_held_at_one_time(
 ) -> None:
     """Of one image, whatever the batch: a tile has 60."""
     monkeypatch.setitem(SCORES_AT_ONCE, "cpu", most)
-    q, k = queries(average, 1).requires_grad_(), keys(1)
+    q, k = queries(1).requires_grad_(), keys(1)
     with Operations() as operations:
-        out = tile_attention(q, k, k, scale=0.7, over_tiles=average == "tiles")
+        out = tile_attention(q, k, k, scale=0.7, **averaging(average))
         assert [shape[1] for shape in operations.of(torch.ops.aten._softmax)] == chunks
         out.sum().backward()
     assert [shape[1] for shape in operations.of(torch.ops.aten._softmax)] == 2 * chunks
@@ -212,8 +212,8 @@ def test_few_scores_are_held_at_one_time(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(average: str | None, dtype: torch.dtype) -> None:
     """Scores of 20 and more stay in float32, as in torch's own kernel."""
-    q, k = (x.to(dtype).requires_grad_() for x in (queries(average, 2), keys(1)))
-    out = tile_attention(q, k, k, scale=8.0, over_tiles=average == "tiles")
+    q, k = (x.to(dtype).requires_grad_() for x in (queries(2), keys(1)))
+    out = tile_attention(q, k, k, scale=8.0, **averaging(average))
     wide = tuple(x.detach().double().requires_grad_() for x in (q, k))
     exact = at_once(wide[0] * (8.0 / 0.7), wide[1], wide[1], None, average)
     assert out.dtype == dtype
@@ -224,7 +224,7 @@ def test_half_types(average: str | None, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1.25 * eps * expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", ["own", "shared", "elsewhere"])
+@pytest.mark.parametrize("kind", ["own", "shared"])
 def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of their own are never met a few tiles at a time, unless something is averaged."""
     call = a_call(None, kind, masked=True)
@@ -243,7 +243,7 @@ def test_by_torchs_own_kernel_where_there_is_no_cache_to_stay_in(kind: str, monk
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0)])
 @pytest.mark.usefixtures("chunk")
 def test_vmap(in_dims: tuple[int | None, int | None]) -> None:
-    q, k = (x.unsqueeze(1) for x in (queries(None, 2, batch=3), keys(1, batch=3)))
+    q, k = (x.unsqueeze(1) for x in (queries(2, batch=3), keys(1, batch=3)))
     q, k = (x if dim == 0 else x[0] for x, dim in zip((q, k), in_dims, strict=True))
     out = torch.func.vmap(lambda q, k: tile_attention(q, k, k, scale=0.7), in_dims=in_dims)(q, k)
     flat = [x.squeeze(1) if dim == 0 else x for x, dim in zip((q, k), in_dims, strict=True)]
