@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,26 +80,20 @@ def measure(place: Place, batch: int) -> dict[str, object]:
     x, weight = tokens(TILES * TOKENS, DIM), torch.randn(DIM, DIM, device=place.device, dtype=place.dtype)
     dense = 2 * batch * TILES * TOKENS * DIM**2 / median(lambda: F.linear(x, weight))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, over_tiles: bool = False) -> float:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, members: int = 1, over_tiles: bool = False) -> float:
         """Operations per second of two products with all scores, of which the second meets averages of cells only."""
         scores = q.shape[:-1].numel() * k.shape[2] * q.shape[-1]
-        rows = 1 if over_tiles else q.shape[2]
-        seconds = median(lambda: tile_attention(q, k, v, scale=0.03, over_tiles=over_tiles, backend="torch"))
-        return 2 * (scores + scores / rows) / seconds
+        call = partial(tile_attention, scale=0.03, members=members, over_tiles=over_tiles, backend="torch")
+        return 2 * (scores + scores / members) / median(lambda: call(q, k, v))
 
     attention = []
     for width in WIDTHS[:-1]:
         heads = DIM // width
-        q, k, v = (
-            tokens(TILES, 1, TOKENS, heads, width),
-            tokens(TILES, TOKENS, heads, width),
-            tokens(TILES, TOKENS, heads, width),
-        )
-        attention.append((width, attend(q, k, v)))
+        attention.append((width, attend(*(tokens(TILES, TOKENS, heads, width) for _ in range(3)))))
     keys = tokens(TILES, TOKENS, 1, DIM)
-    attention.append((DIM, attend(tokens(TILES, 1, TOKENS // CELL, 8, DIM), keys, keys)))  # absorbed
-    one_head = tokens(TILES, CELL, TOKENS // CELL, 1, DIM), tokens(TILES, 1, TOKENS, 1, DIM)
-    pooled = min(attend(one_head[0], keys, keys), attend(one_head[1], keys, keys, over_tiles=True))
+    attention.append((DIM, attend(tokens(TILES, TOKENS // CELL, 8, DIM), keys, keys)))  # absorbed
+    q = tokens(TILES, TOKENS, 1, DIM)
+    pooled = min(attend(q, keys, keys, members=CELL), attend(q, keys, keys, over_tiles=True))
     return {
         "dense": dense,
         "attention": attention,

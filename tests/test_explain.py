@@ -245,6 +245,17 @@ def test_last_line_says_that_a_call_would_raise() -> None:
     assert all(part in line for part in ("the kernel tile_attention cannot run", "float64", "cast them to"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_last_line_says_that_heads_are_too_wide(device: str) -> None:
+    with use_backend("triton"):
+        lines = [
+            explain(DualPerspectiveEnhance.paper(320, num_heads=heads, device=device), grid=(2, 3)).implementations
+            for heads in (1, 2)
+        ]
+    assert "heads of width 320" in lines[0]["tile_attention"]
+    assert not any("heads" in line for line in (lines[0]["retile"], *lines[1].values()))
+
+
 def test_who_has_no_tensors_is_not_told_to_move_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a configuration that is only explained are nowhere."""
     dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64, device="meta")

@@ -23,24 +23,18 @@ class Problem(NamedTuple):
 
     q: Tensor
     k: Tensor
-    v: Tensor | None
-    """None where the keys are their own values."""
+    v: Tensor
     key_mask: Tensor | None
     scale: float
     members: int = 1
     over_tiles: bool = False
-
-    @property
-    def values(self) -> Tensor:
-        """The values, whether or not they are the keys."""
-        return self.k if self.v is None else self.v
 
 
 def attend_by_chunks(problem: Problem) -> Tensor:
     """The result, (B, T or 1, G, H, V)."""
     q, parts, total = problem.q, [], None
     for chunk in _chunks(problem):
-        weights, values = _weights(problem, chunk), by_head(problem.values[:, chunk])
+        weights, values = _weights(problem, chunk), by_head(problem.v[:, chunk])
         pooled = _mean_over_members(weights).to(q.dtype)
         if problem.over_tiles:  # the sum over tiles is one product with the keys of all of them
             pooled = pooled.permute(0, 2, 3, 1, 4).flatten(3).unsqueeze(1)
@@ -55,31 +49,25 @@ def attend_by_chunks(problem: Problem) -> Tensor:
 def gradients_by_chunks(
     problem: Problem, grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v, where needed: dS = P (dP - sum_j P dP), dq = scale dS k, dk = scale dS^T q, dv = P^T g.
-
-    Where the keys are their own values, dk is the gradient of both.
-    """
-    q, k, v, over_tiles = problem.q, problem.k, problem.v, problem.over_tiles
-    need_q, need_k, need_v = needed
+    """Gradients of q, k and v if needed: dS = P (dP - sum_j P dP), dq = scale dS k, dk = scale dS^T q, dv = P^T g."""
+    q, over_tiles, (need_q, need_k, need_v) = problem.q, problem.over_tiles, needed
     dq: list[Tensor] = []
     dk: list[Tensor] = []
     dv: list[Tensor] = []
     grad = grad / q.shape[1] if over_tiles else grad  # every tile has the same share in the mean
     for chunk in _chunks(problem):
-        keys, values, weights = by_head(k[:, chunk]), by_head(problem.values[:, chunk]), _weights(problem, chunk)
+        weights = _weights(problem, chunk)
+        rows, keys, values = (by_head(x[:, chunk]) for x in problem[:3])
         g = by_head(grad if over_tiles else grad[:, chunk])
         slope = (_slope_over_tiles(g, values) if over_tiles else _product(g, values.mT, _wide)).unsqueeze(3)
         slope = weights * (slope - (weights * slope).sum(-1, keepdim=True)) * (problem.scale / problem.members)
         slope = slope.to(q.dtype).flatten(3, 4)
         if need_q:
             dq.append(_product(slope, keys))
-        if need_v or (need_k and v is None):
-            of_values = _sum_over_rows(_mean_over_members(weights).to(q.dtype), g, keys.shape[2])
-        if need_v:
-            dv.append(of_values)
         if need_k:
-            of_keys = _sum_over_rows(slope, by_head(q[:, chunk]), keys.shape[2])
-            dk.append(of_keys + of_values if v is None else of_keys)
+            dk.append(_sum_over_rows(slope, rows, keys.shape[2]))
+        if need_v:
+            dv.append(_sum_over_rows(_mean_over_members(weights).to(q.dtype), g, keys.shape[2]))
     of_q, of_k, of_v = (_joined(parts) if parts else None for parts in (dq, dk, dv))
     return of_q, of_k, of_v
 

@@ -76,14 +76,14 @@ def tile_attention(
     _check(problem)
     read = (q, k, v) if key_mask is None else (q, k, v, key_mask)
     if dispatch.choose("tile_attention", *read, backend=backend, refused=_refused(problem)).name == "torch":
-        return _by_torch(problem._replace(v=None if v is k else v))
+        return _by_torch(problem)
     k, v = (x.expand(-1, -1, -1, q.shape[3], -1) for x in (k, v))  # torch sums the gradients of a head that all ask
     return cast(Tensor, _attend(q, k, v, key_mask, problem.scale)[0])
 
 
 def _refused(problem: Problem) -> list[str]:
     """Why the kernel cannot do this."""
-    width, of_values = problem.q.shape[-1], problem.values.shape[-1]
+    width, of_values = problem.q.shape[-1], problem.v.shape[-1]
     refused = too_wide(width)
     if problem.members > 1 or problem.over_tiles:
         refused.append("it averages nothing: average the result of all queries")
@@ -94,9 +94,7 @@ def _refused(problem: Problem) -> list[str]:
 
 def too_wide(width: int) -> list[str]:
     """Why the kernel takes no heads of a width; empty if it does."""
-    return (
-        [f"heads of width {width}: use more heads, of up to {WIDEST_HEAD} columns each"] if width > WIDEST_HEAD else []
-    )
+    return [] if width <= WIDEST_HEAD else [f"heads of width {width}: use more heads, of at most {WIDEST_HEAD}"]
 
 
 def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +109,7 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _check(problem: Problem) -> None:
     """Raise a ValueError where shapes, types or the scale do not fit."""
-    (q, k, _, key_mask, scale, members, over_tiles), v = problem, problem.values
+    q, k, v, key_mask, scale, members, over_tiles = problem
     if (
         not q.dim() == k.dim() == v.dim() == 5
         or k.shape[:2] != q.shape[:2]
@@ -152,10 +150,10 @@ def _shown(x: Tensor) -> str:
 def _by_torch(problem: Problem) -> Tensor:
     """The result; any number of times differentiable where it is made by chunks."""
     q, k, v, key_mask, scale, members, over_tiles = problem
-    in_cache = v is None and q.device.type in SCORES_AT_ONCE
+    in_cache = v is k and q.device.type in SCORES_AT_ONCE
     if over_tiles or members > 1 or in_cache or not _fused_is_right(problem):
         return cast(Tensor, _ByChunks.apply(*problem))
-    rows, keys, values = by_head(q), by_head(k), by_head(problem.values)
+    rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
     rows, keys, values = (x.flatten(0, 1) for x in (rows, keys, values))
@@ -174,12 +172,12 @@ def _fused_is_right(problem: Problem) -> bool:
     """Whether torch has a fused kernel for this with right gradients: flash attention where cuDNN's could run."""
     q, k, v, key_mask = problem[:4]
     width = k.shape[-1]
-    fits_flash = (v is None or v.shape[-1] == width) and width <= WIDEST_HEAD and width % 8 == 0
+    fits_flash = v.shape[-1] == width and width <= WIDEST_HEAD and width % 8 == 0
     flash = key_mask is None and fits_flash and torch.backends.cuda.is_flash_attention_available()
     return flash or not _cudnn_may_run(q, k, v)
 
 
-def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's attention could take cuDNN's backward pass, whose gradients may be wrong.
 
     Torch 2.11 keeps cuDNN's plan of the backward pass by the shapes and strides of q, k and v alone. A plan made for
@@ -187,7 +185,7 @@ def _cudnn_may_run(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
     (seen on an H100, cuDNN 9.19). Any attention of the same shapes in the process may have made the plan, so no layout
     of ours helps; and the switches that turn cuDNN off are process-wide.
     """
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     half = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and recorded and half and dispatch.is_new(q.device)  # cuDNN's attention takes no older GPU
 
@@ -201,7 +199,7 @@ class _ByChunks(torch.autograd.Function):
     def forward(
         q: Tensor,
         k: Tensor,
-        v: Tensor | None,
+        v: Tensor,
         key_mask: Tensor | None,
         scale: float,
         members: int,

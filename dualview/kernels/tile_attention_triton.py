@@ -69,7 +69,7 @@ def _launch(kernel: Any, problem: Problem, given: tuple[Any, ...], owned: int) -
     sizes: tuple[Any, ...] = tiles, groups, problem.k.shape[2], heads
     if dispatch.interpreting():  # of which the one of triton 3.6 cannot count up to a tensor, with numpy 2.4
         sizes = tuple(tl.constexpr(size) for size in sizes)
-    read = [_columns_together(x) for x in (problem.q, problem.k, problem.values)]
+    read = [_columns_together(x) for x in problem[:3]]
     strides = [stride for x in read for stride in x.stride()[:4]]
     mask = None if problem.key_mask is None else problem.key_mask.contiguous()
     of_mask = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualview as dv
 from dualview.geometry import LiveTiles
+from tests.ops.planned.rates import machine
 
 pytest.importorskip("triton")
 
@@ -88,6 +89,24 @@ def test_what_cannot_run_says_so(device: str) -> None:
     local, stride = (x.double() for x in tiles(device, (2, 2)))
     with pytest.raises(RuntimeError, match=r"the kernel .* cannot run.*float64"), dv.use_backend("triton"):
         dem(local, stride, GRID)
+
+
+@pytest.mark.parametrize("fastest", ["attention is free", "operations count"])
+def test_heads_that_fit_are_projected(fastest: str, device: str) -> None:
+    """Absorbed keys would be as wide as the tokens, too wide for the kernel."""
+    dem = randomised(dv.DualPerspectiveEnhance.paper(320, num_heads=2, out_proj=True)).to(device)
+    given = [torch.randn(1, 6, 2, 3, 320, device=device) for _ in range(2)]
+    with torch.no_grad(), machine(fastest):
+        by_torch, by_triton = (dem(*given, GRID, backend=backend) for backend in ("torch", "triton"))
+    torch.testing.assert_close(by_triton, by_torch, rtol=1e-4, atol=1e-5 * by_torch.abs().max().item())
+
+
+def test_heads_that_are_too_wide_are_refused(device: str) -> None:
+    dem, given = dv.DualPerspectiveEnhance.paper(320).to(device), torch.randn(2, 1, 6, 2, 3, 320, device=device)
+    with pytest.raises(
+        RuntimeError, match=r'heads of width 320: use more heads, of at most 256; or use backend="auto"'
+    ):
+        dem(*given, GRID, backend="triton")
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])

@@ -249,7 +249,7 @@ def test_wide_heads(device: str, sizes: dict[str, Any], dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     "sizes, reason, remedy",
     [
-        ({"e": 257}, "heads of width 257", "use more heads, of up to 256 columns"),
+        ({"e": 257}, "heads of width 257", "use more heads, of at most 256"),
         ({"average": "members"}, "it averages nothing", "average the result of all queries"),
         ({"average": "tiles"}, "it averages nothing", "average the result of all queries"),
         ({"v": 5}, "values of width 5 for keys of 8", "make them equally wide"),

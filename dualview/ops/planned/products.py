@@ -209,11 +209,9 @@ def _candidates(
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
             pool = ("map" if kernels else _pool(d, plan)) if pooled else None
-            ways.append([Arrangement(False, False, pool)])
-            if not kernels or layer.dim <= WIDEST_HEAD:
-                ways[-1] += [
-                    Arrangement(True, fold, pool) for fold in ((False, True) if layer.heads == 1 else (False,))
-                ]
+            folds = (False, True) if layer.heads == 1 else (False,)
+            absorbed = [] if kernels and layer.dim > WIDEST_HEAD else [Arrangement(True, fold, pool) for fold in folds]
+            ways.append([Arrangement(False, False, pool), *absorbed])
         for directions in product(*ways):
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
