@@ -13,10 +13,9 @@ from dualview.cost import Cost, cost_of, device_of, modules_of, run_without_cont
 from dualview.geometry import LiveTiles, Perspective, Size, TileGrid
 from dualview.models.parts import DualView, all_tiles
 from dualview.models.view_plan import ViewPlan, method_of, plan_encoder
-from dualview.ops.planned.attention import query_key_matrix
 from dualview.ops.planned.live import MAPS_OF_ROLE, DirectionPlan, EnhancePlan, LayerPlan
 from dualview.ops.planned.products import Arrangement, Products
-from dualview.ops.planned.run import TileMap, enhance_direction
+from dualview.ops.planned.run import TileMap, enhance_direction, query_key_matrix
 from dualview.switches import FULL
 
 DEFAULT_TOKENS = (24, 24)

@@ -24,7 +24,7 @@ from dualview.geometry import (
     grid_or_tile,
 )
 from dualview.kernels.dispatch import Backend
-from dualview.kernels.retile import retile as move
+from dualview.kernels.retile import retile
 from dualview.ops.tile_batch import TileBatch
 from dualview.views import check_data_format, grid_for, tile_size
 
@@ -126,7 +126,7 @@ def crop(
 ) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
     grid = grid_for(x, grid, tile, data_format)
-    return move(x, "raster", check_perspective(perspective), grid, data_format=data_format, backend=backend)
+    return retile(x, "raster", check_perspective(perspective), grid, data_format=data_format, backend=backend)
 
 
 @overload
@@ -227,16 +227,7 @@ def recombine(
                 f"{grid.map_size((h, w))}; size={tuple(size)} was asked for. Check the grid (rows first) and that the "
                 "tiles are those of this map."
             )
-    return move(tiles, perspective, "raster", grid, data_format=data_format, backend=backend)
-
-
-def retile(tiles: Tensor, source: Perspective, target: Perspective, grid: GridLike) -> Tensor:
-    """Feature tiles of one perspective rearranged into those of the other; the tensor itself where they are the same.
-
-    Shape:
-        (..., rows*cols, h, w, D), unchanged
-    """
-    return tiles if source == target else move(tiles, source, target, grid)
+    return retile(tiles, perspective, "raster", grid, data_format=data_format, backend=backend)
 
 
 class _Crop(nn.Module):
