@@ -152,7 +152,8 @@ def _by_torch(problem: Problem) -> Tensor:
     q, k, v, key_mask, scale, members, over_tiles = problem
     in_cache = v is k and q.device.type in SCORES_AT_ONCE
     if over_tiles or members > 1 or in_cache or not _fused_is_right(problem):
-        return cast(Tensor, _ByChunks.apply(*problem))
+        of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
+        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, members, over_tiles))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
