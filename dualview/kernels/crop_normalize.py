@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dualview.geometry import GridLike, Perspective, TileGrid
 from dualview.kernels import dispatch
+from dualview.kernels.tables import table
 from dualview.views import view_in
 
 
@@ -82,7 +83,7 @@ def _by_torch(
 ) -> tuple[Tensor, Tensor]:
     """The copy that cuts converts, too; then the tiles are normalised where they are."""
     wide = torch.promote_types(dtype, torch.float32)
-    factor, offset = torch.tensor((factors, offsets), dtype=torch.float64).to(images.device, wide)[..., None, None]
+    factor, offset = table(_scales, tuple(factors), tuple(offsets), wide, like=images)[..., None, None]
     images = images.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice
     rows, cols = grid
 
@@ -108,6 +109,11 @@ def shapes_of_tiles(
     return [(batch, len(live), channels, height // grid[0], width // grid[1]) for live in (local, stride)]
 
 
+def _scales(device: torch.device, factors: tuple[float, ...], offsets: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """(2, C)"""
+    return torch.tensor((factors, offsets), dtype=dtype, device=device)
+
+
 SCHEMA = (
     "(Tensor images, float[] factors, float[] offsets, int[] grid, int[] local, int[] stride, ScalarType dtype) "
     "-> (Tensor, Tensor)"
@@ -120,7 +126,9 @@ def _crop_normalize(images: Tensor, *cut: Any) -> tuple[Tensor, Tensor]:
         return _by_torch(images, *cut)
     from dualview.kernels.crop_normalize_triton import make
 
-    return make(images, shapes_of_tiles(images, *cut[2:5]), *cut)
+    factors, offsets, *others = cut
+    scales = table(_scales, tuple(factors), tuple(offsets), torch.float32, like=images)
+    return make(images, shapes_of_tiles(images, *others[:3]), scales, *others)
 
 
 @_crop_normalize.register_fake

@@ -21,20 +21,18 @@ PIXELS = 1024
 def make(
     images: Tensor,
     shapes: Sequence[tuple[int, ...]],
-    factors: Sequence[float],
-    offsets: Sequence[float],
+    scales: Tensor,
     grid: Sequence[int],
     local: Sequence[int],
     stride: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The live local and the live stride tiles, of these shapes."""
+    """The live local and the live stride tiles, of these shapes; ``scales`` are (factor, offset) x channels."""
     local_tiles, stride_tiles = (dispatch.empty(*shape, like=images, dtype=dtype) for shape in shapes)
     if not local_tiles.numel() + stride_tiles.numel():
         return local_tiles, stride_tiles
     (batch, _, channels, h, w), (rows, cols) = shapes[0], grid
     live = tuple(local), tuple(stride)
-    scales = table(_scales, tuple(factors), tuple(offsets), like=images)
     index = table(_live_index, rows * cols, live, like=images)
     block_v = min(triton.next_power_of_2(w), 128)
     block_u = min(triton.next_power_of_2(h), PIXELS // block_v)
@@ -48,11 +46,6 @@ def make(
             BLOCK_V=block_v,
         )
     return local_tiles, stride_tiles
-
-
-def _scales(device: torch.device, factors: tuple[float, ...], offsets: tuple[float, ...]) -> Tensor:
-    """(2, C)"""
-    return torch.tensor((factors, offsets), dtype=torch.float32, device=device)
 
 
 def _live_index(device: torch.device, tiles: int, live: tuple[tuple[int, ...], ...]) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from dualview.kernels import tables
 from dualview.kernels.tables import listed, table
 
 GRID, TOKENS, DIM = (2, 3), (2, 3), 16
-PRESETS = {"paper": dv.DualPerspectiveEnhance.paper, "released": dv.DualPerspectiveEnhance.released}
+PRESETS = {
+    "paper": partial(dv.DualPerspectiveEnhance.paper, readout="bilinear"),
+    "released": dv.DualPerspectiveEnhance.released,
+}
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops over attention under vmap
 
 

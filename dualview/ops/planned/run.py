@@ -273,7 +273,8 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
     wanted = [i * grid.cols + j for i in rows.tiles for j in cols.tiles]
     if rows.whole and cols.whole:
         if source.perspective == cut:
-            return select(source.tiles, 1, [source.present.index(tile) for tile in wanted]).flatten(2, 3)
+            held = select(source.tiles, 1, [source.present.index(tile) for tile in wanted])
+            return held.flatten(2, 3).contiguous()  # which every projection of it would make anew
         if len(source.present) == len(wanted) == grid.num_tiles:
             whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
             return whole.flatten(2, 3)
