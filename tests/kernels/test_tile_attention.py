@@ -297,16 +297,24 @@ def one_image(x: Tensor) -> Tensor:
     return x[:1].expand_as(x)
 
 
-@pytest.mark.parametrize("lay_out", [heads_first, sliced, columns_apart, one_image])
-def test_strides_do_not_matter(device: str, lay_out: Any) -> None:
-    case = a_case(groups=5, keys=6)
-    case = replace(case, **{name: one_image(getattr(case, name)).clone() for name in ("q", "k", "v", "grad")})
+LAYOUTS = (heads_first, sliced, columns_apart, one_image)
+
+
+@pytest.mark.parametrize("first", range(len(LAYOUTS)))
+def test_strides_do_not_matter(device: str, first: int) -> None:
+    """Of no two tensors are they the same."""
+    case = a_case(groups=5, keys=6, masked=0.5)
+    names = ("q", "k", "v", "grad", "key_mask")
+    case = replace(case, **{name: one_image(getattr(case, name)).clone() for name in names})
     expected = case.results(torch.float32, device, "triton")
-    inputs = [lay_out(x.to(device)).requires_grad_() for x in (case.q, case.k, case.v)]
-    out = case.run(*inputs)
-    grads = torch.autograd.grad(out, inputs, lay_out(case.grad.to(device)))
-    for x, same in zip((out, *grads), expected, strict=True):
-        assert torch.equal(x, same)
+    q, k, v, grad = (
+        LAYOUTS[(first + i) % len(LAYOUTS)](getattr(case, name).to(device)) for i, name in enumerate(names[:4])
+    )
+    inputs, mask = [x.requires_grad_() for x in (q, k, v)], case.key_mask.to(device)
+    for laid_out in (columns_apart(mask), one_image(mask), guarded(mask[:1])):
+        out = tile_attention(*inputs, scale=case.scale, key_mask=laid_out, backend="triton")
+        for x, same in zip((out, *torch.autograd.grad(out, inputs, grad)), expected, strict=True):
+            assert torch.equal(x, same)
 
 
 @pytest.mark.more
