@@ -72,7 +72,7 @@ def launch(place: Place) -> float:
 
 
 def measure(place: Place, batch: int) -> dict[str, object]:
-    """The rates of a place: operations per second, and seconds of a launch."""
+    """The rates of a place: operations and moved bytes per second, and seconds of a launch."""
 
     def tokens(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=place.device, dtype=place.dtype)
@@ -80,10 +80,10 @@ def measure(place: Place, batch: int) -> dict[str, object]:
     x, weight = tokens(TILES * TOKENS, DIM), torch.randn(DIM, DIM, device=place.device, dtype=place.dtype)
     dense = 2 * batch * TILES * TOKENS * DIM**2 / median(lambda: F.linear(x, weight))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, members: int = 1, over_tiles: bool = False) -> float:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, members: int = 1) -> float:
         """Operations per second of two products with all scores, of which the second meets averages of cells only."""
         scores = q.shape[:-1].numel() * k.shape[2] * q.shape[-1]
-        call = partial(tile_attention, scale=0.03, members=members, over_tiles=over_tiles, backend="torch")
+        call = partial(tile_attention, scale=0.03, members=members, backend="torch")
         return 2 * (scores + scores / members) / median(lambda: call(q, k, v))
 
     attention = []
@@ -93,11 +93,11 @@ def measure(place: Place, batch: int) -> dict[str, object]:
     keys = tokens(TILES, TOKENS, 1, DIM)
     attention.append((DIM, attend(tokens(TILES, TOKENS // CELL, 8, DIM), keys, keys)))  # absorbed
     q = tokens(TILES, TOKENS, 1, DIM)
-    pooled = min(attend(q, keys, keys, members=CELL), attend(q, keys, keys, over_tiles=True))
     return {
         "dense": dense,
         "attention": attention,
-        "pooled": pooled,
+        "pooled": attend(q, keys, keys, members=CELL),
+        "moved": 2 * x.numel() * x.element_size() / median(x.clone),
         "launch": launch(place),
     }
 

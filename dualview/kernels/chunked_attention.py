@@ -27,39 +27,29 @@ class Problem(NamedTuple):
     key_mask: Tensor | None
     scale: float
     members: int = 1
-    over_tiles: bool = False
 
 
 def attend_by_chunks(problem: Problem) -> Tensor:
-    """The result, (B, T or 1, G, H, V)."""
-    q, parts, total = problem.q, [], None
+    """The result, (B, T, G, H, V)."""
+    parts = []
     for chunk in _chunks(problem):
-        weights, values = _weights(problem, chunk), by_head(problem.v[:, chunk])
-        pooled = _mean_over_members(weights).to(q.dtype)
-        if problem.over_tiles:  # the sum over tiles is one product with the keys of all of them
-            pooled = pooled.permute(0, 2, 3, 1, 4).flatten(3).unsqueeze(1)
-            part = _product(pooled, _of_all_tiles(values)).to(weights.dtype)
-            total = part if total is None else total.add_(part)
-        else:
-            parts.append(_product(pooled, values))
-    out = _joined(parts) if total is None else by_head(total / q.shape[1])
-    return out if out.dtype == q.dtype else out.to(q.dtype)  # torch 2.11 compiles a cast that casts nothing wrongly
+        pooled = _mean_over_members(_weights(problem, chunk)).to(problem.q.dtype)
+        parts.append(_product(pooled, by_head(problem.v[:, chunk])))
+    return _joined(parts)
 
 
 def gradients_by_chunks(
     problem: Problem, grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v if needed: dS = P (dP - sum_j P dP), dq = scale dS k, dk = scale dS^T q, dv = P^T g."""
-    q, over_tiles, (need_q, need_k, need_v) = problem.q, problem.over_tiles, needed
+    q, (need_q, need_k, need_v) = problem.q, needed
     dq: list[Tensor] = []
     dk: list[Tensor] = []
     dv: list[Tensor] = []
-    grad = grad / q.shape[1] if over_tiles else grad  # every tile has the same share in the mean
     for chunk in _chunks(problem):
         weights = _weights(problem, chunk)
-        rows, keys, values = (by_head(x[:, chunk]) for x in problem[:3])
-        g = by_head(grad if over_tiles else grad[:, chunk])
-        slope = (_slope_over_tiles(g, values) if over_tiles else _product(g, values.mT, _wide)).unsqueeze(3)
+        rows, keys, values, g = (by_head(x[:, chunk]) for x in (*problem[:3], grad))
+        slope = _product(g, values.mT, _wide).unsqueeze(3)
         slope = weights * (slope - (weights * slope).sum(-1, keepdim=True)) * (problem.scale / problem.members)
         slope = slope.to(q.dtype).flatten(3, 4)
         if need_q:
@@ -70,13 +60,6 @@ def gradients_by_chunks(
             dv.append(_sum_over_rows(_mean_over_members(weights).to(q.dtype), g, keys.shape[2]))
     of_q, of_k, of_v = (_joined(parts) if parts else None for parts in (dq, dk, dv))
     return of_q, of_k, of_v
-
-
-def _slope_over_tiles(g: Tensor, values: Tensor) -> Tensor:
-    """The gradient of the weights of some tiles, from that of the mean over tiles: of all in one product. (.., G, K)"""
-    of_all = _product(g, _of_all_tiles(values).mT, _wide)
-    by_tile: Tensor = of_all.unflatten(-1, values.shape[1:4:2]).squeeze(1).movedim(3, 1)
-    return by_tile
 
 
 def _chunks(problem: Problem) -> Iterator[slice]:
@@ -90,11 +73,6 @@ def _chunks(problem: Problem) -> Iterator[slice]:
 def by_head(x: Tensor) -> Tensor:
     """Heads before queries or keys, and back again. (B, T, Q or K, H, E) -> (B, T, H, Q or K, E)"""
     return x.transpose(2, 3)
-
-
-def _of_all_tiles(values: Tensor) -> Tensor:
-    """(B, T, H, K, V) -> (B, 1, H, T * K, V)"""
-    return values.transpose(1, 2).flatten(2, 3).unsqueeze(1)
 
 
 def mask_and_alive(key_mask: Tensor | None, chunk: slice) -> tuple[Tensor | None, Tensor | None]:
@@ -112,7 +90,8 @@ def mask_and_alive(key_mask: Tensor | None, chunk: slice) -> tuple[Tensor | None
 def _weights(problem: Problem, chunk: slice) -> Tensor:
     """softmax(scale q k^T) of some tiles in at least float32, zeros where no key may be attended to. (.., M, G, K)"""
     rows, keys = by_head(problem.q[:, chunk]), by_head(problem.k[:, chunk])
-    weights = _product(rows, keys.mT, _wide).mul_(problem.scale)
+    weights = _product(rows, keys.mT, _wide)
+    weights = weights if problem.scale == 1 else weights.mul_(problem.scale)
     mask, alive = mask_and_alive(problem.key_mask, chunk)
     if mask is None or alive is None:
         weights = weights.softmax(-1)

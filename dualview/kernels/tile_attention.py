@@ -41,7 +41,6 @@ def tile_attention(
     scale: float,
     key_mask: Tensor | None = None,
     members: int = 1,
-    over_tiles: bool = False,
     backend: dispatch.Backend | None = None,
 ) -> Tensor:
     """Attention of the queries of every tile to the keys of the same tile.
@@ -53,14 +52,13 @@ def tile_attention(
         scale: Factor of the scores, positive.
         key_mask: True for keys that may be attended to. A query without any gives zeros.
         members: Average over so many queries M of a tile, which stand G apart.
-        over_tiles: Average over the tiles, with M = 1.
         backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says.
 
     Shape:
         - q: (B, T, M * G, H, E)
         - k: (B, T, K, H or 1, E), v: (B, T, K, H or 1, V)
         - key_mask: (B or 1, T, K)
-        - result: (B, T, G, H, V), or (B, 1, G, H, V) over tiles
+        - result: (B, T, G, H, V)
 
     Raises:
         ValueError: Shapes or types do not fit together, or ``scale`` is not positive.
@@ -72,7 +70,7 @@ def tile_attention(
         torch.Size([1, 6, 2, 4, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    problem = Problem(q, k, v, key_mask, float(scale), members, over_tiles)
+    problem = Problem(q, k, v, key_mask, float(scale), members)
     _check(problem)
     read = (q, k, v) if key_mask is None else (q, k, v, key_mask)
     if dispatch.choose("tile_attention", *read, backend=backend, refused=_refused(problem)).name == "torch":
@@ -85,7 +83,7 @@ def _refused(problem: Problem) -> list[str]:
     """Why the kernel cannot do this."""
     width, of_values = problem.q.shape[-1], problem.v.shape[-1]
     refused = too_wide(width)
-    if problem.members > 1 or problem.over_tiles:
+    if problem.members > 1:
         refused.append("it averages nothing: average the result of all queries")
     if of_values != width:
         refused.append(f"values of width {of_values} for keys of {width}: make them equally wide")
@@ -109,7 +107,7 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _check(problem: Problem) -> None:
     """Raise a ValueError where shapes, types or the scale do not fit."""
-    q, k, v, key_mask, scale, members, over_tiles = problem
+    q, k, v, key_mask, scale, members = problem
     if (
         not q.dim() == k.dim() == v.dim() == 5
         or k.shape[:2] != q.shape[:2]
@@ -124,10 +122,10 @@ def _check(problem: Problem) -> None:
             "(B, T, K, H or 1, E or V), with as many heads in k as in v, and all of one floating-point type. Cast "
             "them, or call it under torch.autocast."
         )
-    if members < 1 or q.shape[2] % members or (over_tiles and members > 1):
+    if members < 1 or q.shape[2] % members:
         raise ValueError(
-            f"tile_attention got q {_shown(q)}, members={members}, over_tiles={over_tiles}: members must divide the "
-            f"{q.shape[2]} queries of a tile, and be 1 over tiles."
+            f"tile_attention got q {_shown(q)} and members={members}: it must divide the {q.shape[2]} queries of a "
+            "tile."
         )
     batch, tiles, keys = k.shape[:3]
     shapes = [(images, tiles, keys) for images in (1, batch)]
@@ -149,11 +147,12 @@ def _shown(x: Tensor) -> str:
 
 def _by_torch(problem: Problem) -> Tensor:
     """The result; any number of times differentiable where it is made by chunks."""
-    q, k, v, key_mask, scale, members, over_tiles = problem
+    q, k, v, key_mask, scale, members = problem
     in_cache = v is k and q.device.type in SCORES_AT_ONCE
-    if over_tiles or members > 1 or in_cache or not _fused_is_right(problem):
+    wide = q.is_cuda and q.shape[-1] > WIDEST_HEAD  # for which no fused kernel is fast
+    if members > 1 or in_cache or wide or not _fused_is_right(problem):
         of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
-        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, members, over_tiles))
+        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, members))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
@@ -165,7 +164,8 @@ def _by_torch(problem: Problem) -> Tensor:
     else:
         flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         found = F.scaled_dot_product_attention(rows, keys, values, attn_mask=flat_mask, scale=scale)
-    out: Tensor = found.flatten(1, 2).unflatten(1, (q.shape[3], q.shape[2])).unflatten(0, q.shape[:2])
+    by_query = found.reshape(found.shape[0], q.shape[3], q.shape[2], found.shape[3])  # which copies nothing
+    out: Tensor = by_query.unflatten(0, q.shape[:2])
     return by_head(out if alive is None else out.masked_fill(~alive, 0.0))
 
 
@@ -204,10 +204,9 @@ class _ByChunks(torch.autograd.Function):
         key_mask: Tensor | None,
         scale: float,
         members: int,
-        over_tiles: bool,
     ) -> Tensor:  # by the number of parameters torch.compile knows (2.11) that the context is none of them
         with _without_autocast(q):
-            return attend_by_chunks(Problem(q, k, v, key_mask, scale, members, over_tiles))
+            return attend_by_chunks(Problem(q, k, v, key_mask, scale, members))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,7 +217,7 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         problem = Problem(*ctx.saved_tensors, *ctx.options)
         with _without_autocast(grad):
-            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None, None
+            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.kernels.tile_attention import tile_attention
 
-AVERAGES = (None, "members", "tiles")
+AVERAGES = (None, "members")
 TILES, ROWS, KEYS, MEMBERS = 6, 12, 5, 3
 """Of every image, of every tile and head, of every tile, and of every average."""
 
@@ -31,9 +31,7 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, average: str |
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
     out = torch.einsum("btqhk,btkhv->btqhv", weights, v)
-    if average == "members":
-        return out.unflatten(2, (MEMBERS, -1)).mean(2)
-    return out.mean(1, keepdim=True) if average == "tiles" else out
+    return out.unflatten(2, (MEMBERS, -1)).mean(2) if average == "members" else out
 
 
 def queries(heads: int, *, batch: int = 2) -> Tensor:
@@ -42,7 +40,7 @@ def queries(heads: int, *, batch: int = 2) -> Tensor:
 
 def averaging(average: str | None) -> dict[str, Any]:
     """The arguments that ask for an average."""
-    return {"members": MEMBERS if average == "members" else 1, "over_tiles": average == "tiles"}
+    return {"members": MEMBERS if average == "members" else 1}
 
 
 def keys(heads: int, *, batch: int = 2, count: int = KEYS, width: int = 4) -> Tensor:
@@ -104,9 +102,7 @@ def test_equals_all_at_once(average: str | None, kind: str, masked: bool) -> Non
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    "average, kind", [(None, "shared"), ("tiles", "own"), ("tiles", "shared"), ("members", "shared")]
-)
+@pytest.mark.parametrize("average, kind", [(None, "shared"), ("members", "own"), ("members", "shared")])
 def test_double_backward(average: str | None, kind: str, masked: bool) -> None:
     call = a_call(average, kind, masked=masked)
 
@@ -176,7 +172,7 @@ class Operations(TorchDispatchMode):
     "average, kind, needed",
     [
         (average, kind, needed)
-        for average, kind in [("tiles", "own"), ("members", "own"), ("members", "shared"), (None, "shared")]
+        for average, kind in [("members", "own"), ("members", "shared"), (None, "shared")]
         for needed in product([False, True], repeat=3 if kind == "own" else 2)
         if any(needed)
     ],

@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 
 few = settings(phases=(Phase.explicit, Phase.generate))  # the interpreter is too slow to search for a simpler example
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-AVERAGES = (None, "members", "tiles")
+AVERAGES = (None, "members")
 BACKENDS_AND_AVERAGES = [("triton", None), *(("torch", average) for average in AVERAGES)]
 """The kernel takes no averages."""
 
@@ -40,13 +40,12 @@ class Case:
     grad: Tensor
     key_mask: Tensor | None = None
     members: int = 1
-    over_tiles: bool = False
     scale: float = 0.3
 
     def options(self, device: str) -> dict[str, Any]:
         """All arguments but the first three, on a device and between guards."""
         mask = None if self.key_mask is None else guarded(self.key_mask.to(device))
-        return {"scale": self.scale, "key_mask": mask, "members": self.members, "over_tiles": self.over_tiles}
+        return {"scale": self.scale, "key_mask": mask, "members": self.members}
 
     def operands(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Queries, keys and values between guards; values that are the keys are the same tensor."""
@@ -98,10 +97,9 @@ def a_case(
         q=torch.randn(batch, tiles, members * groups, heads, e),
         k=torch.randn(*of_keys, e),
         v=torch.randn(*of_keys, v),
-        grad=torch.randn(batch, 1 if average == "tiles" else tiles, groups, heads, v),
+        grad=torch.randn(batch, tiles, groups, heads, v),
         key_mask=None if masked is None else torch.rand(batch, tiles, keys) < masked,
         members=members,
-        over_tiles=average == "tiles",
         scale=e**-0.5,
     )
 
@@ -151,8 +149,7 @@ def by_the_equation(case: Case) -> Tensor:
         of_k, of_v = (x[b, t, :, h % x.shape[-2]] for x in (k, v))
         out[b, t, i, h] = of_one_query(q[b, t, i, h], of_k, of_v, allowed[b, t], case.scale)
     groups = queries // case.members
-    mean = sum(out[:, :, m * groups : (m + 1) * groups] for m in range(case.members)) / case.members
-    return mean.mean(1, keepdim=True) if case.over_tiles else mean
+    return sum(out[:, :, m * groups : (m + 1) * groups] for m in range(case.members)) / case.members
 
 
 def cases_for_the_equation(**options: Any) -> st.SearchStrategy[Case]:
@@ -251,7 +248,6 @@ def test_wide_heads(device: str, sizes: dict[str, Any], dtype: torch.dtype) -> N
     [
         ({"e": 257}, "heads of width 257", "use more heads, of at most 256"),
         ({"average": "members"}, "it averages nothing", "average the result of all queries"),
-        ({"average": "tiles"}, "it averages nothing", "average the result of all queries"),
         ({"v": 5}, "values of width 5 for keys of 8", "make them equally wide"),
     ],
 )
@@ -432,7 +428,7 @@ def test_compiles_to_one_graph_for_all_batches(device: str, backend: str) -> Non
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         call = partial(tile_attention, q, scale=0.3, backend=backend)
         out = call(k, v, key_mask=mask) * 2, call(k[:, :, :, :1], v[:, :, :, :1])
-        return out if backend == "triton" else (*out, call(k, v, key_mask=mask, members=2), call(k, k, over_tiles=True))
+        return out if backend == "triton" else (*out, call(k, v, key_mask=mask, members=2))
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
         q, k, v = (torch.randn(batch, *x.shape[1:], device=device) for x in (sizes.q, sizes.k, sizes.v))
@@ -467,10 +463,10 @@ def test_autocast_leaves_float64_alone(device: str) -> None:
 
 
 def test_meta_tensors_have_the_shape_of_the_result() -> None:
-    for average, tiles in ((None, 2), ("members", 2), ("tiles", 1)):
+    for average in AVERAGES:
         case = a_case(average=average, v=5)
         q, k, v = (x.to("meta") for x in (case.q, case.k, case.v))
-        assert case.run(q, k, v, backend="auto").shape == (2, tiles, 3, 2, 5)
+        assert case.run(q, k, v, backend="auto").shape == (2, 2, 3, 2, 5)
 
 
 def test_second_derivatives_are_for_torch(device: str) -> None:
@@ -515,9 +511,9 @@ def test_says_what_does_not_fit(device: str) -> None:
         wrong = torch.ones(shape, dtype=dtype)
         with refuses(f"key_mask {tuple(wrong.shape)} of {wrong.dtype}", "boolean", "(2 or 1, 2, 4)"):
             call(key_mask=wrong.to(device))
-    for members, over_tiles in ((0, False), (-1, False), (2, False), (3, True)):
-        with refuses(f"members={members}, over_tiles={over_tiles}", "must divide the 3 queries", "1 over tiles"):
-            call(members=members, over_tiles=over_tiles)
+    for members in (0, -1, 2):
+        with refuses(f"members={members}", "must divide the 3 queries"):
+            call(members=members)
     for scale in (-1, 0, float("nan")):
         with refuses(f"scale={float(scale)}", "positive"):
             call(scale=scale)

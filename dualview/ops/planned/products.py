@@ -34,7 +34,7 @@ from dualview.ops.fusion import LinearConcatFusion, declared
 from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
 
-Pool: TypeAlias = Literal["tiles", "cells", "map"] | None
+Pool: TypeAlias = Literal["cells", "map"] | None
 
 
 class Arrangement(NamedTuple):
@@ -43,9 +43,8 @@ class Arrangement(NamedTuple):
     Attributes:
         absorb: Queries are projected into the space of the keys, and the keys not at all.
         fold: Absorbed with one head: W_q W_k^T is one matrix.
-        pool: Where the average of the readout is taken, before W_v and all that follows: over "tiles" (cut by strides,
-            the tokens of a cell lie at one place of all tiles), over "cells" of each tile's attention rows (cut by
-            blocks of whole cells), on the "map" of what was collected (cells lie across blocks), or not here.
+        pool: Where the average of the readout is taken, before W_v and all that follows: over "cells" of each tile's
+            attention rows (cut by blocks of whole cells), on the "map" of what was collected, or not here.
     """
 
     absorb: bool = False
@@ -79,12 +78,14 @@ class Rates(NamedTuple):
         dense: Operations of products with weights; a multiply-addition is two.
         attention: Operations of unpooled attention, by width of a head: (widest, operations), rising.
         pooled: Operations of attention whose rows are averaged inside.
+        moved: Elements that are copied, each read and written.
         launch: Seconds that every further operation costs.
     """
 
     dense: float
     attention: tuple[tuple[int, float], ...]
     pooled: float
+    moved: float
     launch: float
 
 
@@ -102,7 +103,8 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates | None:
     for record in records():
         if record["device"] == name and of_type in record["dtypes"]:
             attention = tuple((width, rate) for width, rate in record["attention"])
-            return Rates(record["dense"], attention, record["pooled"], record["launch"])
+            moved = record["moved"] / (2 * dtype.itemsize)
+            return Rates(record["dense"], attention, record["pooled"], moved, record["launch"])
     return None
 
 
@@ -220,10 +222,8 @@ def _candidates(
 
 def _pool(d: DirectionPlan, plan: EnhancePlan) -> Pool:
     """The earliest place where the tokens of a cell can be averaged."""
-    if d.cut == "global":
-        return "tiles"
     whole_cells = all(size % tiles == 0 for size, tiles in zip(plan.tokens, plan.pair, strict=True))
-    return "cells" if whole_cells else "map"
+    return "cells" if d.cut == "local" and whole_cells else "map"
 
 
 def seconds_of(
@@ -243,11 +243,14 @@ def seconds_of(
         else:
             projections += 2 * keys
         dense += projections * dim**2
-        inside = a.pool in ("tiles", "cells")
-        meet_values = results if a.pool == "cells" else queries
+        inside = a.pool == "cells"
+        meet_values = results if inside else queries
         scores = (queries + meet_values) * d.keys * dim * (layer.heads if a.absorb else 1)
         rate = rates.pooled if inside else _rate_of_width(rates, dim if a.absorb else dim // layer.heads)
-        seconds += 2 * scores / rate + (12 if inside else 8) * rates.launch
+        copied = (
+            queries * dim if inside or (a.pool and d.cut == "local") else 0
+        )  # to bring the tokens of cells together
+        seconds += 2 * scores / rate + copied / rates.moved + (12 if inside else 8) * rates.launch
     pooled = chosen.directions[0].pool is not None
     dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
     return seconds + 2 * dense / rates.dense

@@ -161,23 +161,23 @@ def attend_arranged(
         q,
         k,
         v,
-        scale=float((attention.dim / heads) ** -0.5),
+        scale=1.0 if a.fold else float((attention.dim / heads) ** -0.5),
         key_mask=key_mask,
         members=members,
-        over_tiles=a.pool == "tiles",
     )
 
 
 def query_key_matrix(attention: TileAttention) -> Tensor:
-    """W_q W_k^T of one head, as a weight of `torch.nn.functional.linear`."""
-    return attention.k_proj.weight.t() @ attention.q_proj.weight
+    """W_q W_k^T / sqrt(D) of one head, as a weight of `torch.nn.functional.linear`."""
+    scaled: Tensor = attention.q_proj.weight * attention.dim**-0.5
+    return attention.k_proj.weight.t() @ scaled
 
 
 def _absorbed_queries(attention: TileAttention, query: Tensor, folded: Tensor | None) -> Tensor:
     """(x W_q + b_q) W_k^T per head, (B, T, Q, heads, D)."""
     weight, bias = attention.k_proj.weight, attention.q_proj.bias
     if folded is not None:
-        return F.linear(query, folded, None if bias is None else bias @ weight).unsqueeze(-2)
+        return F.linear(query, folded, None if bias is None else bias @ weight * attention.dim**-0.5).unsqueeze(-2)
     q = attention.q_proj(query).unflatten(-1, (attention.num_heads, -1))
     return torch.einsum("btqhe,hed->btqhd", q, weight.unflatten(0, (attention.num_heads, -1)))
 
@@ -238,16 +238,15 @@ class Cells:
 
     def average(self, x: Tensor, *, inside: bool = False) -> Tensor:
         """The mean over each cell; ``inside``: of what the attention has already averaged inside. (B, T, Q, C)"""
-        if self.pool == "map":
-            d = self.d
-            whole = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
-            return mean_of_cells(whole, self.plan.tokens).flatten(1, 2).unsqueeze(1)
-        if inside or self.pool is None:
+        d = self.d
+        if self.pool is None or (self.pool == "cells" and inside):
             return x
-        if self.pool == "tiles":
+        if self.pool == "cells":
+            return cast(Tensor, x.unflatten(2, (self.members, -1)).mean(2))
+        if d.cut == "global":  # a cell has one token in every tile, at the same place
             return x.mean(1, keepdim=True)
-        mean: Tensor = x.unflatten(2, (self.members, -1)).mean(2)
-        return mean
+        whole = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
+        return mean_of_cells(whole, self.plan.tokens).flatten(1, 2).unsqueeze(1)
 
     def map_of(self, x: Tensor) -> Tensor:
         """The tokens of all tiles as one map. (B, T, Q, C) -> (B, rows, columns, C)"""

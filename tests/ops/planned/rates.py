@@ -1,5 +1,6 @@
 """Rates of machines that do not exist, for which each arrangement of products is the fastest."""
 
+import math
 from contextlib import AbstractContextManager
 
 from benchmarks.rates import assumed
@@ -8,7 +9,7 @@ from dualview.ops.planned.products import Rates
 
 def of(*, dense: float = 1.0, attention: float = 1.0, pooled: float = 1.0, launch: float = 0.0) -> Rates:
     """As many operations a second of every kind, unless told otherwise."""
-    return Rates(dense, ((2**20, attention),), pooled, launch)
+    return Rates(dense, ((2**20, attention),), pooled, math.inf, launch)
 
 
 MACHINES: dict[str, Rates | None] = {

@@ -39,7 +39,7 @@ class TestByCountingOperations:
         """Two heads, 6 tokens in 6 tiles: 2 * 6 * 6 < 5 d, and over cells, 6 rows in place of 36, 7 * 6 < 5 d."""
         with machine("operations count"):
             found = dv.DualPerspectiveEnhance.paper(dim, num_heads=2).products((2, 3), tokens, LIKE).directions
-        expected = [(pool, bool(in_blocks if pool == "cells" else in_strides)), ("tiles", bool(in_strides))]
+        expected = [(pool, bool(in_blocks if pool == "cells" else in_strides)), ("map", bool(in_strides))]
         assert [(a.pool, a.absorb) for a in found] == expected
         assert not any(a.fold for a in found), "one matrix is for one head"
 
@@ -67,8 +67,8 @@ class TestByCountingOperations:
         assert folds == (not chosen.keys() - {"share_weights"} and tokens == (3, 3))
 
     @pytest.mark.parametrize("options, pools", [
-        ({}, ["cells", "tiles"]),
-        ({"fusion": "addition", "residual": True, "out_proj": True, "bias": True}, ["cells", "tiles"]),
+        ({}, ["cells", "map"]),
+        ({"fusion": "addition", "residual": True, "out_proj": True, "bias": True}, ["cells", "map"]),
         ({"norm": True}, [None, None]),
         ({"fusion": "multiplication"}, [None, None]),
         ({"fusion": "conv3x3"}, [None, None]),
@@ -85,7 +85,7 @@ class TestByCountingOperations:
     def test_cells_across_blocks_are_averaged_on_the_map(self) -> None:
         with machine("operations count"):
             found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (5, 6), LIKE).directions
-        assert [a.pool for a in found] == ["map", "tiles"], "cells of 3 rows lie across blocks of 5"
+        assert [a.pool for a in found] == ["map", "map"], "cells of 3 rows lie across blocks of 5"
 
 
 class TestForTheKernel:

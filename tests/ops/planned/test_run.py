@@ -204,7 +204,7 @@ def test_averages_taken_inside_are_those_of_the_equations(fastest, masked, resid
     with dv.full_computation():
         expected = run(dem, tiles, grid, mask, direction)
     with machine(fastest):
-        assert {a.pool for a in dem.products(grid, tokens, tiles[0]).directions} == {pool, "tiles"}
+        assert {a.pool for a in dem.products(grid, tokens, tiles[0]).directions} == {pool, "map"}
         torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
 
 
