@@ -9,10 +9,12 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from dualview.arguments import shown
 from dualview.geometry import GridLike, Perspective, Placement, Size, TileGrid, check_perspective
 from dualview.ops.tile_batch import TileBatch
 from dualview.records import Record
-from dualview.views import check_tensors, check_tile_pair, rectangle
+from dualview.tensors import check_tensors
+from dualview.views import check_tile_pair, rectangle
 
 Group: TypeAlias = tuple[Sequence[int], tuple[Tensor, Tensor, TileGrid, tuple[Tensor, Tensor] | None]]
 """Images of one grid: their places in the batch where there are others; local tiles, stride tiles, grid and masks."""
@@ -137,7 +139,7 @@ class DualPerspectiveTiles(DualTiles):
     def checked_grid(self, grid: GridLike | None) -> TileGrid:
         """The grid; a ValueError if one is given and differs from it."""
         if grid is not None and TileGrid.of(grid) != self.grid:
-            raise ValueError(f"grid={grid!r} differs from that of the tiles, {self.grid}: omit the argument.")
+            raise ValueError(f"grid={shown(grid)} differs from that of the tiles, {self.grid}: omit the argument.")
         return self.grid
 
     def _groups(self) -> list[Group]:

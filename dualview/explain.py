@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualview.arguments import check_size, shown
 from dualview.cost import Cost, device_of
-from dualview.geometry import GridLike, Size, TileGrid, check_size
+from dualview.geometry import GridLike, Size, TileGrid
 from dualview.kernels.dispatch import BACKEND, choose
 from dualview.kernels.tile_attention import too_wide
 from dualview.models.parts import DualView
@@ -108,12 +109,12 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | N
         ('9 blocks x 64 queries x 576 keys, absorbed', '9 blocks x 576 queries x 576 keys')
     """
     parts_of, plan_of = method_of(module, "dual_view"), method_of(module, "plan")
-    if parts_of is None and plan_of is None:
+    if (parts_of is None and plan_of is None) or isinstance(module, type):
         raise TypeError(
-            "explain knows DualPerspectiveEnhance, DirectReadout, DualViewEncoder, INF-LLaVA and modules that declare "
-            f"`plan(grid, tokens)`; got {type(module).__name__}."
+            f"module={shown(module)}: explain knows DualPerspectiveEnhance, DirectReadout, DualViewEncoder, INF-LLaVA "
+            "and modules that declare `plan(grid, tokens)`, not their classes."
         )
-    tokens = None if tokens is None else check_size(tokens, "token map")
+    tokens = None if tokens is None else check_size(tokens, "tokens")
     parts: DualView | None = None if parts_of is None else parts_of(grid)
     chosen = grid if parts is None else parts.options.grid
     if chosen is None:

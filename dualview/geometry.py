@@ -13,19 +13,24 @@ Heights come before widths everywhere.
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from dualview.arguments import check_choice, check_count, check_size, integer_of, shown
 
 Perspective: TypeAlias = Literal["local", "global"]
 Layout: TypeAlias = Literal["raster", "local", "global"]
 """How a map lies in memory: row by row, or tile by tile of a perspective."""
+PERSPECTIVES = {"local": "contiguous blocks", "global": "interleaved strides"}
+"""The perspectives, and what their tiles are."""
 DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
+DATA_FORMATS, LAYOUTS = get_args(DataFormat), get_args(Layout)
 Readout: TypeAlias = Literal["average", "bilinear", "centre", "none"]
 """How a cell of rows x cols neighbouring tokens becomes one token."""
+READOUTS = get_args(Readout)
 Size: TypeAlias = tuple[int, int]
 """A pair (height, width)."""
 
@@ -37,6 +42,9 @@ MOST_TILES = 16_384
 
 MOST_SINGLE_CELLS = 1_024
 """Most tiles that may be single cells of their map."""
+
+MOST_TOKENS = 262_144
+"""Longest side of a map of tokens that is planned."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,9 @@ class TileGrid:
 
     def __post_init__(self) -> None:
         for name, count in (("rows", self.rows), ("cols", self.cols)):
-            if isinstance(count, bool) or not hasattr(count, "__index__") or count < 1:
-                raise ValueError(
-                    f"TileGrid(rows={self.rows!r}, cols={self.cols!r}): {name} must be a positive integer. "
-                    "Give the number of tiles along the height first, then along the width."
-                )
+            checked = check_count(count, name, why="Tiles along the height come first, then tiles along the width.")
             if type(count) is not int:  # NumPy's integers
-                object.__setattr__(self, name, operator.index(count))
+                object.__setattr__(self, name, checked)
         if self.num_tiles > MOST_TILES:
             raise ValueError(
                 f"TileGrid(rows={self.rows}, cols={self.cols}) has {self.num_tiles:,} tiles; at most {MOST_TILES:,} "
@@ -95,35 +99,47 @@ class TileGrid:
         """Number of tiles of one perspective, rows * cols."""
         return self.rows * self.cols
 
-    def map_size(self, tile: Size) -> Size:
-        """Size (H, W) of the map that this grid makes of tiles of size ``tile`` = (h, w)."""
-        return self.rows * tile[0], self.cols * tile[1]
+    def map_size(self, tile: SizeLike) -> Size:
+        """Size (H, W) of the map that this grid makes of tiles of size ``tile`` = (h, w).
 
-    def tile_size(self, size: Size) -> Size:
+        Raises:
+            ValueError: ``tile`` is no size.
+        """
+        h, w = check_size(tile, "tile")
+        return self.rows * h, self.cols * w
+
+    def tile_size(self, size: SizeLike) -> Size:
         """Size (h, w) of one tile of a map of ``size`` = (H, W).
 
         Raises:
             ValueError: ``size`` is not a positive multiple of (rows, cols), or the tiles would be single cells, more
                 than 1,024 of them: a tile size was given as the grid.
         """
-        height, width = size
+        return self.tile_of(*check_size(size, "size"), "size")
+
+    def tile_of(self, height: int, width: int, name: str) -> Size:
+        """The same for a map of a height and a width, called ``name`` in errors."""
         if height < 1 or width < 1 or height % self.rows or width % self.cols:
             raise ValueError(
-                f"a map of {height} x {width} (height x width) cannot be cut into {self.rows} x {self.cols} tiles: "
-                f"the height must be a positive multiple of rows={self.rows} and the width of cols={self.cols}. "
-                "Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder` argument)."
+                f"{name}: a map of {height} x {width} (height x width) cannot be cut by a grid of {self.rows} x "
+                f"{self.cols} tiles: the height must be a positive multiple of rows={self.rows} and the width of "
+                f"cols={self.cols}. Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder`)."
             )
         if (height, width) == (self.rows, self.cols) and self.num_tiles > MOST_SINGLE_CELLS:
             raise ValueError(
-                f"a grid of {self.rows} x {self.cols} cuts a map of {height} x {width} (height x width) into single "
-                f"cells, and more than {MOST_SINGLE_CELLS:,} are refused: was a tile size meant? "
+                f"{name}: a grid of {self.rows} x {self.cols} cuts a map of {height} x {width} (height x width) into "
+                f"single cells, and more than {MOST_SINGLE_CELLS:,} are refused: was a tile size meant? "
                 "TileGrid.for_image(size, tile) gives the grid."
             )
         return height // self.rows, width // self.cols
 
     @classmethod
-    def of(cls, grid: GridLike) -> TileGrid:
+    def of(cls, grid: GridLike, name: str = "grid") -> TileGrid:
         """The grid itself, or one made from a (rows, cols) pair.
+
+        Args:
+            grid: The grid or the pair.
+            name: What errors call it.
 
         Raises:
             ValueError: ``grid`` is neither.
@@ -131,10 +147,12 @@ class TileGrid:
         if isinstance(grid, TileGrid):
             return grid
         if isinstance(grid, (tuple, list)) and len(grid) == 2:
-            return cls(*grid)
+            try:
+                return cls(*grid)
+            except ValueError as error:
+                raise ValueError(f"{name}={shown(grid)}: {error}") from None
         raise ValueError(
-            f"grid={grid!r} is not a grid: pass TileGrid(rows=..., cols=...) or a pair (rows, cols) of positive "
-            "integers."
+            f"{name}={shown(grid)}: must be TileGrid(rows=..., cols=...) or a pair (rows, cols) of positive integers."
         )
 
     @classmethod
@@ -148,9 +166,11 @@ class TileGrid:
             >>> TileGrid.parse("2x3")
             TileGrid(rows=2, cols=3)
         """
-        match = re.fullmatch(r"([1-9]\d{0,17})[xX]([1-9]\d{0,17})", text.strip())
+        match = re.fullmatch(r"([1-9]\d{0,17})[xX]([1-9]\d{0,17})", text.strip() if isinstance(text, str) else "")
         if match is None:
-            raise ValueError(f"grid {text!r}: write ROWSxCOLS with two positive integers, rows first, such as 2x3.")
+            raise ValueError(
+                f"text={shown(text)}: write ROWSxCOLS with two positive integers, rows first, such as 2x3."
+            )
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
@@ -171,8 +191,8 @@ class TileGrid:
         (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
         if height < h or width < w:
             raise ValueError(
-                f"an image of {height} x {width} (height x width) is smaller than one tile of {h} x {w}: "
-                "at least one whole tile must fit. Enlarge or pad the image, or choose a smaller tile."
+                f"image size=({height}, {width}): an image of {height} x {width} (height x width) is smaller than one "
+                f"tile of {h} x {w}. Enlarge or pad the image, or choose a smaller tile: at least one must fit."
             )
         return cls(height // h, width // w)
 
@@ -194,7 +214,8 @@ class TileGrid:
         (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
         if height % h or width % w:
             raise ValueError(
-                f"an image of {height} x {width} (height x width) is no whole number of {h} x {w} tiles. "
+                f"image size=({height}, {width}): an image of {height} x {width} (height x width) is no whole number "
+                f"of {h} x {w} tiles. "
                 'DualPerspectiveCrop makes it one, by remainder="pad", "crop" or "resize".'
             )
         return cls(height // h, width // w)
@@ -211,8 +232,8 @@ def grid_or_tile(grid: GridLike | None, tile: SizeLike | None) -> tuple[TileGrid
     """
     if (grid is None) == (tile is None):
         raise ValueError(
-            f"grid={grid!r}, tile={tile!r}: give one of the two, grid=(rows, cols) for the number of tiles or "
-            "tile=(h, w) for the size of one."
+            f"grid={shown(grid)}, tile={shown(tile)}: give one of the two, grid=(rows, cols) for the number of tiles "
+            "or tile=(h, w) for the size of one."
         )
     return None if grid is None else TileGrid.of(grid), None if tile is None else check_size(tile, "tile")
 
@@ -289,35 +310,99 @@ def _first_unseen(perspective: Perspective, tiles: int, size: int, cells: int, r
     return sum(pixel < real for pixel in pixels)
 
 
-def check_size(size: SizeLike, name: str) -> Size:
-    """``size`` as a pair of positive integers (height, width), or a ValueError that says what was given.
+def check_grids(grids: object, name: str) -> tuple[TileGrid, ...]:
+    """A sequence of grids, one per image.
 
-    One integer stands for a square. Whatever counts as an integer does (NumPy's integers too); under ``torch.export``
-    and ``torch.compile`` the values may be symbolic.
+    Raises:
+        ValueError: It is none, or one of them is no grid.
     """
+    if isinstance(grids, str | bytes) or not isinstance(grids, Sequence):
+        raise ValueError(f"{name}={shown(grids)}: must be a list of grids (rows, cols), one per image.")
+    return tuple(TileGrid.of(grid, f"{name}[{i}]") for i, grid in enumerate(grids))
+
+
+def check_live(live: object, grid: TileGrid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which local and which stride tiles of a grid are present, by index: all where ``live`` is None.
+
+    Raises:
+        ValueError: ``live`` is no pair of tile indices, each of the grid and once.
+    """
+    every = tuple(range(grid.num_tiles))
+    if live is None:
+        return every, every
+    given: Any = live
     try:
-        pair = tuple(size) if isinstance(size, Iterable) else (size, size)
-        if any(isinstance(side, bool) for side in pair):
-            raise TypeError
-        height, width = (operator.index(side) for side in pair)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={size!r}: give two positive integers (height, width), or one for a square.") from None
-    if height < 1 or width < 1:
-        raise ValueError(f"{name}={size!r}: height and width must both be at least 1.")
-    return height, width
+        found: Any = _indices(grid.num_tiles, tuple(given[0]), tuple(given[1])) if len(given) == 2 else None
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        found = None
+    if found is None:
+        raise ValueError(
+            f"live={shown(live)}: must be two sequences, of local and of stride tiles of a grid of {grid}, each by its "
+            f"index from 0 to {grid.num_tiles - 1} and at most once, as dem.plan(grid, (h, w)).live."
+        )
+    return found[0], found[1]
 
 
-def check_perspective(perspective: str) -> Perspective:
+def _indices(tiles: int, *given: tuple[object, ...]) -> Any:
+    """Both as integers, None where one is no index of a tile or stands there twice."""
+    pair = tuple(tuple(map(integer_of, indices)) for indices in given)
+    right = all(set(indices) <= set(range(tiles)) and len(set(indices)) == len(indices) for indices in pair)
+    return pair if right else None
+
+
+def check_needed(
+    present: tuple[tuple[int, ...], tuple[int, ...]], local: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    """Raise a ValueError unless every tile that is needed is present."""
+    if not (set(local).issubset(present[0]) and set(stride).issubset(present[1])):
+        missing = [sorted(set(needed) - set(given)) for needed, given in zip((local, stride), present, strict=True)]
+        raise ValueError(
+            f"live={shown(present)}: missing are local tiles {missing[0]} and stride tiles {missing[1]}, which are "
+            "needed. Pass those of dem.plan(grid, (h, w)).live."
+        )
+
+
+# All that torch.compiler.assume_constant_result does, which loads the whole compiler: torch 2.11 cannot trace these.
+_indices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+check_needed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_tokens(tokens: SizeLike, grid: TileGrid) -> Size:
+    """The token map (h, w) of one tile, if it can be planned for a grid.
+
+    Raises:
+        ValueError: It is no size, or the map of all tiles has a side of more than 262,144 tokens.
+    """
+    size = check_size(tokens, "tokens")
+    if max(grid.map_size(size)) > MOST_TOKENS:
+        raise ValueError(
+            f"tokens={size} for each tile of a grid of {grid}: a plan goes through the map row by row and column by "
+            f"column, and takes at most {MOST_TOKENS:,} of either. Was a size in pixels meant?"
+        )
+    return size
+
+
+def check_perspective(perspective: Perspective) -> Perspective:
     """``perspective`` if it is "local" or "global".
 
     Raises:
         ValueError: It is something else.
     """
-    if perspective not in get_args(Perspective):
+    return check_choice(perspective, "perspective", PERSPECTIVES)
+
+
+def check_perspectives(perspectives: object) -> tuple[Perspective, ...]:
+    """One perspective or both, in a tuple.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    given: Any = perspectives if isinstance(perspectives, tuple | list) else ()
+    if not given or any(not isinstance(each, str) or each not in PERSPECTIVES for each in given):
         raise ValueError(
-            f'perspective={perspective!r}: must be "local" (contiguous blocks) or "global" (interleaved strides).'
+            f'perspectives={shown(perspectives)}: must be ("local", "global"), or one of the two such as ("local",).'
         )
-    return perspective  # type: ignore[return-value]  # narrowed by the check above
+    return tuple(given)
 
 
 class AxisSplit(NamedTuple):
@@ -411,11 +496,7 @@ def choose_grid(size: SizeLike, tile: SizeLike, max_tiles: int) -> TileGrid:
         TileGrid(rows=3, cols=2)
     """
     (height, width), (h, w) = check_size(size, "image size"), check_size(tile, "tile")
-    if isinstance(max_tiles, bool) or not hasattr(max_tiles, "__index__") or not 1 <= max_tiles <= MOST_TILES:
-        raise ValueError(
-            f"max_tiles={max_tiles!r}: give a positive integer, at least one tile is needed and at most {MOST_TILES:,} "
-            "are taken."
-        )
+    max_tiles = check_count(max_tiles, "max_tiles", high=MOST_TILES)
 
     def cost(grid: TileGrid) -> tuple[Fraction, int]:
         canvas_height, canvas_width = grid.map_size((h, w))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, Union, cast
 
+from dualview.arguments import shown
 from dualview.pixels import ImageError, from_array, from_tensor
 
 if TYPE_CHECKING:
@@ -67,12 +68,14 @@ def load_image(source: ImageSource) -> Tensor:
         raise ModuleNotFoundError(
             f'dualview.load_image needs pillow ({error}): run pip install -e ".[hf]" in your clone.', name=error.name
         ) from error
-    if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
+    made = not isinstance(source, type)
+    if isinstance(source, (str, os.PathLike)) or (made and hasattr(source, "read")):
         return read_file(cast("str | os.PathLike[str] | IO[bytes]", source))
-    if hasattr(source, "getexif"):
-        return from_pillow(source)
+    if made and hasattr(source, "getexif"):
+        return from_pillow(cast("Image.Image", source))
     raise ImageError(
-        f"a {type(source).__name__} is no picture: give a path, an open file, an image of Pillow, an array or a tensor."
+        f"source={shown(source)}: a {type(source).__name__} is no picture. "
+        "Give a path, an open file, an image of Pillow, an array or a tensor."
     )
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualview.arguments import shown
 from dualview.geometry import Size
+from dualview.tensors import FLOATS
 
 
 def bicubic(image: Tensor, size: Size) -> Tensor:
@@ -25,6 +27,8 @@ def resized(images: Tensor, size: Size) -> Tensor:
     Shape:
         (..., C, H, W) -> (..., C, h, w)
     """
+    if images.dtype not in FLOATS and (images.is_complex() or images.is_floating_point() or images.dtype == torch.bool):
+        raise TypeError(f"images={shown(images)}: must be real numbers to be interpolated. Convert them first.")
     precise = images.to(torch.promote_types(images.dtype, torch.float32))
     small = bicubic(precise.reshape(-1, 1, *images.shape[-2:]), size).reshape(*images.shape[:-2], *size)
     if not images.is_floating_point():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from dualview.arguments import number_of, shown
 from dualview.geometry import Size
 
 
@@ -20,8 +20,8 @@ def check_pad_value(value: float | Sequence[float]) -> float | tuple[float, ...]
     """
     plain = value.tolist() if hasattr(value, "tolist") else value
     given = tuple(plain) if isinstance(plain, Iterable) else (plain,)
-    if not all(isinstance(number, Real) and math.isfinite(number) for number in given):
-        raise ValueError(f"pad_value={value!r}: give a finite number, or one for each channel in a tuple.")
+    if not all(math.isfinite(number_of(number)) for number in given):
+        raise ValueError(f"pad_value={shown(value)}: give a finite number, or one for each channel in a tuple.")
     numbers = tuple(number if isinstance(number, int) else float(number) for number in given)
     return numbers if isinstance(plain, Iterable) else numbers[0]
 

@@ -45,7 +45,7 @@ def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Tensor:
         name = name if isinstance(name, str) else "the open file"
         with _reading(name):
             return _of_file(source, name)
-    name = os.fspath(source)
+    name = os.fspath(source) or "the path ''"
     with _reading(name):
         found = Path(source).stat()
         if not stat.S_ISREG(found.st_mode):

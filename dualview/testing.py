@@ -8,10 +8,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dualview.geometry import DataFormat, GridLike, Perspective, Size, TileGrid, check_perspective, check_size
+from dualview.arguments import check_callable, check_choice, check_count, check_size, shown
+from dualview.geometry import DATA_FORMATS, DataFormat, GridLike, Perspective, Size, TileGrid, check_perspective
 from dualview.ops.tiling import crop
 
 __all__ = ["assert_tile_order", "coordinate_images"]
+
+MOST_PIXELS = 2**24
+"""Pixels of coordinate images that are made at once."""
 
 
 def coordinate_images(size: Size, *, batch: int = 1, data_format: DataFormat = "channels_first") -> Tensor:
@@ -25,15 +29,24 @@ def coordinate_images(size: Size, *, batch: int = 1, data_format: DataFormat = "
     Shape:
         (batch, 3, H, W) or (batch, H, W, 3), float32
 
+    Raises:
+        ValueError: A size or the number of images is not positive, or there are more than 16,777,216 pixels in all.
+
     Example:
         >>> coordinate_images((2, 3))[0, :, 1, 2].tolist()
         [1.0, 2.0, 0.0]
     """
     height, width = check_size(size, "size")
+    batch, first = (
+        check_count(batch, "batch"),
+        check_choice(data_format, "data_format", DATA_FORMATS) == DATA_FORMATS[0],
+    )
+    if batch * height * width > MOST_PIXELS:
+        raise ValueError(f"batch={batch} images of size=({height}, {width}): at most {MOST_PIXELS:,} pixels in all.")
     index = torch.arange(batch).view(-1, 1, 1).expand(batch, height, width)
     row = torch.arange(height).view(1, -1, 1).expand_as(index)
     col = torch.arange(width).view(1, 1, -1).expand_as(index)
-    return torch.stack([row, col, index], dim=1 if data_format == "channels_first" else -1).float()
+    return torch.stack([row, col, index], dim=1 if first else -1).float()
 
 
 def assert_tile_order(
@@ -72,17 +85,20 @@ def assert_tile_order(
         ...
         AssertionError: tiles are not in local order: ...
     """
+    check_callable(fn, "fn", "a function that cuts images into tiles")
     grid, tile, perspective = TileGrid.of(grid), check_size(tile, "tile"), check_perspective(perspective)
     images = coordinate_images(grid.map_size(tile), batch=batch, data_format=data_format)
     expected = crop(images, grid, perspective, data_format=data_format).flatten(0, 1)
-    made = _as_tensor(fn(images.clone()))
+    made = _as_tensor(returned := fn(images.clone()))
+    if made is None:
+        raise AssertionError(f"fn returned {shown(returned)}: expected tensors or arrays of tiles, or lists of them.")
     nested = made.dim() == expected.dim() + 1 and made.shape[:2] == (batch, grid.num_tiles)
     found = (made.flatten(0, 1) if nested else made).to(device=expected.device, dtype=expected.dtype)
     if found.shape != expected.shape:
         raise AssertionError(
             f"the function made {tuple(made.shape)} of images of {tuple(images.shape)}: expected "
-            f"{tuple(expected.shape)} or ({batch}, {grid.num_tiles}, ...), for {grid} tiles of {tile[0]} x {tile[1]} "
-            "(height x width)."
+            f"{tuple(expected.shape)} or ({batch}, {grid.num_tiles}, ...), for a grid of {grid} tiles of {tile[0]} x "
+            f"{tile[1]} (height x width)."
         )
     if torch.equal(found, expected):
         return
@@ -97,17 +113,21 @@ def assert_tile_order(
     for place, (got, want) in enumerate(zip(found, expected, strict=True)):
         if not torch.equal(got, want):
             lines.append(f"  place {place}: should be {_lookup(want, names)}, is {_describe(got, names, data_format)}")
-    shown = "\n".join(lines[:12]) + (f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else "")
+    listed = "\n".join(lines[:12]) + (f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else "")
     raise AssertionError(
         f"tiles are not in {perspective} order: {len(lines)} of {len(found)} are wrong, on a {grid} grid of "
-        f"{tile[0]} x {tile[1]} tiles.\n{shown}"
+        f"{tile[0]} x {tile[1]} tiles.\n{listed}"
     )
 
 
-def _as_tensor(found: Any) -> Tensor:
-    if isinstance(found, (list, tuple)):
-        return torch.stack([_as_tensor(part) for part in found])
-    return torch.as_tensor(found)
+def _as_tensor(found: Any) -> Tensor | None:
+    """Tiles in whatever container as one tensor, None if they are none."""
+    try:
+        if isinstance(found, (list, tuple)):
+            return torch.stack([torch.as_tensor(_as_tensor(part)) for part in found])
+        return torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _names(images: Tensor, grid: TileGrid, perspective: Perspective, data_format: DataFormat) -> dict[bytes, str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
-from os import PathLike
-from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dualview.arguments import check_choice, check_size, shown
 from dualview.geometry import (
+    DATA_FORMATS,
+    LAYOUTS,
     DataFormat,
     GridLike,
     Layout,
@@ -26,6 +27,7 @@ from dualview.geometry import (
     grid_or_tile,
     split_axis,
 )
+from dualview.tensors import check_floats, check_tensors
 
 DIMENSIONS = {
     (True, "channels_first"): "(..., C, H, W)",
@@ -36,69 +38,39 @@ DIMENSIONS = {
 """The dimensions of a map (True) and of tiles (False)."""
 
 
-def check_data_format(data_format: str) -> DataFormat:
-    """``data_format`` if it is one of the two, else a ValueError."""
-    if data_format not in get_args(DataFormat):
-        raise ValueError(f'data_format={data_format!r}: must be "channels_first" or "channels_last".')
-    return data_format  # type: ignore[return-value]  # narrowed by the check above
-
-
-def check_tensors(**named: object) -> None:
-    """Raise a TypeError that says how to convert it for the first argument that is no tensor."""
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {_conversion(x)}.")
-
-
-def check_list(tensors: Sequence[object], name: str) -> None:
-    """Raise a TypeError unless this is a list, or another sequence, of tensors."""
-    if isinstance(tensors, str) or not isinstance(tensors, Sequence):
-        check_tensors(**{name: tensors})
-    check_tensors(**{f"{name}[{i}]": x for i, x in enumerate(tensors)})
-
-
-def _conversion(x: object) -> str:
-    """The type of ``x``, and the call that makes a tensor of it."""
-    kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-    remedy = "torch.as_tensor(x)"
-    if kind.startswith("PIL."):
-        remedy = "dualview.load_image(x)"
-    elif kind.startswith("numpy."):
-        remedy = "torch.from_numpy(x), or dualview.load_image(x) for a picture of height x width x channels"
-    elif isinstance(x, str | PathLike):
-        remedy = "dualview.load_image(x)"
-    elif kind.startswith("dualview."):
-        remedy = "take its tensors, x.data or x.local and x.stride"
-    elif isinstance(x, list | tuple) and x and isinstance(x[0], Tensor):
-        remedy = "torch.stack(x)"
-    return f"{kind}. To convert it: {remedy}"
-
-
-def check_map(x: Tensor, layout: Layout, data_format: str) -> None:
+def check_map(x: Tensor, layout: Layout, data_format: DataFormat, name: str = "x") -> None:
     """Raise an error unless ``x`` can be a map in this layout.
+
+    Args:
+        x: The map.
+        layout: How it lies in memory.
+        data_format: Whether the channels come before or after height and width.
+        name: What the caller calls it.
 
     Raises:
         TypeError: ``x`` is no tensor.
         ValueError: ``data_format`` is unknown, ``x`` has too few dimensions, or it is one image whose channels come
             last where they should come first: more than 16 channels, and a width of 3 or 4.
     """
-    check_tensors(x=x)
-    expected = DIMENSIONS[layout == "raster", check_data_format(data_format)]
+    check_tensors(**{name: x})
+    expected = DIMENSIONS[layout == "raster", check_choice(data_format, "data_format", DATA_FORMATS)]
     if x.dim() < expected.count(","):
         raise ValueError(
-            f"a tensor of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
+            f"{name} of shape {tuple(x.shape)} has too few dimensions for data_format={data_format!r}: expected "
             f"{expected} with any leading batch dimensions."
         )
+    if 0 in (x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]):
+        raise ValueError(f"{name} of shape {tuple(x.shape)} has no cells: height and width must be at least 1.")
     one_image = layout == "raster" and x.dim() == 3 and data_format == "channels_first"
     if one_image and x.shape[0] > 16 and x.shape[2] in (3, 4):
         raise ValueError(
-            f"an image of shape {tuple(x.shape)} under data_format='channels_first' has {x.shape[0]} channels and a "
+            f"{name} of shape {tuple(x.shape)} under data_format='channels_first' has {x.shape[0]} channels and a "
             f"width of {x.shape[2]}: its channels seem to come last. Pass data_format='channels_last', or "
             "x.movedim(-1, 0); where the shape is meant, pass x[None]."
         )
 
 
-def grid_for(x: Tensor, grid: GridLike | None, tile: SizeLike | None, data_format: str) -> TileGrid:
+def grid_for(x: Tensor, grid: GridLike | None, tile: SizeLike | None, data_format: DataFormat) -> TileGrid:
     """The grid itself, or the one that cuts a map into tiles of the size.
 
     Raises:
@@ -118,27 +90,37 @@ def check_tile_pair(
     stride_tiles: Tensor,
     grid: TileGrid,
     present: tuple[Sequence[int], Sequence[int]],
+    of: nn.Module | None = None,
     width: int | None = None,
-) -> None:
-    """Raise an error unless these are the present tiles of the local and of the global map of one grid.
+) -> Size:
+    """The size (h, w) of these tiles, the present ones of the local and of the global map of one grid.
+
+    Args:
+        local_tiles: Tiles of the local map.
+        stride_tiles: Tiles of the global map.
+        grid: Rows and columns of tiles.
+        present: Which of them are given.
+        of: The module whose weights they meet, if it has some.
+        width: The width that it takes.
 
     Raises:
-        TypeError: One of them is no tensor.
+        TypeError: One of them is no tensor, or not of the type or the device of the other and of the weights.
         ValueError: Their counts, sizes or widths do not fit the grid, the module or each other.
     """
-    check_tensors(local_tiles=local_tiles, stride_tiles=stride_tiles)
+    check_floats(of, local_tiles=local_tiles, stride_tiles=stride_tiles)
     shapes = tuple(local_tiles.shape), tuple(stride_tiles.shape)
     fits = all(
         len(shape) == 5 and shape[1] == len(tiles) and width in (None, shape[4])
         for shape, tiles in zip(shapes, present, strict=True)
     )
-    if not fits or shapes[0][0] != shapes[1][0] or shapes[0][2:] != shapes[1][2:]:
+    if not fits or shapes[0][0] != shapes[1][0] or shapes[0][2:] != shapes[1][2:] or 0 in shapes[0][2:4]:
         expected = " and ".join(f"(B, {len(tiles)}, h, w, {width or 'D'})" for tiles in present)
         raise ValueError(
             f"got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: they must be {expected}, "
-            "rows*cols tiles each unless `live` names those present; B, h, w and D must be the same in both. Flattened "
-            "tokens need .unflatten(2, (h, w))."
+            "rows*cols tiles each unless `live` names those present; B, h, w and D must be the same in both, h and w "
+            "at least 1. Flattened tokens need .unflatten(2, (h, w))."
         )
+    return check_size(local_tiles.shape[2:4], "token map")
 
 
 def rectangle(inner: Size, outer: Size, device: torch.device) -> Tensor:
@@ -164,24 +146,32 @@ def in_order(groups: Sequence[Sequence[int]], grids: Sequence[TileGrid], results
     return torch.stack([rows[place] for place in range(len(rows))])
 
 
-def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat) -> Size:
-    """The size (h, w) of the tiles of a map in this layout.
+def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat, name: str = "x") -> Size:
+    """The size (h, w) of the tiles of a map in this layout; arguments as for `check_map`.
 
     Raises:
         ValueError: ``x`` is no map of this grid, or ``data_format`` is unknown.
     """
-    check_map(x, layout, data_format)
+    check_map(x, layout, data_format, name)
     h, w = x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]
     if layout == "raster":
-        return grid.tile_size((h, w))
+        return grid.tile_of(h, w, name)
     if x.shape[-4] != grid.num_tiles:
         raise ValueError(
-            f"got {x.shape[-4]} tiles (dimension {x.dim() - 4} of {tuple(x.shape)}) for a grid of {grid}: it needs "
-            f"rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut with."
+            f"{name} has {x.shape[-4]} tiles (dimension {x.dim() - 4} of {tuple(x.shape)}) for a grid of {grid}: it "
+            f"needs rows*cols = {grid.num_tiles}. Pass all tiles of each image, and the grid they were cut with."
         )
-    if h < 1 or w < 1:
-        raise ValueError(f"got tiles of {h} x {w} (height x width): a tile must hold at least one cell.")
     return h, w
+
+
+def check_result_size(size: SizeLike, grid: TileGrid, tile: Size) -> None:
+    """Raise a ValueError unless tiles of a size make the map that was asked for."""
+    (h, w), made = tile, grid.map_size(tile)
+    if made != check_size(size, "size"):
+        raise ValueError(
+            f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of {made}; "
+            f"size={shown(size)} was asked for. Check the grid (rows first) and that the tiles are those of this map."
+        )
 
 
 def batch_of(x: Tensor, layout: Layout) -> torch.Size:
@@ -238,7 +228,7 @@ def _orders(source: Layout, target: Layout, data_format: DataFormat) -> tuple[li
 
 ORDERS = {
     (source, target, data_format): _orders(source, target, data_format)
-    for source, target in permutations(get_args(Layout), 2)
-    for data_format in get_args(DataFormat)
+    for source, target in permutations(LAYOUTS, 2)
+    for data_format in DATA_FORMATS
 }
 """Of every move from layout to layout: `_orders`, made once, for a call has no time for it."""

@@ -453,7 +453,7 @@ def test_refuses_what_it_cannot_explain() -> None:
         explain(DualPerspectiveEnhance.paper(DIM))
     with refuses("grid=(rows, cols)"):
         explain(DualViewEncoder(Patches(), None))
-    with refuses("got Linear", "DualViewEncoder", "plan(grid, tokens)", error=TypeError):
+    with refuses("module=Linear(", "DualViewEncoder", "plan(grid, tokens)", error=TypeError):
         explain(nn.Linear(2, 2), grid=(2, 3))
     fixed = DualViewEncoder(Patches(), None, grid=(2, 3))
     with refuses("grid=3x2", "fixed grid of 2x3", "omit"):

@@ -5,6 +5,7 @@ import pickle
 import time
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualview as dv
-from dualview.geometry import MOST_TILES, check_perspective, check_size, position, split_axis
+from dualview.arguments import check_size
+from dualview.geometry import MOST_TILES, check_perspective, position, split_axis
 from tests import reference
 from tests.checks import refuses
 from tests.strategies import grids, perspectives
@@ -49,10 +51,17 @@ class TestTileGrid:
     @pytest.mark.parametrize("rows, cols", [(0, 3), (2, 0), (-1, 3), (2, -3), (2.0, 3), (True, 3), (2, "3"), (2, None)])
     def test_refuses_counts(self, rows: object, cols: object) -> None:
         bad = "rows" if rows != 2 or isinstance(rows, float) else "cols"
-        with refuses(f"rows={rows!r}", f"cols={cols!r}", f"{bad} must be a positive integer", "height first"):
+        with refuses(f"{bad}={rows if bad == 'rows' else cols!r}: must be a positive integer", "height come first"):
             dv.TileGrid(rows, cols)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("size", [(5, 9), (4, 8), (0, 9), (4, 0), (-4, 9)])
+    @pytest.mark.parametrize("size", [(0, 9), (4, 0), (-4, 9), (4.0, 9), (True, 9), "49", None])
+    def test_tile_size_refuses_what_is_no_size(self, size: Any) -> None:
+        with refuses(f"size={size!r}", "two positive integers (height, width)"):
+            dv.TileGrid(2, 3).tile_size(size)
+        with refuses(f"tile={size!r}", "two positive integers (height, width)"):
+            dv.TileGrid(2, 3).map_size(size)
+
+    @pytest.mark.parametrize("size", [(5, 9), (4, 8)])
     def test_tile_size_refuses_what_does_not_divide(self, size: tuple[int, int]) -> None:
         with refuses(f"{size[0]} x {size[1]}", "2 x 3", "rows=2", "cols=3", "positive multiple", "Pad, crop or resize"):
             dv.TileGrid(2, 3).tile_size(size)
@@ -86,7 +95,7 @@ class TestTileGrid:
         "text", ["", "2", "2x", "x3", "0x3", "2x0", "2x3x4", "-2x3", "2 x 3", "2,3", "2.0x3", "axb"]
     )
     def test_parse_refuses(self, text: str) -> None:
-        with refuses(f"grid {text!r}", "ROWSxCOLS", "rows first", "2x3"):
+        with refuses(f"text={text!r}", "ROWSxCOLS", "rows first", "2x3"):
             dv.TileGrid.parse(text)
 
     def test_is_a_value(self) -> None:
@@ -119,7 +128,7 @@ class TestForImage:
     @given(sides, sides, sides, sides)
     def test_is_eq_9_and_10(self, height: int, width: int, h: int, w: int) -> None:
         if height < h or width < w:
-            with refuses(f"{height} x {width}", f"{h} x {w}", "at least one whole tile must fit", "smaller tile"):
+            with refuses(f"{height} x {width}", f"{h} x {w}", "at least one must fit", "smaller tile"):
                 dv.TileGrid.for_image((height, width), tile=(h, w))
             return
         rows, cols = dv.TileGrid.for_image((height, width), tile=(h, w))
@@ -130,7 +139,7 @@ class TestForImage:
     @pytest.mark.parametrize("name, size, tile", [("image size", (0, 5), (1, 1)), ("tile", (5, 5), (1, 0))])
     def test_refuses_sizes(self, name: str, size: tuple[int, int], tile: tuple[int, int]) -> None:
         bad = size if name == "image size" else tile
-        with refuses(f"{name}={bad!r}", "at least 1"):
+        with refuses(f"{name}={bad!r}", "two positive integers"):
             dv.TileGrid.for_image(size, tile=tile)
 
 
@@ -142,7 +151,7 @@ def test_one_number_is_the_size_of_a_square() -> None:
     assert check_size(336, "tile") == check_size(np.int64(336), "tile") == (336, 336)
     assert dv.TileGrid.for_image((672, 1008), tile=336) == dv.choose_grid((672, 1008), 336, 9) == dv.TileGrid(2, 3)
     assert dv.DualPerspectiveCrop(tile=4)(torch.zeros(3, 8, 12)).grid == dv.TileGrid(2, 3)
-    with refuses("tile=0", "at least 1"):
+    with refuses("tile=0", "two positive integers"):
         check_size(0, "tile")
 
 
@@ -259,11 +268,11 @@ class TestChooseGrid:
         assert dv.choose_grid((7 * height, 7 * width), tile=(7 * h, 7 * w), max_tiles=max_tiles) == grid
 
     def test_refuses(self) -> None:
-        with refuses("image size=(0, 5)", "at least 1"):
+        with refuses("image size=(0, 5)", "two positive integers"):
             dv.choose_grid((0, 5), tile=(1, 1), max_tiles=3)
-        with refuses("tile=(1, -2)", "at least 1"):
+        with refuses("tile=(1, -2)", "two positive integers"):
             dv.choose_grid((5, 5), tile=(1, -2), max_tiles=3)
-        with refuses("max_tiles=0", "at least one tile"):
+        with refuses("max_tiles=0", "positive integer"):
             dv.choose_grid((5, 5), tile=(1, 1), max_tiles=0)
         with refuses("max_tiles=True", "positive integer"):
             dv.choose_grid((5, 5), tile=(1, 1), max_tiles=True)

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dualview"
 
 FLOORS = (  # from the ground up
-    ("geometry.py",),
+    ("arguments.py",),
+    ("geometry.py", "tensors.py"),
     ("views.py", "interpolation.py", "padding.py", "records.py", "switches.py"),
     ("kernels/*.py", "ops/tile_batch.py"),
     ("dual_tiles.py",),

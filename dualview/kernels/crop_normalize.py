@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, TileGrid
+from dualview.geometry import GridLike, Perspective, TileGrid, check_live
 from dualview.kernels import dispatch
 from dualview.kernels.tables import table
-from dualview.views import view_in
+from dualview.views import tile_size, view_in
 
 
 def crop_normalize(
@@ -49,20 +49,15 @@ def crop_normalize(
         RuntimeError: "triton" was asked for and cannot run.
     """
     grid = TileGrid.of(grid)
-    if images.dim() < 3 or images.shape[-3] != len(scales):
-        raise ValueError(f"{len(scales)} scales for images {tuple(images.shape)}: one (factor, offset) per channel is "
-                         "needed, and images (..., C, H, W).")  # fmt: skip
-    grid.tile_size((images.shape[-2], images.shape[-1]))  # a ValueError where they are no multiple of the grid
-    every = range(grid.num_tiles)
-    local, stride = (list(tiles) for tiles in (live or (every, every)))
-    for tiles in (local, stride):
-        if len(set(tiles)) != len(tiles) or not set(tiles) <= set(every):
-            raise ValueError(f"live={live}: tiles of a grid of {grid}, 0 to {every[-1]}, each at most once.")
-    refused = []
-    if images.requires_grad and torch.is_grad_enabled():
-        refused.append("gradients of pixels are not implemented: detach the images")
-    if dtype not in dispatch.FLOATS:
-        refused.append(f"tiles of {dtype}: ask for one of {', '.join(map(str, dispatch.FLOATS))}")
+    tile_size(images, "raster", grid, "channels_first", "images")
+    if images.shape[-3] != len(scales):
+        raise ValueError(f"{len(scales)} scales for images {tuple(images.shape)}: one (factor, offset) per channel.")
+    local, stride = map(list, check_live(live, grid))
+    reasons = {
+        "gradients of pixels are not implemented: detach the images": images.requires_grad and torch.is_grad_enabled(),
+        f"tiles of {dtype}: ask for one of {', '.join(map(str, dispatch.FLOATS))}": dtype not in dispatch.FLOATS,
+    }
+    refused = [reason for reason, holds in reasons.items() if holds]
     by_torch = dispatch.choose("crop_normalize", images, backend=backend, refused=refused).name == "torch"
     batch = images.shape[:-3]
     one_batch = images.reshape(batch.numel(), *images.shape[-3:])

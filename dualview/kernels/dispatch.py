@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from dualview.arguments import check_choice
 from dualview.switches import Switch
 
 Backend: TypeAlias = Literal["auto", "torch", "triton"]
+BACKENDS = get_args(Backend)
 
 MEASURED: dict[str, str] = {
     "crop_normalize": "measured on an H100: 8 photographs in 0.25 ms, and 0.50 ms by torch",
@@ -49,14 +51,9 @@ class Choice(NamedTuple):
 UNMEASURED = Choice("torch", ('no GPU is known on which the kernel is faster; backend="triton" asks for it',))
 
 
-def check_backend(backend: str, name: str = "backend") -> Backend:
-    """``backend`` if it is one of the choices, else a ValueError that calls it ``name``."""
-    if backend not in get_args(Backend):
-        raise ValueError(f'{name}={backend!r}: must be "auto", "torch" or "triton".')
-    return backend  # type: ignore[return-value]  # narrowed by the check above
-
-
-_of_environment = check_backend(os.environ.get("DUALVIEW_BACKEND", "auto"), "the environment variable DUALVIEW_BACKEND")
+_of_environment: Any = check_choice(
+    os.environ.get("DUALVIEW_BACKEND", "auto"), "the environment variable DUALVIEW_BACKEND", BACKENDS
+)
 BACKEND: Switch[tuple[Backend, str]] = Switch("dualview_backend", (_of_environment, "DUALVIEW_BACKEND"))
 """The backend that is asked for, and by what."""
 _triton_installed = find_spec("triton") is not None
@@ -80,7 +77,7 @@ def use_backend(backend: Backend) -> AbstractContextManager[None]:
         ...     choose("retile", torch.zeros(1)).name
         'torch'
     """
-    return BACKEND.holding((check_backend(backend), "use_backend"))
+    return BACKEND.holding((check_choice(backend, "backend", BACKENDS), "use_backend"))
 
 
 def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
@@ -96,7 +93,9 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
         RuntimeError: "triton" was asked for, in whatever way, and the kernel cannot run.
         ValueError: ``backend`` is none of the three.
     """
-    asked, by = BACKEND.value() if backend is None else (check_backend(backend), "the argument of the call")
+    asked, by = (
+        BACKEND.value() if backend is None else (check_choice(backend, "backend", BACKENDS), "the argument of the call")
+    )
     if asked == "torch":
         return Choice("torch", (f'backend="torch", by {by}',))
     if asked == "auto" and kernel not in MEASURED:  # at once: a call of a small batch waits for the host

@@ -6,12 +6,13 @@ D = 1024, bfloat16: 21.2 MB, so 7.1 us at the 2.98 TB/s that an H100 copies.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualview.geometry import DataFormat, GridLike, Layout, Size, TileGrid
+from dualview.arguments import check_choice
+from dualview.geometry import LAYOUTS, DataFormat, GridLike, Layout, Size, TileGrid
 from dualview.kernels import dispatch
 from dualview.views import batch_of, shape_in, tile_size, view_in
 
@@ -27,6 +28,7 @@ def retile(
     *,
     data_format: DataFormat = "channels_last",
     backend: dispatch.Backend | None = None,
+    name: str = "x",
 ) -> Tensor:
     """A map in another layout; always a new contiguous tensor.
 
@@ -38,6 +40,7 @@ def retile(
         data_format: Whether the channels come before or after height and width.
         backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says. Channels-first maps
             are moved by torch, whatever they say.
+        name: What the caller calls the map.
 
     Shape:
         - channels_last: (..., rows*h, cols*w, D) in raster order, (..., rows*cols, h, w, D) as tiles
@@ -53,10 +56,9 @@ def retile(
         >>> retile(tiles, "local", "raster", (2, 3)).shape
         torch.Size([2, 8, 15, 8])
     """
-    if source not in get_args(Layout) or target not in get_args(Layout):
-        raise ValueError(f"retile from {source!r} to {target!r}: layouts must be among {get_args(Layout)}.")
+    source, target = check_choice(source, "source", LAYOUTS), check_choice(target, "target", LAYOUTS)
     grid = TileGrid.of(grid)
-    tile = tile_size(x, source, grid, data_format)
+    tile = tile_size(x, source, grid, data_format, name)
     first = data_format == "channels_first"
     refused = (TOKENS,) if first else ()
     if (first and backend is None) or dispatch.choose("retile", x, backend=backend, refused=refused).name == "torch":

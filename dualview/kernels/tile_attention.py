@@ -28,6 +28,7 @@ from dualview.kernels.chunked_attention import (
     gradients_by_chunks,
     mask_and_alive,
 )
+from dualview.tensors import check_attention
 
 WIDEST_HEAD = 256
 """Of flash attention, torch's and that of the Triton kernel."""
@@ -71,7 +72,7 @@ def tile_attention(
     """
     q, k, v = _of_autocast(q, k, v)
     problem = Problem(q, k, v, key_mask, float(scale), members)
-    _check(problem)
+    check_attention(*problem)
     read = (q, k, v) if key_mask is None else (q, k, v, key_mask)
     if dispatch.choose("tile_attention", *read, backend=backend, refused=_refused(problem)).name == "torch":
         return _by_torch(problem)
@@ -103,43 +104,6 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     dtype = torch.get_autocast_dtype(device)
     key = k.to(dtype)
     return q.to(dtype), key, key if v is k else v.to(dtype)
-
-
-def _check(problem: Problem) -> None:
-    """Raise a ValueError where shapes, types or the scale do not fit."""
-    q, k, v, key_mask, scale, members = problem
-    if (
-        not q.dim() == k.dim() == v.dim() == 5
-        or k.shape[:2] != q.shape[:2]
-        or k.shape[:-1] != v.shape[:-1]
-        or k.shape[-2] not in (1, q.shape[3])
-        or k.shape[-1] != q.shape[-1]
-        or not q.dtype == k.dtype == v.dtype
-        or not q.is_floating_point()
-    ):
-        raise ValueError(
-            f"tile_attention got q {_shown(q)}, k {_shown(k)}, v {_shown(v)}: q must be (B, T, Q, H, E), k and v "
-            "(B, T, K, H or 1, E or V), with as many heads in k as in v, and all of one floating-point type. Cast "
-            "them, or call it under torch.autocast."
-        )
-    if members < 1 or q.shape[2] % members:
-        raise ValueError(
-            f"tile_attention got q {_shown(q)} and members={members}: it must divide the {q.shape[2]} queries of a "
-            "tile."
-        )
-    batch, tiles, keys = k.shape[:3]
-    shapes = [(images, tiles, keys) for images in (1, batch)]
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in shapes):
-        raise ValueError(
-            f"tile_attention got key_mask {_shown(key_mask)}: it must be boolean, True for keys that may be attended "
-            f"to, of shape ({batch} or 1, {tiles}, {keys})."
-        )
-    if not scale > 0:
-        raise ValueError(f"tile_attention got scale={scale}: it must be positive, such as E ** -0.5.")
-
-
-def _shown(x: Tensor) -> str:
-    return f"{tuple(x.shape)} of {x.dtype}"
 
 
 # --- By torch --------------------------------------------------------------------------------------------------------

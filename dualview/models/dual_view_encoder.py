@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, Size, SizeLike, TileGrid, check_size
+from dualview.arguments import check_callable, check_choice, check_count, check_flags, check_size
+from dualview.geometry import GridLike, Size, SizeLike, TileGrid
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.parts import DualView, Encoder, LowRes, Pixels, ViewOptions, low_res_of
 from dualview.models.view_plan import ViewPlan, plan_encoder
@@ -81,15 +82,13 @@ class DualViewEncoder(nn.Module):
         max_tiles_per_pass: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(encoder) or not (dem is None or callable(dem)):
-            raise TypeError(
-                f"encoder={encoder!r}, dem={dem!r}: the encoder must be callable, and the dem a module such as "
-                "DualPerspectiveEnhance.released(dim), or None."
-            )
+        check_callable(encoder, "encoder", "a callable (T, 3, h, w) -> (T, h', w', D), such as HfEncoder(tower)")
+        if dem is not None:
+            check_callable(dem, "dem", "a module such as DualPerspectiveEnhance.released(dim), or None")
+        check_flags(resize=resize, low_pass=low_pass)
+        check_choice(low_res, "low_res", ("auto", "mean", "add", None))
         if low_res == "auto":
             low_res = low_res_of(dem)
-        if low_res not in ("mean", "add", None):
-            raise ValueError(f'low_res={low_res!r}: must be "auto", "mean", "add" or None.')
         if resize and grid is None:
             raise ValueError("resize=True needs a grid: it says to which size images are brought.")
         if getattr(dem, "readout", None) == "none" and low_res is not None:
@@ -97,8 +96,8 @@ class DualViewEncoder(nn.Module):
                 f"low_res={low_res!r} cannot be mixed with a full map: use low_res=None, or a dem with a readout other "
                 'than "none".'
             )
-        if max_tiles_per_pass is not None and max_tiles_per_pass < 1:
-            raise ValueError(f"max_tiles_per_pass={max_tiles_per_pass}: must be at least 1, or None.")
+        if max_tiles_per_pass is not None:
+            max_tiles_per_pass = check_count(max_tiles_per_pass, "max_tiles_per_pass", why="Or None.")
         self.encoder, self.dem = encoder, dem
         self.tile, self.grid = check_size(tile, "tile"), None if grid is None else TileGrid.of(grid)
         self.low_res, self.resize, self.low_pass = low_res, resize, low_pass
@@ -121,7 +120,7 @@ class DualViewEncoder(nn.Module):
         Raises:
             ValueError: Images, masks and grid do not fit each other, the encoder returns something that is no token
                 map, or ``max_tiles_per_pass`` would change the statistics of its batch norms.
-            TypeError: An image is no tensor.
+            TypeError: An image is no floating-point tensor.
         """
         return encode_dual_view(self.dual_view(), pixels, valid)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dualview.arguments import shown
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import Perspective, Size, TileGrid
 from dualview.models.parts import DualView, Encoder, Pixels, ViewOptions
@@ -17,7 +18,8 @@ from dualview.ops.planned.run import select
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.switches import planning
-from dualview.views import check_list, in_order
+from dualview.tensors import check_alike, check_floats, check_list, check_mask
+from dualview.views import in_order
 
 
 def encode_dual_view(
@@ -30,14 +32,9 @@ def encode_dual_view(
     full, cut = not planning(), None
     if isinstance(pixels, DualPerspectiveTiles | DualPerspectiveTileBatch | TileBatch):
         pixels, cut, valid = _put_back(pixels, valid)
-    if isinstance(pixels, Tensor):
-        batches = [pixels]
-    else:
-        check_list(pixels, "pixels")
-        batches = [image[None] for image in pixels]
+    batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in check_list(pixels, "pixels")]
     if not batches:
-        raise ValueError("a list of images must hold at least one.")
-    masks = _masks(valid, batches, isinstance(pixels, Tensor))
+        raise ValueError(f"pixels={shown(pixels)}: must hold at least one image.")
     grids = [_grid_of(batch, options) for batch in batches]
     if cut not in (None, tuple(grids)) and not options.resize:
         raise ValueError(
@@ -45,6 +42,8 @@ def encode_dual_view(
             f"{options.tile[0]} x {options.tile[1]} these images have grids {[str(g) for g in grids]}: give "
             f"DualPerspectiveCrop the tile of the encoder."
         )
+    check_alike(batches, "pixels")
+    masks = _masks(valid, batches, isinstance(pixels, Tensor))
     plans = [
         plan_encoder(encoder, dem, options, grid, (batch.shape[2], batch.shape[3]), full=full)
         for batch, grid in zip(batches, grids, strict=True)
@@ -83,19 +82,17 @@ def _put_back(
 def _masks(valid: Tensor | Sequence[Tensor] | None, batches: list[Tensor], uniform: bool) -> list[Tensor] | None:
     if valid is None:
         return None
-    masks = [valid] if uniform and isinstance(valid, Tensor) else [mask[None] for mask in valid]
-    expected = [(batch.shape[0], *batch.shape[-2:]) for batch in batches]
-    if [tuple(mask.shape) for mask in masks] != expected:
-        raise ValueError(
-            f"valid has shapes {[tuple(mask.shape) for mask in masks]}: it must mark every pixel of every image, "
-            f"{expected}."
-        )
-    return masks
+    masks: list[Any] = [valid] if uniform else [mask[None] for mask in check_list(valid, "valid", len(batches))]
+    return [
+        check_mask(mask, "valid", [(batch.shape[0], *batch.shape[-2:])], batch, "real pixels, of every image")
+        for mask, batch in zip(masks, batches, strict=True)
+    ]
 
 
 def _grid_of(images: Tensor, options: ViewOptions) -> TileGrid:
     (h, w), grid = options.tile, options.grid
-    if images.dim() != 4 or not images.is_floating_point():
+    check_floats(pixels=images)
+    if images.dim() != 4:
         raise ValueError(
             f"pixels of shape {tuple(images.shape)} and type {images.dtype}: expected floating-point (B, 3, H, W), or "
             "a list of (3, H, W)."
@@ -107,7 +104,7 @@ def _grid_of(images: Tensor, options: ViewOptions) -> TileGrid:
     if height % h or width % w or 0 in found or (grid is not None and found != (grid.rows, grid.cols)):
         wanted = "a whole number of tiles" if grid is None else f"{grid.map_size((h, w))}, a grid of {grid}"
         raise ValueError(
-            f"images of {height} x {width} (height x width) with tiles of {h} x {w}: must be {wanted}. "
+            f"pixels: images of {height} x {width} (height x width) with tiles of {h} x {w}: must be {wanted}. "
             "DualPerspectiveCrop pads or crops images to whole tiles; resize=True interpolates inside."
         )
     return TileGrid(*found)

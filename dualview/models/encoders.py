@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dualview.arguments import check_flags, check_size
 from dualview.geometry import Size
 from dualview.models.hf_tower import HfTower, check_integer, check_tower
 from dualview.ops.planned.live import LayerPlan, plan_layers
 from dualview.switches import planning
+from dualview.tensors import check_pixels
 
 
 class HfEncoder(nn.Module):
@@ -106,11 +108,13 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
         super().__init__()
+        check_flags(norm=norm)
         _check_intermediates(model, layer, _levels(model))
         self.model, self.layer, self.norm = model, layer, norm
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode tiles. (T, 3, h, w) -> (T, h', w', D)"""
+        check_pixels(self.model, pixels, *_input_of(self.model))
         early = planning()
         options: dict[str, Any] = {"norm": True} if self.norm else {}
         maps = cast(Any, self.model).forward_intermediates(
@@ -154,12 +158,14 @@ class OpenClipEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, layer: int = -2, *, norm: bool = False) -> None:
         super().__init__()
+        check_flags(norm=norm)
         tower = getattr(model, "visual", model)
         _check_intermediates(tower, layer, _resblocks(tower) or _levels(getattr(tower, "trunk", None)))
         self.model, self.layer, self.norm = tower, layer, norm
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode tiles. (T, 3, h, w) -> (T, h', w', D)"""
+        check_pixels(self.model, pixels, *_input_of(self.model))
         early = planning()
         output = cast(Any, self.model).forward_intermediates(
             pixels,
@@ -182,6 +188,18 @@ class OpenClipEncoder(nn.Module):
         return f"layer={self.layer}, norm={self.norm}"
 
 
+def _input_of(model: Any) -> tuple[int, Size | None]:
+    """Channels that a tower takes, and the one size that it takes, None if there are several."""
+    tower = getattr(model, "trunk", model)
+    patches = getattr(tower, "patch_embed", None)
+    stem = getattr(tower, "conv1", None) or getattr(patches, "proj", None)  # of open_clip's and of timm's transformers
+    fixed = getattr(patches, "strict_img_size", False) and not getattr(patches, "dynamic_img_pad", False)
+    size = getattr(patches, "img_size", None) if fixed else None
+    if _resblocks(model):
+        size = getattr(model, "image_size", None)
+    return getattr(stem, "in_channels", 3), None if size is None else check_size(size, "image size of the model")
+
+
 def _levels(model: nn.Module | None) -> int:
     """How many blocks or stages a model of timm lists in ``feature_info``; 0 if it lists none."""
     return len(getattr(model, "feature_info", ()))
@@ -201,10 +219,10 @@ def _plan_of_levels(model: nn.Module | None, layer: int, *, norm: bool) -> Layer
 
 
 def _check_intermediates(model: nn.Module, layer: int, total: int) -> None:
-    if not hasattr(model, "forward_intermediates"):
+    if not isinstance(model, nn.Module) or not hasattr(model, "forward_intermediates"):
         raise ValueError(
-            f"{type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap the "
-            "model in a function (T, 3, h, w) -> (T, h', w', D)."
+            f"model: {type(model).__name__} has no `forward_intermediates`: update the library it comes from, or wrap "
+            "it in a function (T, 3, h, w) -> (T, h', w', D)."
         )
     check_integer(layer)
     if total and not -total <= layer < total:

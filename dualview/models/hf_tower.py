@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from dualview.arguments import check_size, integer_of, shown
 from dualview.geometry import Size
 from dualview.ops.planned.live import LayerPlan, plan_layers
 from dualview.ops.planned.products import untouched
 from dualview.switches import planning
+from dualview.tensors import check_pixels
 
 
 class HfTower(NamedTuple):
@@ -43,10 +45,10 @@ class HfTower(NamedTuple):
 
     def token_map(self, tile: Size) -> Size:
         """Tokens (h', w') of a tile of (h, w) pixels."""
-        patch = _pair(cast(Any, self.model).config.patch_size)
+        patch, tile = _pair(cast(Any, self.model).config.patch_size), check_size(tile, "tile")
         if tile[0] < patch[0] or tile[1] < patch[1]:
             raise ValueError(
-                f"a tile of {tile[0]} x {tile[1]} pixels (height x width) is smaller than a patch of "
+                f"tile={tile}: a tile of {tile[0]} x {tile[1]} pixels (height x width) is smaller than a patch of "
                 f"{type(self.model).__name__}, {patch[0]} x {patch[1]}: use larger tiles."
             )
         return tile[0] // patch[0], tile[1] // patch[1]
@@ -54,11 +56,12 @@ class HfTower(NamedTuple):
     def __call__(self, pixels: Tensor) -> Tensor:
         """``hidden_states[layer]`` as a token map, from the layers that `layer_plan` names."""
         tower, plan = cast(Any, self.model), self._plan(full=not planning())
+        check_pixels(tower, pixels, getattr(tower.config, "num_channels", 3))
         height, width = pixels.shape[-2:]
         # A fixed table of positions: SigLIP would add it, row by row, to a map of any shape with as many patches.
         if hasattr(tower.embeddings, "position_ids") and (height, width) != _pair(tower.config.image_size):
             raise ValueError(
-                f"{type(tower).__name__} got tiles of {height} x {width} (height x width), but it has positions for "
+                f"{type(tower).__name__} got pixels of {height} x {width} (height x width), but it has positions for "
                 f"one size alone: use tile={_pair(tower.config.image_size)}."
             )
         if self.layer is None:
@@ -119,10 +122,10 @@ def check_tower(model: nn.Module, layer: int | None) -> None:
     reason, count = _unlike_the_known(model), len(_blocks(model))
     if reason:
         raise ValueError(
-            f"{type(model).__name__} is not a vision tower of the expected build: {reason}. It needs `embeddings`, "
-            "`encoder.layers` (or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, SiglipVisionModel and "
-            "Dinov2Model have. Of a two-tower model pass its `vision_model`; wrap any other tower in a function "
-            "(T, 3, h, w) -> (T, h', w', D)."
+            f"model: {type(model).__name__} is not a vision tower of the expected build: {reason}. It needs "
+            "`embeddings`, `encoder.layers` (or `encoder.layer`) and `config.patch_size`, as CLIPVisionModel, "
+            "SiglipVisionModel and Dinov2Model have. Of a two-tower model pass its `vision_model`; wrap any other "
+            "tower in a function (T, 3, h, w) -> (T, h', w', D)."
         )
     if layer is None:
         return
@@ -198,5 +201,5 @@ def _pair(size: int | Size) -> Size:
 
 def check_integer(layer: object) -> None:
     """Raise a TypeError unless a layer is given by an integer."""
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer={layer!r}: must be an integer, the index of a layer.")
+    if integer_of(layer) is None:
+        raise TypeError(f"layer={shown(layer)}: must be an integer, the index of a layer.")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualview.geometry import LiveTiles, Size, TileGrid, check_size, tile_slice
+from dualview.arguments import check_size
+from dualview.geometry import LiveTiles, Size, TileGrid, tile_slice
 from dualview.models.parts import LowRes, ViewOptions, all_tiles
 from dualview.ops.low_pass import low_pass as smooth
 from dualview.ops.planned.live import LayerPlan, constant
@@ -168,8 +169,8 @@ def plan_encoder(
         live = LiveTiles(tuple(needed[0]), tuple(needed[1]))  # torch.compile (2.11) indexes it, but does not unpack it
     if plan_of_dem is not None:
         token_map = method_of(encoder, "token_map")
-        known = tokens or (None if token_map is None else token_map(options.tile))
-        enhance = None if known is None else plan_of_dem(grid, check_size(known, "token map"))
+        known = tokens if tokens is not None or token_map is None else token_map(options.tile)
+        enhance = None if known is None else plan_of_dem(grid, check_size(known, "tokens"))
     low = uses_low_view(dem, options.low_res)
     plan = plan_views((grid.rows, grid.cols), options.tile, image, *live, low=low, low_pass=options.low_pass, full=full)
     layers = method_of(encoder, "layer_plan")

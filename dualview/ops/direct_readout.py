@@ -6,10 +6,22 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dualview.geometry import GridLike, LiveTiles, Perspective, Readout, Size, TileGrid, check_size
+from dualview.arguments import check_choice
+from dualview.geometry import (
+    READOUTS,
+    GridLike,
+    LiveTiles,
+    Perspective,
+    Readout,
+    SizeLike,
+    TileGrid,
+    check_live,
+    check_needed,
+    check_tokens,
+)
 from dualview.ops.planned.live import DirectPlan, plan_direct
 from dualview.ops.planned.run import TileMap, mean_of_cells, put_back, take_tiles
-from dualview.ops.readout import check_readout, read_out
+from dualview.ops.readout import read_out
 from dualview.switches import planning
 from dualview.views import check_tile_pair
 
@@ -37,9 +49,8 @@ class DirectReadout(nn.Module):
 
     def __init__(self, source: Literal["local", "global", "sum"] = "sum", readout: Readout = "average") -> None:
         super().__init__()
-        if source not in ("local", "global", "sum"):
-            raise ValueError(f'source={source!r}: must be "local", "global" or "sum".')
-        self.source, self.readout = source, check_readout(readout)
+        self.source = check_choice(source, "source", ("local", "global", "sum"))
+        self.readout = check_choice(readout, "readout", READOUTS)
 
     def forward(
         self,
@@ -55,27 +66,27 @@ class DirectReadout(nn.Module):
         ``key_mask`` is part of the call that it stands in for: where nothing is attended to, there is no key to mask.
         """
         grid = TileGrid.of(grid)
-        everything = tuple(range(grid.num_tiles))
-        live = live or LiveTiles(everything, everything)
-        check_tile_pair(local_tiles, stride_tiles, grid, live)
-        size = check_size(local_tiles.shape[2:4], "token map")
+        present = check_live(live, grid)
+        size = check_tile_pair(local_tiles, stride_tiles, grid, present)
+        plan = self.plan(grid, size)
+        check_needed(present, plan.live[0], plan.live[1])
         given: dict[Perspective, TileMap] = {
-            "local": TileMap(local_tiles, "local", live.local),
-            "global": TileMap(stride_tiles, "global", live.stride),
+            "local": TileMap(local_tiles, "local", present[0]),
+            "global": TileMap(stride_tiles, "global", present[1]),
         }
         planes = []
-        for perspective, rows, cols in self.plan(grid, size).cuts:
+        for perspective, rows, cols in plan.cuts:
             taken = take_tiles(given[perspective], rows, cols, perspective, grid)
             planes.append(put_back(taken, rows, cols, perspective, grid))
         total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
         whole = tuple(total.shape[1:3]) == grid.map_size(size)
         return read_out(total, grid, self.readout) if whole else mean_of_cells(total, size)
 
-    def plan(self, grid: GridLike, tokens: Size) -> DirectPlan:
+    def plan(self, grid: GridLike, tokens: SizeLike) -> DirectPlan:
         """What is computed for a grid and the token map (h, w) of one tile."""
         grid = TileGrid.of(grid)
         readout = self.readout if planning() else "none"
-        return plan_direct((grid.rows, grid.cols), tokens, readout=readout, source=self.source)
+        return plan_direct((grid.rows, grid.cols), check_tokens(tokens, grid), readout=readout, source=self.source)
 
     def extra_repr(self) -> str:
         return f"source={self.source!r}, readout={self.readout!r}"

@@ -7,14 +7,25 @@ from typing import Literal, TypeAlias, get_args, overload
 
 from torch import Tensor, nn
 
+from dualview.arguments import MOST_WIDTH, check_choice, check_flags, check_instance, check_size, shown
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
-from dualview.geometry import DataFormat, Perspective, Placement, Size, SizeLike, TileGrid, check_size
+from dualview.geometry import (
+    DataFormat,
+    Perspective,
+    Placement,
+    Size,
+    SizeLike,
+    TileGrid,
+    check_perspective,
+    check_perspectives,
+)
 from dualview.interpolation import resized
 from dualview.ops.low_pass import low_pass
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.padding import check_pad_value, pad_to
-from dualview.views import check_list, check_map
+from dualview.tensors import check_alike, check_floats, check_list
+from dualview.views import check_map
 
 Remainder: TypeAlias = Literal["error", "pad", "crop", "resize"]
 
@@ -64,14 +75,10 @@ class DualPerspectiveCrop(nn.Module):
         perspectives: Sequence[Perspective] = ("local", "global"),
     ) -> None:
         super().__init__()
-        if remainder not in get_args(Remainder):
-            raise ValueError(f"remainder={remainder!r}: must be one of {get_args(Remainder)}.")
-        if isinstance(perspectives, str) or not {*perspectives} or not {*perspectives} <= {*get_args(Perspective)}:
-            raise ValueError(
-                f'perspectives={perspectives!r}: give ("local", "global"), or one of the two such as ("local",).'
-            )
-        self.tile, self.remainder, self.low_pass = check_size(tile, "tile"), remainder, low_pass
-        self.pad_value, self.perspectives = check_pad_value(pad_value), tuple(perspectives)
+        check_flags(low_pass=low_pass)
+        self.remainder = check_choice(remainder, "remainder", get_args(Remainder))
+        self.tile, self.low_pass = check_size(tile, "tile", high=MOST_WIDTH), low_pass
+        self.pad_value, self.perspectives = check_pad_value(pad_value), check_perspectives(perspectives)
 
     @overload
     def forward(self, images: Tensor) -> DualPerspectiveTiles: ...
@@ -81,28 +88,29 @@ class DualPerspectiveCrop(nn.Module):
         """Cut images of one size, or a list of images of any sizes."""
         if isinstance(images, Tensor):
             return self._cut(images)
-        check_list(images, "images")
+        images = check_list(images, "images")
         if not images or any(image.dim() != 3 for image in images):
-            raise ValueError(
-                f"a list of images must hold at least one, each (C, H, W); got {[tuple(i.shape) for i in images]}."
-            )
+            raise ValueError(f"images={shown(images)}: a list of images must hold at least one, each (C, H, W).")
+        check_alike(images, "images")
         return DualPerspectiveTileBatch.collate([self._cut(image) for image in images])
 
     def _cut(self, images: Tensor) -> DualPerspectiveTiles:
-        check_map(images, "raster", "channels_first")
+        check_map(images, "raster", "channels_first", "images")
         canvas, real = self._fit(images)
+        if self.low_pass:
+            check_floats(images=images)
         grid = TileGrid.whole(tuple(canvas.shape[-2:]), self.tile)
-        local = stride = None
-        if "local" in self.perspectives:
-            local = crop(canvas, grid, "local")
-        if "global" in self.perspectives:
-            stride = crop(low_pass(canvas, grid) if self.low_pass else canvas, grid, "global")
+        smooth = low_pass(canvas, grid) if self.low_pass and "global" in self.perspectives else canvas
+        local, stride = (
+            crop(x, grid, perspective) if perspective in self.perspectives else None
+            for x, perspective in ((canvas, "local"), (smooth, "global"))
+        )
         place = Placement(grid, self.tile, (images.shape[-2], images.shape[-1]), real)
         return DualPerspectiveTiles(local, stride, place, self.low_pass)
 
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
         """The images on a canvas of whole tiles, and the (height, width) of it that is real."""
-        (height, width), (h, w) = check_size(tuple(images.shape[-2:]), "image size"), self.tile
+        (height, width), (h, w) = check_size(tuple(images.shape[-2:]), "images of size"), self.tile
         if self.remainder == "error":
             TileGrid.whole((height, width), self.tile)
         if height % h == 0 and width % w == 0:
@@ -162,7 +170,9 @@ class DualPerspectiveCrop(nn.Module):
             >>> dcm.inverse(tiles).shape, dcm.inverse(quarter).shape
             (torch.Size([3, 13, 21]), torch.Size([5, 4, 6]))
         """
-        if perspective == "global" and not isinstance(tiles, TileBatch) and tiles.low_pass:
+        records = (DualPerspectiveTiles, DualPerspectiveTileBatch, TileBatch)
+        check_instance(tiles, "tiles", records, "what this module's call gave, or the same with_data")
+        if check_perspective(perspective) == "global" and not isinstance(tiles, TileBatch) and tiles.low_pass:
             raise ValueError('low-pass filtered stride tiles do not hold the original pixels: use perspective="local".')
         if isinstance(tiles, DualPerspectiveTiles):
             return _without_padding(recombine(tiles, perspective, data_format=data_format), tiles.image, data_format)

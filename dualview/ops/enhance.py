@@ -9,8 +9,21 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from dualview.arguments import MOST_WIDTH, check_choice, check_count, check_flags
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles, groups_of
-from dualview.geometry import GridLike, LiveTiles, Perspective, Readout, Size, TileGrid, check_size
+from dualview.geometry import (
+    READOUTS,
+    GridLike,
+    LiveTiles,
+    Perspective,
+    Readout,
+    Size,
+    SizeLike,
+    TileGrid,
+    check_live,
+    check_needed,
+    check_tokens,
+)
 from dualview.kernels.dispatch import Backend, use_backend
 from dualview.ops.fusion import FUSIONS, declared
 from dualview.ops.planned.live import (
@@ -22,18 +35,18 @@ from dualview.ops.planned.live import (
     EnhanceSpec,
     Pairing,
     Source,
-    check_present,
     plan_enhance,
 )
 from dualview.ops.planned.products import Products, products_of
 from dualview.ops.planned.run import TileMap, enhance_live
-from dualview.ops.readout import check_readout, read_out
+from dualview.ops.readout import read_out
 from dualview.ops.released_weights import LoadReport, load_released, released_state_dict
 from dualview.ops.tile_attention import Init, TileAttention
 from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.records import Record, short_repr
 from dualview.switches import planning
+from dualview.tensors import check_mask, check_tensors
 from dualview.views import check_tile_pair, in_order
 
 KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
@@ -130,20 +143,19 @@ class DualPerspectiveEnhance(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("pairing", pairing, get_args(Pairing)),
-            ("enhance", enhance, get_args(Enhance)),
-            ("source", source, get_args(Source)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r}: must be one of {choices}.")
-        self.dim, self.pairing, self.enhance, self.source = dim, pairing, enhance, source
-        self.readout = check_readout(readout)
+        check_flags(share_weights=share_weights, gate=gate)
+        self.dim, self.pairing = (
+            check_count(dim, "dim", high=MOST_WIDTH),
+            check_choice(pairing, "pairing", CROP_OF_QUERY),
+        )
+        self.enhance = check_choice(enhance, "enhance", get_args(Enhance))
+        self.source = check_choice(source, "source", MAPS_OF_ROLE)
+        self.readout = check_choice(readout, "readout", READOUTS)
 
         count = 2 if enhance == "both" and not share_weights else 1
         self.attentions = nn.ModuleList(  # global queries use the first, local queries the last
             TileAttention(
-                dim,
+                self.dim,
                 num_heads=num_heads,
                 bias=bias,
                 out_proj=out_proj,
@@ -156,7 +168,7 @@ class DualPerspectiveEnhance(nn.Module):
             for _ in range(count)
         )
         self.fusion = self._build_fusion(fusion, device, dtype)
-        self.gate = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if gate else None
+        self.gate = nn.Parameter(torch.zeros(self.dim, device=device, dtype=dtype)) if gate else None
 
     def _build_fusion(
         self, fusion: str | nn.Module | None, device: torch.device | str | None, dtype: torch.dtype | None
@@ -170,9 +182,7 @@ class DualPerspectiveEnhance(nn.Module):
             return nn.Linear(self.dim, self.dim, bias=False, device=device, dtype=dtype)
         if isinstance(fusion, nn.Module):
             return fusion
-        name = fusion or "linear_concat"
-        if name not in FUSIONS:
-            raise ValueError(f"fusion={fusion!r}: must be a module or one of {tuple(FUSIONS)}.")
+        name = check_choice("linear_concat" if fusion is None else fusion, "fusion", tuple(FUSIONS), also="a module")
         return FUSIONS[name](self.dim, device=device, dtype=dtype)
 
     @classmethod
@@ -265,11 +275,9 @@ class DualPerspectiveEnhance(nn.Module):
             places, tiles = zip(*groups_of(local_tiles, stride_tiles, grid, key_mask), strict=True)
             return in_order(places, [of[2] for of in tiles], [self.forward(*of, live=live) for of in tiles])
         grid = TileGrid.of(grid)  # type: ignore[arg-type]  # None is refused
-        everything = tuple(range(grid.num_tiles))
-        given = (everything, everything) if live is None else (tuple(live[0]), tuple(live[1]))
-        check_tile_pair(local_tiles, stride_tiles, grid, given, self.dim)
-        if planning() or given != (everything, everything):
-            out = self._planned(local_tiles, stride_tiles, grid, key_mask, given)
+        present = check_live(live, grid)
+        if planning() or present != check_live(None, grid):
+            out = self._planned(local_tiles, stride_tiles, grid, key_mask, present)
         else:
             out = self._as_written(local_tiles, stride_tiles, grid, key_mask)
         return out if self.gate is None else out * self.gate
@@ -285,9 +293,8 @@ class DualPerspectiveEnhance(nn.Module):
     ) -> EnhancedMaps:
         """V_loc and V_glo in full, before fusion and readout; arguments and errors as for the call of the module."""
         grid = TileGrid.of(grid)
-        check_tile_pair(local_tiles, stride_tiles, grid, (range(grid.num_tiles),) * 2, self.dim)
-        tokens = check_size(local_tiles.shape[2:4], "token map")
-        masks = self._masks(key_mask, local_tiles.shape[0], grid.map_size(tokens))
+        tokens = check_tile_pair(local_tiles, stride_tiles, grid, check_live(None, grid), self, self.dim)
+        masks = self._masks(key_mask, local_tiles, grid.map_size(tokens))
         maps: dict[Perspective, Tensor] = {
             "local": recombine(local_tiles, grid, "local", data_format="channels_last"),  # Eq. 5
             "global": recombine(stride_tiles, grid, "global", data_format="channels_last"),  # Eq. 6
@@ -318,30 +325,30 @@ class DualPerspectiveEnhance(nn.Module):
         present: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> Tensor:
         """The same from the tokens that the readout looks at, with the products arranged as the device likes them."""
-        tokens = check_size(local_tiles.shape[2:4], "token map")
+        tokens = check_tile_pair(local_tiles, stride_tiles, grid, present, self, self.dim)
         spec = self._spec(grid, tokens, self.readout)
         plan = plan_enhance(*spec)
-        check_present(spec, present)
+        check_needed(present, plan.live[0], plan.live[1])
         given: dict[Perspective, TileMap] = {
             "local": TileMap(local_tiles, "local", present[0]),
             "global": TileMap(stride_tiles, "global", present[1]),
         }
         maps = {role: [given[p] for p in MAPS_OF_ROLE[self.source][role]] for role in given}
-        masks = self._masks(key_mask, local_tiles.shape[0], grid.map_size(tokens))
+        masks = self._masks(key_mask, local_tiles, grid.map_size(tokens))
         attentions = [self._attention(d.query) for d in plan.directions]
         products = products_of(spec, attentions, self.fusion, local_tiles)
         return enhance_live(plan, grid, products, attentions, self.fusion, maps, masks)
 
-    def plan(self, grid: GridLike, tokens: Size) -> EnhancePlan:
+    def plan(self, grid: GridLike, tokens: SizeLike) -> EnhancePlan:
         """What is computed for a grid and the token map (h, w) of one tile.
 
         Example:
             >>> DualPerspectiveEnhance.released(1024).plan((3, 3), (24, 24)).live.stride
             (4,)
         """
-        return plan_enhance(*self._spec(TileGrid.of(grid), tokens, self.readout if planning() else "none"))
+        return plan_enhance(*self._spec(grid, tokens, self.readout if planning() else "none"))
 
-    def products(self, grid: GridLike, tokens: Size, like: Tensor) -> Products:
+    def products(self, grid: GridLike, tokens: SizeLike, like: Tensor) -> Products:
         """How the live tokens are computed by the module as it is, for tokens like ``like``.
 
         Example:
@@ -349,28 +356,33 @@ class DualPerspectiveEnhance(nn.Module):
             >>> dem.products((3, 3), (24, 24), torch.empty(0)).directions[1].absorb
             True
         """
-        spec = self._spec(TileGrid.of(grid), tokens, self.readout)
+        check_tensors(like=like)
+        spec = self._spec(grid, tokens, self.readout)
         attentions = [self._attention(d.query) for d in plan_enhance(*spec).directions]
         return products_of(spec, attentions, self.fusion, like) if planning() else Products.as_written(len(attentions))
 
-    def _spec(self, grid: TileGrid, tokens: Size, readout: Readout) -> EnhanceSpec:
-        radius = 0 if type(self.fusion) is nn.Linear else declared(self.fusion, "radius")
-        return (grid.rows, grid.cols), tokens, readout, self.pairing, self.enhance, self.source, radius
+    def _spec(self, grid: GridLike, tokens: SizeLike, readout: Readout) -> EnhanceSpec:
+        grid, radius = TileGrid.of(grid), 0 if type(self.fusion) is nn.Linear else declared(self.fusion, "radius")
+        return (
+            (grid.rows, grid.cols),
+            check_tokens(tokens, grid),
+            readout,
+            self.pairing,
+            self.enhance,
+            self.source,
+            radius,
+        )
 
     def _attention(self, asks: Perspective) -> TileAttention:
         return cast(TileAttention, self.attentions[0 if asks == "global" else -1])
 
-    def _masks(self, key_mask: KeyMask, batch: int, size: Size) -> dict[Perspective, Tensor | None]:
+    def _masks(self, key_mask: KeyMask, like: Tensor, size: Size) -> dict[Perspective, Tensor | None]:
         """The mask of the map in each role, (B or 1, H, W): of a sum, what counts in either map."""
         if key_mask is None:
             return {"local": None, "global": None}
-        local, of_global = key_mask if isinstance(key_mask, tuple) else (key_mask, key_mask)
-        for mask in (local, of_global):
-            if mask.dtype != torch.bool or tuple(mask.shape) not in (size, (batch, *size)):
-                raise ValueError(
-                    f"key_mask of shape {tuple(mask.shape)} and type {mask.dtype}: must be boolean, True for real "
-                    f"cells, of shape {(batch, *size)} or {size}, the token map of the whole grid."
-                )
+        pair = key_mask if isinstance(key_mask, tuple) and len(key_mask) == 2 else (key_mask, key_mask)
+        shapes, means = ((like.shape[0], *size), size), "real cells"
+        local, of_global = (check_mask(mask, "key_mask", shapes, like, means) for mask in pair)
         of_map = {"local": local.reshape(-1, *size), "global": of_global.reshape(-1, *size)}
         masks: dict[Perspective, Tensor | None] = {}
         for role in KEYS_OF_QUERY:

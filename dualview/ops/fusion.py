@@ -9,10 +9,12 @@ that declares nothing works too, with nothing skipped before it.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from dualview.tensors import check_maps, check_width
 
 
 class DeclaresReach(Protocol):
@@ -45,13 +47,28 @@ def declared(fusion: nn.Module, name: str) -> Any:
 
 
 class _Fusion(nn.Module):
-    """What the fusions have in common: their weights are those of their layers."""
+    """What fusions share: arguments, so that one can be exchanged for another, and checks. Few need the arguments."""
+
+    dim: int | None = None
+
+    def __init__(
+        self, dim: int | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as far as there are any."""
-        for layer in self.modules():
-            if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Conv2d)):
-                layer.reset_parameters()
+        """Draw the weights anew."""
+        for layer in list(self.modules())[1:]:
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
+        return self._fuse(v_loc, v_glo)
+
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class LinearConcatFusion(_Fusion):
@@ -73,17 +90,15 @@ class LinearConcatFusion(_Fusion):
         torch.Size([1, 4, 6, 8])
     """
 
-    radius = 0
-    linear = True
+    radius, linear = 0, True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        _check_divides(dim, 2)
+        self.dim = dim = check_width(dim, device, dtype, divisor=2)
         self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
         self.global_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
 
 
@@ -108,12 +123,11 @@ class BottleneckConcatFusion(_Fusion):
         torch.Size([1, 4, 6, 32])
     """
 
-    radius = 0
-    linear = False
+    radius, linear = 0, False
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        _check_divides(dim, 16)
+        self.dim = dim = check_width(dim, device, dtype, divisor=16)
 
         def bottleneck() -> nn.Sequential:
             return nn.Sequential(
@@ -125,23 +139,12 @@ class BottleneckConcatFusion(_Fusion):
         self.local_bottleneck, self.global_bottleneck = bottleneck(), bottleneck()
         self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         halves = [self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)]
-        fused: Tensor = self.norm(torch.cat(halves, dim=-1) + v_glo + v_loc)
-        return fused
+        return cast(Tensor, self.norm(torch.cat(halves, dim=-1) + v_glo + v_loc))
 
 
-class _ParameterFreeFusion(_Fusion):
-    """Takes the arguments of every fusion, so that fusions can be exchanged, and needs none of them."""
-
-    def __init__(
-        self, dim: int | None = None, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-
-
-class AdditionFusion(_ParameterFreeFusion):
+class AdditionFusion(_Fusion):
     """V_glo + V_loc.
 
     Args:
@@ -157,15 +160,13 @@ class AdditionFusion(_ParameterFreeFusion):
         [2.0, 2.0]
     """
 
-    radius = 0
-    linear = True
+    radius, linear = 0, True
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         return v_glo + v_loc
 
 
-class WeightedAdditionFusion(nn.Module):
+class WeightedAdditionFusion(_Fusion):
     """a V_glo + (1 - a) V_loc, a = sigmoid(logit), one learnt logit per channel, a = 0.5 at the start (our reading).
 
     Args:
@@ -181,11 +182,11 @@ class WeightedAdditionFusion(nn.Module):
         [0.5, 0.5]
     """
 
-    radius = 0
-    linear = True
+    radius, linear = 0, True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dim = dim = check_width(dim, device, dtype)
         self.logit = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -193,13 +194,12 @@ class WeightedAdditionFusion(nn.Module):
         """Weigh both maps equally."""
         nn.init.zeros_(self.logit)
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         a = self.logit.sigmoid()
         return a * v_glo + (1 - a) * v_loc
 
 
-class MultiplicationFusion(_ParameterFreeFusion):
+class MultiplicationFusion(_Fusion):
     """The element-wise product of V_glo and V_loc (our reading).
 
     Args:
@@ -215,15 +215,13 @@ class MultiplicationFusion(_ParameterFreeFusion):
         [6.0]
     """
 
-    radius = 0
-    linear = False
+    radius, linear = 0, False
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         return v_glo * v_loc
 
 
-class MaxPoolFusion(_ParameterFreeFusion):
+class MaxPoolFusion(_Fusion):
     """The element-wise maximum of V_glo and V_loc (our reading).
 
     Args:
@@ -239,11 +237,9 @@ class MaxPoolFusion(_ParameterFreeFusion):
         [3.0]
     """
 
-    radius = 0
-    linear = False
+    radius, linear = 0, False
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         return torch.maximum(v_glo, v_loc)
 
 
@@ -263,18 +259,15 @@ class Conv3x3Fusion(_Fusion):
         torch.Size([1, 4, 6, 8])
     """
 
-    radius = 1
-    linear = True
+    radius, linear = 1, True
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dim = dim = check_width(dim, device, dtype)
         self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
 
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (B, H, W, D), (B, H, W, D) -> (B, H, W, D)"""
-        channels_first = torch.cat([v_glo, v_loc], dim=-1).movedim(-1, -3)
-        fused: Tensor = self.conv(channels_first)
-        return fused.movedim(-3, -1)
+    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(torch.cat([v_glo, v_loc], dim=-1).movedim(-1, -3))).movedim(-3, -1)
 
 
 FUSIONS: dict[str, type[nn.Module]] = {
@@ -287,8 +280,3 @@ FUSIONS: dict[str, type[nn.Module]] = {
     "conv3x3": Conv3x3Fusion,
 }
 """The fusions by the names that `DualPerspectiveEnhance(fusion=...)` takes."""
-
-
-def _check_divides(dim: int, divisor: int) -> None:
-    if dim < 1 or dim % divisor:
-        raise ValueError(f"dim={dim} must be a positive multiple of {divisor} for this fusion.")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualview.geometry import DataFormat, GridLike, TileGrid
+from dualview.tensors import check_floats
 from dualview.views import check_map
 
 
@@ -35,10 +36,7 @@ def low_pass(x: Tensor, grid: GridLike, *, data_format: DataFormat = "channels_f
     """
     grid = TileGrid.of(grid)
     check_map(x, "raster", data_format)
-    if not x.is_floating_point():
-        raise TypeError(
-            f"low_pass averages pixels, so it needs a floating-point tensor; got {x.dtype}. Convert it first."
-        )
+    check_floats(x=x)
     first = data_format == "channels_first"
     planes = x if first else x.movedim(-1, -3)
     flat = planes.reshape(-1, 1, *planes.shape[-2:])

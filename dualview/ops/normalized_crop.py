@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualview.arguments import check_numbers
 from dualview.geometry import DataFormat, GridLike, LiveTiles, TileGrid
 from dualview.kernels.crop_normalize import crop_normalize
 from dualview.kernels.dispatch import Backend
 from dualview.records import short_repr
-from dualview.views import check_map
+from dualview.tensors import check_brightness, check_factory
+from dualview.views import tile_size
 
 
 class NormalizedTiles(NamedTuple):
@@ -71,16 +73,12 @@ def normalized_crop(
         torch.Size([6, 3, 336, 336])
     """
     grid = TileGrid.of(grid)
-    check_map(images, "raster", data_format)
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"images of type {images.dtype}: bytes (uint8) or floating-point numbers can be normalised.")
+    tile_size(images, "raster", grid, data_format, "images")
+    check_brightness(images=images)
+    check_factory(None, dtype)
     planes = images if data_format == "channels_first" else images.movedim(-1, -3)
-    channels = planes.shape[-3]
-    if len(mean) != channels or len(std) != channels or 0 in std:
-        raise ValueError(
-            f"mean={list(mean)} and std={list(std)} for images of {channels} channels: one number per channel is "
-            "needed, and no std of 0."
-        )
+    mean = check_numbers(mean, "mean", planes.shape[-3])
+    std = check_numbers(std, "std", planes.shape[-3], zero=False)
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     scales = [(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)]
     return NormalizedTiles(*crop_normalize(planes, grid, scales, live=live, dtype=dtype, backend=backend))

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from einops import rearrange
 from torch import Tensor
 
-from dualview.geometry import GridLike, Readout, TileGrid, readout_support
-from dualview.views import check_map
-
-
-def check_readout(readout: str) -> Readout:
-    """``readout`` if it is one of the choices, else a ValueError."""
-    if readout not in get_args(Readout):
-        raise ValueError(f"readout={readout!r}: must be one of {get_args(Readout)}.")
-    return readout  # type: ignore[return-value]  # narrowed by the check above
+from dualview.arguments import check_choice
+from dualview.geometry import READOUTS, GridLike, Readout, TileGrid, readout_support
+from dualview.tensors import check_floats
+from dualview.views import tile_size
 
 
 def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
@@ -37,16 +30,16 @@ def read_out(x: Tensor, grid: GridLike, readout: Readout) -> Tensor:
 
     Raises:
         ValueError: The map is no multiple of the grid, or ``readout`` is unknown.
-        TypeError: ``x`` is no tensor.
+        TypeError: ``x`` is no floating-point tensor.
 
     Example:
         >>> import torch
         >>> read_out(torch.arange(6.0).reshape(1, 2, 3, 1), (2, 3), "average").item()
         2.5
     """
-    grid, readout = TileGrid.of(grid), check_readout(readout)
-    check_map(x, "raster", "channels_last")
-    grid.tile_size((x.shape[-3], x.shape[-2]))  # a ValueError where the map is no multiple of the grid
+    grid, readout = TileGrid.of(grid), check_choice(readout, "readout", READOUTS)
+    check_floats(x=x)
+    tile_size(x, "raster", grid, "channels_last")  # a ValueError where the map is no multiple of the grid
     if readout == "none":
         return x
     rows, cols = readout_support(readout, grid.rows), readout_support(readout, grid.cols)

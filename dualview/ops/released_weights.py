@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dualview.arguments import check_flags, check_mapping, shown
+from dualview.tensors import misfit
+
 RELEASED_NAMES = {
     "attention.linears.0": "attentions.0.q_proj",
     "attention.linears.1": "attentions.0.k_proj",
@@ -37,7 +40,8 @@ class LoadReport(NamedTuple):
 
 def load_released(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool) -> LoadReport:
     """What `DualPerspectiveEnhance.load_released` does; its arguments and errors."""
-    given = _strip_prefix(state_dict)
+    check_flags(strict=strict)
+    given = _strip_prefix(check_mapping(state_dict, "state_dict"))
     own = released_state_dict(module)
     report = LoadReport(tuple(sorted(own.keys() - given.keys())), tuple(sorted(given.keys() - own.keys())))
     if any(tensor.is_meta for tensor in own.values()):
@@ -45,15 +49,11 @@ def load_released(module: nn.Module, state_dict: Mapping[str, Tensor], *, strict
             "this module is on the meta device and holds no memory to load into: call to_empty(device=...)."
         )
     shared = own.keys() & given.keys()
-    wrong = [
-        f"{name}: {tuple(given[name].shape)} in the checkpoint, {tuple(own[name].shape)} here"
-        for name in sorted(shared)
-        if given[name].shape != own[name].shape
-    ]
+    wrong = [f"{name}: {fault}" for name in sorted(shared) if (fault := misfit(given[name], own[name]))]
     if wrong or (strict and any(report)):
         raise ValueError(
-            "the checkpoint does not fit this module, and nothing was loaded. "
-            f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong shape: {wrong}. "
+            f"state_dict={shown(state_dict)} does not fit this module, and nothing was loaded. "
+            f"Missing: {list(report.missing)}. Unexpected: {list(report.unexpected)}. Wrong: {wrong}. "
             "Released weights need DualPerspectiveEnhance.released(dim) with the checkpoint's dim (1024 on the "
             "hub); strict=False loads what fits by name."
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from dualview.arguments import check_choice, check_count, check_flags
 from dualview.kernels import tile_attention as kernel
 from dualview.kernels.dispatch import Backend
-from dualview.views import check_tensors
+from dualview.tensors import check_mask, check_queries, check_width
 
 Init: TypeAlias = Literal["xavier", "identical"]
 
@@ -49,21 +50,16 @@ def tile_attention(
         >>> tile_attention(q, kv, kv, num_heads=4).shape
         torch.Size([2, 6, 20, 32])
     """
-    check_tensors(query=query, key=key, value=value)
-    if key.shape != value.shape or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"tile_attention got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}: key "
-            "and value must have one shape, and the query the same leading dimensions and width."
-        )
-    if num_heads < 1 or query.shape[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads} must be a positive divisor of the width {query.shape[-1]}.")
+    check_queries(None, None, query=query, key=key, value=value)
+    num_heads = check_count(num_heads, "num_heads", divisor_of=query.shape[-1])
 
     def by_tile(x: Tensor) -> Tensor:
         """(images, tiles, ...): two leading dimensions stay as they are, others count as tiles of one image."""
         return x if query.dim() == 4 else x.reshape(1, -1, *x.shape[query.dim() - 2 :])
 
     q, k, v = (by_tile(x).unflatten(-1, (num_heads, -1)) for x in (query, key, value))
-    mask = None if key_mask is None else by_tile(key_mask.expand(key.shape[:-1]))
+    means = "keys that may be attended to"
+    mask = None if key_mask is None else by_tile(check_mask(key_mask, "key_mask", [key.shape[:-1]], key, means, True))
     scale = float((query.shape[-1] / num_heads) ** -0.5)
     attended = kernel.tile_attention(q, k, v, scale=scale, key_mask=mask, backend=backend)
     return attended.reshape(query.shape)
@@ -109,11 +105,10 @@ class TileAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1 or num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must be a positive divisor of dim={dim}, and that at least 1.")
-        if init not in ("xavier", "identical"):
-            raise ValueError(f'init={init!r}: must be "xavier" or "identical".')
-        self.dim, self.num_heads, self.residual, self.init = dim, num_heads, residual, init
+        check_flags(bias=bias, out_proj=out_proj, residual=residual, norm=norm)
+        self.dim = dim = check_width(dim, device, dtype)
+        self.num_heads, self.residual = check_count(num_heads, "num_heads", divisor_of=dim), residual
+        self.init = check_choice(init, "init", get_args(Init))
 
         def linear() -> nn.Linear:
             return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
@@ -150,6 +145,7 @@ class TileAttention(nn.Module):
         Raises:
             ValueError: The widths or leading dimensions do not fit each other.
         """
+        check_queries(self, self.dim, query=query, key=key)
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
         return self.finish(tile_attention(q, k, v, num_heads=self.num_heads, key_mask=key_mask), query)
 

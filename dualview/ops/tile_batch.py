@@ -9,9 +9,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dualview.geometry import GridLike, Perspective, Placement, TileGrid, check_perspective
+from dualview.arguments import check_choice, check_index, check_indices, shown
+from dualview.geometry import PERSPECTIVES, GridLike, Perspective, Placement, TileGrid, check_grids, check_perspective
 from dualview.records import Record
-from dualview.views import check_list, check_tensors, rectangle
+from dualview.tensors import check_list, check_tensors
+from dualview.views import rectangle
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,11 +46,10 @@ class TileBatch(Record, tensors=("data",)):
     images: tuple[Placement, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", check_indices(self.offsets, "offsets"))
+        object.__setattr__(self, "grids", check_grids(self.grids, "grids"))
+        check_choice(self.perspective, "perspective", (*PERSPECTIVES, None))
         check_tensors(data=self.data)
-        object.__setattr__(self, "offsets", tuple(self.offsets))
-        object.__setattr__(self, "grids", tuple(TileGrid.of(grid) for grid in self.grids))
-        if self.perspective is not None:
-            check_perspective(self.perspective)
         expected = (0, *accumulate(grid.num_tiles for grid in self.grids))
         if self.offsets != expected:
             raise ValueError(
@@ -90,14 +91,17 @@ class TileBatch(Record, tensors=("data",)):
             ValueError: The counts, tile sizes or the number of grids do not agree.
             TypeError: An element of ``tiles`` is no tensor.
         """
-        grid_tuple = tuple(TileGrid.of(grid) for grid in grids)
+        grid_tuple = check_grids(grids, "grids")
         check_list(tiles, "tiles")
-        counts = [t.shape[0] for t in tiles]
-        if counts != [grid.num_tiles for grid in grid_tuple] or len({tuple(t.shape[1:]) for t in tiles}) != 1:
+        counts = [t.shape[0] if t.dim() else 0 for t in tiles]
+        if (
+            counts != [grid.num_tiles for grid in grid_tuple]
+            or len({(t.shape[1:], t.dtype, t.device) for t in tiles}) != 1
+        ):
             raise ValueError(
-                f"cannot pack tiles of shapes {[tuple(t.shape) for t in tiles]} for grids "
+                f"cannot pack tiles={shown(list(tiles))} of shapes {[tuple(t.shape) for t in tiles]} for grids "
                 f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
-                "and the same tile size throughout."
+                "and the same tile size, type and device throughout."
             )
         places = None if images is None else tuple(images)
         return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective, places)
@@ -108,7 +112,7 @@ class TileBatch(Record, tensors=("data",)):
 
     def slice(self, start: int, stop: int) -> TileBatch:
         """Images ``start`` to ``stop`` (as a Python slice) as a batch of their own; ``data`` is a view."""
-        start, stop, _ = slice(start, stop).indices(len(self))
+        start, stop, _ = slice(check_index(start, "start"), check_index(stop, "stop")).indices(len(self))
         stop = max(start, stop)
         first, last = self.offsets[start], self.offsets[stop]
         offsets = tuple(offset - first for offset in self.offsets[start : stop + 1])
@@ -119,19 +123,18 @@ class TileBatch(Record, tensors=("data",)):
         """The same images and grids with other contents, such as the features of the tiles."""
         return TileBatch(data, self.offsets, self.grids, self.perspective, self.images)
 
-    def checked_grids(self, grids: object) -> tuple[TileGrid, ...]:
+    def checked_grids(self, grids: object, name: str = "grids") -> tuple[TileGrid, ...]:
         """The grids of the batch; a ValueError if ``grids`` is given and differs from them."""
-        if grids is not None and (
-            not isinstance(grids, Sequence) or tuple(TileGrid.of(g) for g in grids) != self.grids
-        ):
+        if grids is not None and check_grids(grids, name) != self.grids:
             raise ValueError(
-                f"grids {grids!r} differ from those of the TileBatch, {[str(g) for g in self.grids]}: omit the "
+                f"{name}={shown(grids)} differ from those of the TileBatch, {[str(g) for g in self.grids]}: omit the "
                 "argument."
             )
         return self.grids
 
     def checked_perspective(self, perspective: str | None) -> Perspective:
         """The perspective to undo; a ValueError if it is unknown or differs from the recorded one."""
+        check_choice(perspective, "perspective", (*PERSPECTIVES, None))
         if perspective is None and self.perspective is None:
             raise ValueError('this TileBatch does not record its perspective: pass perspective="local" or "global".')
         if perspective is not None and self.perspective not in (None, perspective):
@@ -139,4 +142,4 @@ class TileBatch(Record, tensors=("data",)):
                 f"perspective={perspective!r} was asked for, but these tiles are of the {self.perspective!r} "
                 "perspective: undoing the other one would scramble the map. Omit the argument, or pass the right tiles."
             )
-        return check_perspective(perspective or self.perspective or "")
+        return check_perspective(perspective or self.perspective)  # type: ignore[arg-type]  # one of them is known

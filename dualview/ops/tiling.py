@@ -12,8 +12,10 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from dualview.arguments import check_choice
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import (
+    DATA_FORMATS,
     DataFormat,
     GridLike,
     Perspective,
@@ -26,7 +28,7 @@ from dualview.geometry import (
 from dualview.kernels.dispatch import Backend
 from dualview.kernels.retile import retile
 from dualview.ops.tile_batch import TileBatch
-from dualview.views import check_data_format, grid_for, tile_size
+from dualview.views import check_result_size, grid_for, tile_size
 
 
 def local_crop(
@@ -207,7 +209,7 @@ def recombine(
         back: Tensor | list[Tensor] = recombine(*held, data_format=data_format, size=size, backend=backend)
         return back
     if isinstance(tiles, TileBatch):
-        grids = tiles.checked_grids(grid)
+        grids = tiles.checked_grids(grid, "grid")
         recorded = tiles.checked_perspective(perspective)
         return [
             recombine(image, g, recorded, data_format=data_format, size=size, backend=backend)
@@ -220,14 +222,8 @@ def recombine(
         )
     grid, perspective = TileGrid.of(grid), check_perspective(perspective)  # type: ignore[arg-type]
     if size is not None:
-        h, w = tile_size(tiles, perspective, grid, data_format)
-        if grid.map_size((h, w)) != tuple(size):
-            raise ValueError(
-                f"recombine got tiles of {h} x {w} (height x width) for a grid of {grid}, which make a map of "
-                f"{grid.map_size((h, w))}; size={tuple(size)} was asked for. Check the grid (rows first) and that the "
-                "tiles are those of this map."
-            )
-    return retile(tiles, perspective, "raster", grid, data_format=data_format, backend=backend)
+        check_result_size(size, grid, tile_size(tiles, perspective, grid, data_format, "tiles"))
+    return retile(tiles, perspective, "raster", grid, data_format=data_format, backend=backend, name="tiles")
 
 
 class _Crop(nn.Module):
@@ -240,7 +236,7 @@ class _Crop(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.tile = grid_or_tile(grid, tile)
-        self.data_format = check_data_format(data_format)
+        self.data_format = check_choice(data_format, "data_format", DATA_FORMATS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut a map into tiles."""
@@ -317,7 +313,7 @@ class SubfeatureRecombine(nn.Module):
     def __init__(self, grid: GridLike, perspective: Perspective, *, data_format: DataFormat = "channels_first") -> None:
         super().__init__()
         self.grid, self.perspective = TileGrid.of(grid), check_perspective(perspective)
-        self.data_format = check_data_format(data_format)
+        self.data_format = check_choice(data_format, "data_format", DATA_FORMATS)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Put tiles back."""

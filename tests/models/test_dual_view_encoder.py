@@ -595,7 +595,7 @@ def test_refuses_options_that_do_not_fit() -> None:
         for low_res in ("auto", mix):
             with refuses(f"low_res='{mix}' cannot be mixed with a full map", "low_res=None"):
                 small_model(dem, low_res=low_res)
-    with refuses("max_tiles_per_pass=0", "at least 1"):
+    with refuses("max_tiles_per_pass=0", "positive integer"):
         small_model(max_tiles_per_pass=0)
     with refuses("tile=(4, 0)"):
         small_model(tile=(4, 0))
@@ -615,8 +615,10 @@ def test_refuses_images_that_do_not_fit() -> None:
         small_model(grid=None)(torch.zeros(1, 3, 0, 27))
     with refuses("(3, 8, 27)", "floating-point (B, 3, H, W)", "list of (3, H, W)"):
         model(torch.zeros(3, 8, 27))
-    with refuses("torch.uint8", "floating-point"):
+    with refuses("pixels=", "torch.uint8", "floating-point", error=TypeError):
         model(torch.zeros(1, 3, 8, 27, dtype=torch.uint8))
+    with refuses("pixels=", "same number of channels, type and device"):
+        small_model(grid=None)([torch.zeros(3, 8, 27), torch.zeros(3, 8, 27, dtype=torch.float64)])
     with refuses("(1, 1, 3, 8, 27)", "list of (3, H, W)"):
         model([torch.zeros(1, 3, 8, 27)])
     with refuses("at least one"):
@@ -631,10 +633,12 @@ def test_refuses_full_maps_of_different_sizes_in_one_batch() -> None:
 
 def test_refuses_masks_that_do_not_fit() -> None:
     model, images = small_model(), torch.zeros(2, 3, 8, 27)
-    for valid in (torch.ones(2, 27, 8), torch.ones(1, 8, 27), torch.ones(8, 27), [torch.ones(8, 27)] * 2):
-        with refuses("valid has shapes", "every pixel of every image", "(2, 8, 27)"):
-            model(images, valid=valid)
-    with refuses("[(1, 8, 27)]", "[(1, 8, 27), (1, 8, 27)]"):
+    for valid in (torch.ones(2, 27, 8), torch.ones(1, 8, 27), torch.ones(8, 27), torch.ones(2, 8, 27)):
+        with refuses("valid=", str(tuple(valid.shape)), "boolean", "every image", "(2, 8, 27)"):
+            model(images, valid=valid > 0 if valid.shape != (2, 8, 27) else valid)
+    with refuses("valid must be a torch.Tensor, not list", "torch.stack", error=TypeError):
+        model(images, valid=[torch.ones(8, 27) > 0] * 2)
+    with refuses("valid=", "2 tensors, one per image"):
         model(list(images), valid=[torch.ones(8, 27, dtype=torch.bool)])
     with refuses("images of (5, 7), which are interpolated to (8, 27)", "Pad images to the canvas"):
         small_model(resize=True)(torch.zeros(1, 3, 5, 7), valid=torch.ones(1, 5, 7, dtype=torch.bool))
@@ -851,7 +855,7 @@ def test_plans_of_impossible_sizes_are_refused(size: tuple[int, int]) -> None:
     for model in (small_model(), small_model(grid=None)):
         with refuses(str(size[0])):
             model.plan(size)
-        with refuses("token map", str(size[0])):
+        with refuses("tokens=", str(size[0])):
             model.plan((8, 27), tokens=size)
 
 

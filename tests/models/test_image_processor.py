@@ -204,7 +204,7 @@ class TestMaxTiles:
 
     @pytest.mark.parametrize("tile", [{"height": 28}, {"height": 0, "width": 28}, (28, 2.5), "28", True])
     def test_refuses_tiles(self, tile):
-        with refuses("tile_size=", "at least 1" if isinstance(tile, dict) and len(tile) == 2 else "positive integers"):
+        with refuses("tile_size="):
             InfLlavaImageProcessor(max_tiles=6, tile_size=tile)
 
     @pytest.mark.parametrize("budget", [0, -1, 10**5])

@@ -194,9 +194,9 @@ class TestLists:
         dcm = dv.DualPerspectiveCrop((4, 4), remainder="pad")
         with refuses("at least one", "[]"):
             dcm([])
-        with refuses("(C, H, W)", "[(3, 4, 4), (1, 3, 4, 4)]"):
+        with refuses("(C, H, W)", "(3, 4, 4)", "(1, 3, 4, 4)"):
             dcm([torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4)])
-        with refuses("(1, 3, 4, 4)", "(1, 1, 4, 4)", "same tile size"):  # one colour image, one grey
+        with refuses("(3, 4, 4)", "(1, 4, 4)", "same number of channels"):  # one colour image, one grey
             dcm([torch.zeros(3, 4, 4), torch.zeros(1, 4, 4)])
 
 
@@ -280,7 +280,7 @@ class TestRefusals:
         with refuses("(8, 8)", "(..., C, H, W)"):
             dcm(torch.zeros(8, 8))
         for height, width in ((0, 8), (8, 0)):
-            with refuses(f"({height}, {width})", "must both be at least 1"):
+            with refuses("images", f"(3, {height}, {width})", "at least 1"):
                 dcm(torch.zeros(3, height, width))
 
     @pytest.mark.parametrize("value", [(1, 2), (1, 2, 3, 4), (1,), ()])

@@ -708,7 +708,7 @@ class TestRefusals:
             dv.DualPerspectiveEnhance(DIM, **{option: value})
 
     def test_widths(self) -> None:
-        with refuses("num_heads=3", "positive divisor", "dim=16"):
+        with refuses("num_heads=3", "positive divisor of the width 16"):
             dv.DualPerspectiveEnhance(DIM, num_heads=3)
         with refuses("dim=24", "positive multiple of 16"):
             dv.DualPerspectiveEnhance.released(24)
@@ -738,7 +738,7 @@ class TestRefusals:
     @pytest.mark.parametrize("live", [((0, 1), (0,)), ((0, 1, 2, 3, 4, 4), (1, 4)), [[0], [1]]], ids=str)
     def test_live_tiles(self, live: Any) -> None:
         dem = dv.DualPerspectiveEnhance.released(DIM)
-        with refuses("live=", "each tile once", "dem.plan(grid, (h, w)).live"):
+        with refuses("live=", "dem.plan(grid, (h, w)).live"):
             dem(*(torch.zeros(1, len(tiles), 4, 5, DIM) for tiles in live), (2, 3), live=live)
 
     def test_token_maps_of_a_readout(self) -> None:

@@ -79,7 +79,7 @@ def test_refusals():
         normalized_crop(image, (2, 3), mean=[0.5], std=STD)
     with refuses("std=[0.5]", "3 channels", "one number per channel"):
         normalized_crop(image, (2, 3), mean=MEAN, std=[0.5])
-    with refuses("std of 0"):
+    with refuses("not 0"):
         normalized_crop(image, (2, 3), mean=MEAN, std=[1.0, 0.0, 1.0])
     with refuses("torch.int64", "uint8", error=TypeError):
         normalized_crop(image.long(), (2, 3), mean=MEAN, std=STD)

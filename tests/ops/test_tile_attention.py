@@ -194,7 +194,7 @@ class TestRefusals:
         for bad in (0, -1, 3):
             with refuses(f"num_heads={bad}", "positive divisor of the width 8"):
                 dv.tile_attention(x, x, x, num_heads=bad)
-            with refuses(f"num_heads={bad}", "positive divisor", "dim=8"):
+            with refuses(f"num_heads={bad}", "positive divisor of the width 8"):
                 dv.TileAttention(8, num_heads=bad)
 
     def test_init(self) -> None:

@@ -163,7 +163,7 @@ class TestByTileSize:
                     call(**wrong)
         with refuses("tile=(4, 0)"):
             dv.global_stride_crop(x, tile=(4, 0))
-        with refuses("(0, 12)", "at least 1"):
+        with refuses("(3, 0, 12)", "at least 1"):
             dv.local_crop(x[:, :0], tile=4)
         with refuses("(8, 12)", "(..., C, H, W)"):
             dv.local_crop(x[0], tile=4)
@@ -348,7 +348,7 @@ class TestRefusals:
                 CROPS[perspective](torch.zeros(shape), (2, 3), data_format=data_format)
         with refuses("4 x 7", "cols=3"):
             CROPS[perspective](torch.zeros(3, 4, 7), (2, 3))
-        with refuses("0 x 6"):
+        with refuses("(3, 0, 6)", "at least 1"):
             CROPS[perspective](torch.zeros(3, 0, 6), (2, 3))
 
     @pytest.mark.parametrize("bad", [5, (2, 0), (2, 3.0), (1, 2, 3), "2x3"])
@@ -405,7 +405,7 @@ class TestRefusals:
             dv.recombine(tiles, (2, 3), "local", size=(15, 8))
         with refuses("4 x 5", "3x2", "(12, 10)", "size=(8, 15)"):
             dv.recombine(tiles, (3, 2), "local", size=(8, 15))
-        with refuses("0 x 5", "at least one cell"):
+        with refuses("tiles", "(6, 3, 0, 5)", "at least 1"):
             dv.recombine(torch.zeros(6, 3, 0, 5), (2, 3), "local")
 
     def test_a_plain_tensor_without_grid_or_perspective(self) -> None:

@@ -8,9 +8,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from dualview.geometry import TileGrid
+from dualview.models.inf_llava.input_checks import check_fields, named_errors
 from dualview.models.parts import low_res_of
 from dualview.ops.direct_readout import DirectReadout
 from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview.tensors import check_factory
 
 LLAMA_3_8B: dict[str, Any] = {
     "model_type": "llama",
@@ -42,6 +44,7 @@ VISION_FIELDS = ("hidden_size", "image_size", "patch_size")
 TEXT_FIELDS = ("hidden_size", "vocab_size")
 
 
+@named_errors
 @strict
 class InfLlavaConfig(PreTrainedConfig):
     """What an INF-LLaVA is made of; the default is the released model: CLIP ViT-L/14-336, DEM, MLP, Llama-3-8B.
@@ -89,6 +92,7 @@ class InfLlavaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336, VISION_FIELDS)
         self.text_config = _sub_config("text_config", self.text_config, LLAMA_3_8B, TEXT_FIELDS)
+        check_fields(self)
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} is no token of text_config, which has a vocab_size of "
@@ -126,6 +130,7 @@ class InfLlavaConfig(PreTrainedConfig):
         Raises:
             ValueError: The preset or an option is unknown, or the readout would not give one tile's token count.
         """
+        check_factory(device, None)
         options = dict(self.dem or {})
         preset = options.pop("preset", None)
         if preset not in DEM_PRESETS or options.get("readout") == "none":

@@ -8,7 +8,6 @@ from base64 import b64decode
 from collections.abc import Iterable
 from contextlib import suppress
 from io import BytesIO
-from math import isfinite
 from typing import Any
 from urllib.request import urlopen
 
@@ -26,10 +25,12 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from dualview.arguments import check_numbers, check_size, shown
 from dualview.canvas import centred, fitted_size, middle_part, place
-from dualview.geometry import Size, check_size, choose_grid
+from dualview.geometry import Size, choose_grid
 from dualview.images import ImageError, load_image
 from dualview.interpolation import upright
+from dualview.models.inf_llava.input_checks import check_options
 from dualview.ops.tiling import local_crop
 from dualview.pixels import from_array, from_tensor
 
@@ -133,6 +134,7 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         return pixels if device is None else pixels.to(device)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        check_options(kwargs)
         tile = kwargs.get("tile_size")
         if tile is not None:
             pair: Any = (tile.get("height"), tile.get("width")) if isinstance(tile, dict) else tile
@@ -146,7 +148,11 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         self, *, size: SizeDict | None = None, crop_size: SizeDict | None = None, **kwargs: Any
     ) -> None:
         # transformers asks for a crop_size wherever there is a crop; here it follows the size of each call.
-        super()._validate_preprocess_kwargs(size=size, crop_size=crop_size or size, **kwargs)
+        try:
+            super()._validate_preprocess_kwargs(size=size, crop_size=crop_size or size, **kwargs)
+        except ValueError as error:
+            given = ", ".join(f"{name}={kwargs.get(name)}" for name in ("image_mean", "image_std", "rescale_factor"))
+            raise ValueError(f"size={size}, crop_size={crop_size}, {given}: {error}") from None
         if kwargs.get("max_tiles") is None:
             return
         usual = self._standardize_kwargs(size=type(self).size, default_to_square=self.default_to_square)["size"]
@@ -268,7 +274,9 @@ def _file_of(source: str) -> str | BytesIO:
             raise ImageError(f"{source[:100]} cannot be read: {error}.") from error
     if len(source) > 64 and not os.path.isfile(source):  # noqa: PTH113 - Path raises where a name is too long
         with suppress(binascii.Error):
-            return BytesIO(b64decode(source, validate=True))
+            decoded = BytesIO(b64decode(source, validate=True))
+            decoded.name = shown(source)
+            return decoded
     return source
 
 
@@ -276,12 +284,12 @@ def _per_channel(value: Any, name: str) -> tuple[float, ...] | None:
     """Three numbers, of one or three."""
     if value is None:
         return None
-    values = tuple(value) if isinstance(value, Iterable) else (value,) * 3
-    numbers = all(isinstance(v, (int, float, np.number)) and isfinite(v) for v in values)
-    if len(values) != 3 or not numbers or (name == "image_std" and 0 in values):
+    single = not isinstance(value, Iterable) or getattr(value, "shape", None) == ()
+    try:
+        return tuple(check_numbers([value] * 3 if single else value, name, 3, zero=name != "image_std"))
+    except ValueError:
         rule = "one number or three, for red, green and blue" + ("; none may be 0" if name == "image_std" else "")
-        raise ValueError(f"{name}={value!r}: give {rule}.")
-    return tuple(float(v) for v in values)
+        raise ValueError(f"{name}={shown(value)}: give {rule}.") from None
 
 
 def _colour(image: Tensor, mean: tuple[float, ...] | None, rescale_factor: float | None) -> list[float]:

@@ -10,12 +10,14 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple
 
+from dualview.arguments import check_instance
 from dualview.geometry import GridLike, TileGrid
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
+from dualview.models.inf_llava.input_checks import check_features, check_language_model, check_pictures, check_tokens
 from dualview.models.inf_llava.language_head import build_head, finish_logits
 from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
 from dualview.ops.tiling import recombine
@@ -86,6 +88,10 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: InfLlavaConfig, *inputs: Any, **kwargs: Any) -> None:
+        check_instance(config, "config", InfLlavaConfig, "an InfLlavaConfig; from_pretrained loads a model")
+        super().__init__(config, *inputs, **kwargs)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Weights are drawn by the rules of every part, as in models of transformers.
@@ -139,6 +145,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         check_tower(self.vision_tower, config.vision_feature_layer)
         self.dem = config.build_dem()
         self.language_model = AutoModel.from_config(config.text_config)
+        check_language_model(self.language_model)
         # The width of the embeddings, which need not be that of the layers.
         width = self.language_model.get_input_embeddings().embedding_dim
         self.multi_modal_projector = InfLlavaMultiModalProjector(config, width)
@@ -173,6 +180,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         Raises:
             ValueError: Tiles, grids and sizes do not fit each other.
         """
+        check_pictures(pixel_values, image_grids, image_sizes)
         pixels: Tensor | list[Tensor] = pixel_values
         valid = None
         if image_grids is not None:
@@ -221,12 +229,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         else:
             mask = input_ids == self.config.image_token_id
         tokens, features = mask.sum(), image_features.shape[0] * image_features.shape[1]
-        torch_compilable_check(
-            tokens == features,
-            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each image needs "
-            f"{self.config.image_seq_length} tokens with id {self.config.image_token_id}; InfLlavaProcessor writes "
-            "them.",
-        )
+        check_features(tokens, features, self.config)
         placeholder: Tensor = mask.unsqueeze(-1).to(inputs_embeds.device)
         return placeholder
 
@@ -265,8 +268,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         Raises:
             ValueError: Both or neither of two alternatives are given, or tokens and features do not match.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        check_tokens(self.get_input_embeddings(), input_ids, inputs_embeds, attention_mask, position_ids)
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if inputs_embeds is None:
@@ -410,6 +412,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             - inputs_embeds: (batch, sequence, text width)
             - logits: (batch, kept positions, vocabulary)
         """
+        check_tokens(self.get_input_embeddings(), input_ids, inputs_embeds, attention_mask, position_ids, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from dualview.arguments import check_count, shown
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -58,17 +61,21 @@ class InfLlavaProcessor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.image_seq_length, self.image_token = image_seq_length, image_token
-        if tokenizer is None:
+        self.image_seq_length, self.image_token = check_count(image_seq_length, "image_seq_length"), image_token
+        if not isinstance(image_token, str) or not image_token:
+            raise ValueError(f"image_token={shown(image_token)}: must be the text of a token.")
+        if not isinstance(image_processor, ImageProcessingMixin):
+            raise ValueError(f"image_processor={shown(image_processor)}: must be an InfLlavaImageProcessor.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                "tokenizer=None: InfLlavaProcessor joins an image processor to the language model's tokenizer. Pass "
-                "both; for pictures alone use InfLlavaImageProcessor."
+                f"tokenizer={shown(tokenizer)}: InfLlavaProcessor joins an image processor to the language model's "
+                "tokenizer. Pass both; for pictures alone use InfLlavaImageProcessor."
             )
         ids = tokenizer.encode(image_token, add_special_tokens=False)
         if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and image_token != tokenizer.unk_token):
             raise ValueError(
-                f"the tokenizer turns {image_token!r} into {tokenizer.convert_ids_to_tokens(ids)}, and it must be one "
-                "token of its own: add it first, with "
+                f"image_token={shown(image_token)}: the tokenizer turns {image_token!r} into "
+                f"{tokenizer.convert_ids_to_tokens(ids)}, and it must be one token of its own: add it first, with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
             )
         self.image_token_id = ids[0]

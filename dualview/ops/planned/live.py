@@ -211,17 +211,6 @@ def plan_enhance(
     return EnhancePlan(pair, tokens, tuple(directions), read, fused, cell, cell != (1, 1), fused != read, live)
 
 
-@constant
-def check_present(spec: EnhanceSpec, present: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    """A ValueError unless every tile that is needed is present, and each once."""
-    missing = [sorted(set(live) - set(given)) for live, given in zip(plan_enhance(*spec).live, present, strict=True)]
-    if any(missing) or any(len(set(tiles)) != len(tiles) for tiles in present):
-        raise ValueError(
-            f"live={present}: each tile once, and all that are needed of a grid of {spec[0]}. Missing are local tiles "
-            f"{missing[0]} and stride tiles {missing[1]}: pass those of dem.plan(grid, (h, w)).live."
-        )
-
-
 @dataclass(frozen=True)
 class DirectPlan:
     """What a readout without enhancement needs.

@@ -10,7 +10,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualview.geometry import Perspective, Size, TileGrid, check_size
+from dualview.arguments import check_size
+from dualview.geometry import Perspective, Size, TileGrid
 from dualview.kernels.retile import retile
 from dualview.kernels.tables import listed, table
 from dualview.kernels.tile_attention import tile_attention
