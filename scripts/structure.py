@@ -21,7 +21,7 @@ import dualview as dv
 from dualview.kernels.dispatch import choose
 
 PACKAGE = Path(dv.__file__).parent
-CHECKS = ("arguments.py", "tensors.py")
+CHECKS = ("arguments.py", "tensors.py", "models/inf_llava/input_checks.py")
 GROUND = ("__init__.py", *CHECKS, "geometry.py", "views.py", "switches.py", "kernels")
 
 
