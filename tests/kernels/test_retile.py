@@ -170,7 +170,7 @@ def test_images_are_for_torch():
 def test_says_what_does_not_fit():
     with refuses("5 tiles", "dimension 1 of (1, 5, 2, 2, 4)", "2x3", "rows*cols = 6"):
         retile(torch.zeros(1, 5, 2, 2, 4), "local", "raster", (2, 3))
-    with refuses("0 x 2", "at least one cell"):
+    with refuses("(6, 0, 2, 4)", "no cells"):
         retile(torch.zeros(6, 0, 2, 4), "local", "raster", (2, 3))
     with refuses("5 x 6", "2 x 3 tiles"):
         retile(torch.zeros(5, 6, 4), "raster", "local", (2, 3))
