@@ -123,7 +123,8 @@ class TileGrid:
             raise ValueError(
                 f"{name}: a map of {height} x {width} (height x width) cannot be cut by a grid of {self.rows} x "
                 f"{self.cols} tiles: the height must be a positive multiple of rows={self.rows} and the width of "
-                f"cols={self.cols}. Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder`)."
+                f"cols={self.cols}. Pad, crop or resize it first (DualPerspectiveCrop does, by its `remainder`), or "
+                'pass data_format="channels_last" where the channels come last.'
             )
         if (height, width) == (self.rows, self.cols) and self.num_tiles > MOST_SINGLE_CELLS:
             raise ValueError(

@@ -118,7 +118,7 @@ def check_tile_pair(
         raise ValueError(
             f"got local_tiles {shapes[0]} and stride_tiles {shapes[1]} for a grid of {grid}: they must be {expected}, "
             "rows*cols tiles each unless `live` names those present; B, h, w and D must be the same in both, h and w "
-            "at least 1. Flattened tokens need .unflatten(2, (h, w))."
+            "at least 1, the channels last. Flattened tokens need .unflatten(2, (h, w))."
         )
     return check_size(local_tiles.shape[2:4], "token map")
 

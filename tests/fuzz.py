@@ -162,9 +162,10 @@ def _shows(text: str, value: object) -> bool:
             str(value.dtype),
             " x ".join(map(str, value.shape[-2:])),
         }
+        marks |= {f"{value.shape[0]} images"} if value.ndim else set()
         marks |= {str(value.device)} if isinstance(value, Tensor) else set()
         marks |= {" x ".join(map(str, value.shape[-3:-1]))} if value.ndim > 2 else set()
-    if isinstance(value, (list, tuple, range, dv.TileGrid)) and not hasattr(value, "_fields"):
+    if isinstance(value, (list, tuple, range, set, dv.TileGrid)) and not hasattr(value, "_fields"):
         parts = list(value)
         marks |= {"x".join(map(str, parts)), " x ".join(map(str, parts)), str(tuple(parts))}
         marks |= {shown(tuple(parts)), shown(list(parts))}

@@ -36,7 +36,7 @@ DEM = {
     "gate": False,
 }
 PAIR = {"local_tiles": LOCAL, "stride_tiles": STRIDE, "grid": GRID}
-OF_FILES = dict.fromkeys(("source", "image", "image_url_or_urls"), "source|picture|file|base64")
+OF_FILES = dict.fromkeys(("source", "image", "image_url_or_urls"), "source|picture|file|base64|cannot be read")
 OF_PIXELS = {"pixel_values": "pixel_values|pixels"}
 OF_IMAGES = {"images": "images?|image size"}
 DUAL_CROP = {"tile": TILE, "remainder": "pad", "pad_value": 0.5, "low_pass": False, "perspectives": ("local",)}

@@ -92,14 +92,14 @@ class TileBatch(Record, tensors=("data",)):
             TypeError: An element of ``tiles`` is no tensor.
         """
         grid_tuple = check_grids(grids, "grids")
-        check_list(tiles, "tiles")
+        tiles = check_list(tiles, "tiles")
         counts = [t.shape[0] if t.dim() else 0 for t in tiles]
         if (
             counts != [grid.num_tiles for grid in grid_tuple]
             or len({(t.shape[1:], t.dtype, t.device) for t in tiles}) != 1
         ):
             raise ValueError(
-                f"cannot pack tiles={shown(list(tiles))} of shapes {[tuple(t.shape) for t in tiles]} for grids "
+                f"cannot pack tiles={shown(tiles)} of shapes {[tuple(t.shape) for t in tiles]} for grids "
                 f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
                 "and the same tile size, type and device throughout."
             )

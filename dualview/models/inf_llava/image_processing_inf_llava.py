@@ -30,7 +30,7 @@ from dualview.canvas import centred, fitted_size, middle_part, place
 from dualview.geometry import Size, choose_grid
 from dualview.images import ImageError, load_image
 from dualview.interpolation import upright
-from dualview.models.inf_llava.input_checks import check_options
+from dualview.models.inf_llava.input_checks import check_options, plain_size
 from dualview.ops.tiling import local_crop
 from dualview.pixels import from_array, from_tensor
 
@@ -139,6 +139,8 @@ class InfLlavaImageProcessor(TorchvisionBackend):
         if tile is not None:
             pair: Any = (tile.get("height"), tile.get("width")) if isinstance(tile, dict) else tile
             kwargs["tile_size"] = dict(zip(("height", "width"), check_size(pair, "tile_size"), strict=True))
+        for name in ("size", "crop_size"):
+            kwargs[name] = plain_size(kwargs.get(name), name)
         for name in ("image_mean", "image_std"):
             kwargs[name] = _per_channel(kwargs.get(name), name)
         standard: dict[str, Any] = super()._standardize_kwargs(**kwargs)

@@ -75,6 +75,11 @@ def check_pictures(pixel_values: Tensor, image_grids: Tensor | None, image_sizes
             _check_integers(pairs, name, (None, 2))
             if pairs.is_meta:
                 raise ValueError(f"{name}={shown(pairs)} on meta: must hold numbers.")
+    if image_grids is not None and image_sizes is not None and len(image_grids) != len(image_sizes):
+        raise ValueError(
+            f"image_grids={shown(image_grids)}, image_sizes={shown(image_sizes)}: give both for every image, or omit "
+            "image_sizes."
+        )
 
 
 def check_tokens(
@@ -91,11 +96,11 @@ def check_tokens(
             f"You must specify exactly one of input_ids or inputs_embeds: input_ids={shown(input_ids)}, "
             f"inputs_embeds={shown(inputs_embeds)}."
         )
-    weight: Any = embeddings.weight
+    weight, width = getattr(embeddings, "weight", None), getattr(embeddings, "embedding_dim", None)
     if inputs_embeds is not None:
         check_floats(inputs_embeds=inputs_embeds)
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != weight.shape[-1] or 0 in inputs_embeds.shape:
-            raise ValueError(f"inputs_embeds={shown(inputs_embeds)}: must be (batch, sequence, {weight.shape[-1]}).")
+        if inputs_embeds.dim() != 3 or width not in (None, inputs_embeds.shape[-1]) or 0 in inputs_embeds.shape:
+            raise ValueError(f"inputs_embeds={shown(inputs_embeds)}: must be (batch, sequence, {width}).")
         like, name = inputs_embeds, "inputs_embeds"
     else:
         _check_integers(input_ids, "input_ids", (None, None))
@@ -112,27 +117,36 @@ def check_tokens(
         if position_ids.shape[-2] not in (1, batch):
             raise ValueError(f"position_ids={shown(position_ids)}: must be for {batch} rows, or 1 for all.")
         given["position_ids"] = position_ids
-    masks = attention_mask if isinstance(attention_mask, dict) and attention_mask else {"": attention_mask}
-    for mask in masks.values():
+    by_kind = (
+        isinstance(attention_mask, dict)
+        and attention_mask
+        and all(str(k).endswith("_attention") for k in attention_mask)
+    )
+    for mask in attention_mask.values() if by_kind else (attention_mask,):
         if mask is None or type(mask).__name__ == "BlockMask":
             continue
         check_tensors(attention_mask=mask)
-        fits = mask.shape[0] == batch and mask.shape[1] >= length if mask.dim() == 2 else mask.dim() == 4
+        if mask.dim() == 2:
+            fits = mask.shape[0] == batch and mask.shape[1] >= length
+        else:
+            fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, length)
+            fits = fits and mask.shape[3] >= length
         if not fits or mask.is_complex():
             raise ValueError(f"attention_mask={shown(mask)}: must be ({batch}, {length} or more), or of 4 dimensions.")
         given["attention_mask"] = mask
     for name, x in given.items():
-        if x.is_meta and not weight.is_meta:
+        if x.is_meta and isinstance(weight, Tensor) and not weight.is_meta:
             raise ValueError(f"{name}={shown(x)} is on meta: it must hold numbers.")
 
 
-def check_features(tokens: Tensor, features: int, config: Any) -> None:
+def check_features(tokens: Tensor, image_features: Tensor, config: Any) -> None:
     """Raise a ValueError unless there are as many image tokens as image features; not while a compiler traces."""
+    images, features = image_features.shape[0], image_features.shape[0] * image_features.shape[1]
     if not torch.compiler.is_compiling() and not tokens.is_meta and tokens.item() != features:
         raise ValueError(
-            f"Image features and image tokens do not match, tokens: {tokens.item()}, features: {features}. input_ids "
-            f"must have {config.image_seq_length} tokens with id {config.image_token_id} for each image of "
-            "pixel_values; InfLlavaProcessor writes them."
+            f"Image features and image tokens do not match, tokens: {tokens.item()}, features: {features} of {images} "
+            f"images. input_ids must have {config.image_seq_length} tokens with id {config.image_token_id} for each "
+            "image of pixel_values; InfLlavaProcessor writes them."
         )
 
 
@@ -153,6 +167,14 @@ def check_options(options: Mapping[str, Any]) -> None:
             check_flags(**{name: value})
         elif name == "rescale_factor":
             check_number(value, name)
+
+
+def plain_size(value: Any, name: str) -> Any:
+    """A size as transformers takes it, which knows neither integers nor pairs of NumPy and torch."""
+    if value is None or isinstance(value, Mapping | SizeDict):
+        return value
+    count = integer_of(value)
+    return check_size(value, name, high=MOST_SIDE) if count is None else count
 
 
 def _is_side(side: object) -> bool:

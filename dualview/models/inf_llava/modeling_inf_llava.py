@@ -228,8 +228,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        tokens, features = mask.sum(), image_features.shape[0] * image_features.shape[1]
-        check_features(tokens, features, self.config)
+        check_features(mask.sum(), image_features, self.config)
         placeholder: Tensor = mask.unsqueeze(-1).to(inputs_embeds.device)
         return placeholder
 
