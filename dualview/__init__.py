@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualview import testing
+    from dualview.blending import blend_tiles
     from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
     from dualview.explain import Explanation, explain
     from dualview.geometry import TileGrid, choose_grid
     from dualview.images import load_image
     from dualview.kernels.dispatch import use_backend
+    from dualview.large.predict import predict_tiled
     from dualview.models.dual_view_encoder import DualViewEncoder
     from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
     from dualview.ops.direct_readout import DirectReadout
@@ -49,10 +51,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "blending": "blend_tiles",
     "explain": "Explanation explain",
     "geometry": "TileGrid choose_grid",
     "images": "load_image",
     "kernels.dispatch": "use_backend",
+    "large.predict": "predict_tiled",
     "models.dual_view_encoder": "DualViewEncoder",
     "models.encoders": "HfEncoder OpenClipEncoder TimmEncoder",
     "ops.direct_readout": "DirectReadout",
@@ -102,6 +106,7 @@ __all__ = [
     "TimmEncoder",
     "WeightedAdditionFusion",
     "__version__",
+    "blend_tiles",
     "choose_grid",
     "explain",
     "full_computation",
@@ -110,6 +115,7 @@ __all__ = [
     "local_crop",
     "low_pass",
     "normalized_crop",
+    "predict_tiled",
     "read_out",
     "recombine",
     "testing",

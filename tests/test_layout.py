@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dualview"
 FLOORS = (  # from the ground up
     ("arguments.py",),
     ("geometry.py", "tensors.py"),
-    ("views.py", "interpolation.py", "padding.py", "records.py", "switches.py"),
+    ("views.py", "interpolation.py", "padding.py", "records.py", "switches.py", "tile_positions.py"),
+    ("blending.py",),
     ("kernels/*.py", "ops/tile_batch.py"),
     ("dual_tiles.py",),
     (
@@ -24,6 +25,7 @@ FLOORS = (  # from the ground up
     ("ops/planned/*.py",),
     ("ops/enhance.py", "ops/direct_readout.py", "ops/functional.py"),
     ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
+    ("large/*.py",),
     ("models/*.py", "visualize.py"),
     ("explain.py", "stages.py", "demo.py"),
     ("commands.py",),

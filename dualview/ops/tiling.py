@@ -13,6 +13,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from dualview.arguments import check_choice
+from dualview.blending import cut
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import (
     DATA_FORMATS,
@@ -28,6 +29,7 @@ from dualview.geometry import (
 from dualview.kernels.dispatch import Backend
 from dualview.kernels.retile import retile
 from dualview.ops.tile_batch import TileBatch
+from dualview.tile_positions import Border
 from dualview.views import check_result_size, grid_for, tile_size
 
 
@@ -36,6 +38,8 @@ def local_crop(
     grid: GridLike | None = None,
     *,
     tile: SizeLike | None = None,
+    overlap: SizeLike | None = None,
+    border: Border = "shift",
     data_format: DataFormat = "channels_first",
     backend: Backend | None = None,
 ) -> Tensor:
@@ -47,6 +51,10 @@ def local_crop(
         x: Images or token maps of any dtype, device and memory format.
         grid: Rows and columns of tiles.
         tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
+        overlap: With ``tile``: how much neighbouring tiles share, (height, width) or one number for both, from 0 on.
+            Maps of any size are then covered; [`blend_tiles`][dualview.blend_tiles] is the inverse.
+        border: With ``overlap``, where the last tiles would reach beyond the map: "shift" moves them inside, "pad"
+            leaves them where they are and fills them up with zeros.
         data_format: Whether the channels come before or after height and width.
         backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
             channels-last maps.
@@ -54,6 +62,7 @@ def local_crop(
     Shape:
         - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
         - channels_last: (..., H, W, D) -> (..., rows*cols, H/rows, W/cols, D)
+        - with ``overlap``: the same with tiles of (h, w), rows = ceil((H - overlap) / (h - overlap)) and cols alike
 
     Returns:
         A new contiguous tensor that shares no memory with ``x``.
@@ -61,7 +70,8 @@ def local_crop(
     Raises:
         ValueError: H or W is not a positive multiple of the grid or the tile, both or neither of the two are given,
             ``x`` has fewer than three dimensions, its channels seem to come last under "channels_first", or an argument
-            is not one of the choices.
+            is not one of the choices. With ``overlap``: it is no smaller than the tile, or the map is smaller than one
+            tile under "shift".
         TypeError: ``x`` is no tensor.
         RuntimeError: "triton" was asked for and cannot run.
 
@@ -70,7 +80,11 @@ def local_crop(
         >>> x = torch.arange(8).reshape(1, 2, 4)
         >>> local_crop(x, (1, 2)).tolist()
         [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
+        >>> local_crop(x, tile=2, overlap=1).tolist()
+        [[[[0, 1], [4, 5]]], [[[1, 2], [5, 6]]], [[[2, 3], [6, 7]]]]
     """
+    if overlap is not None:
+        return cut(x, grid, tile, overlap, border, data_format)
     return crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
 
 

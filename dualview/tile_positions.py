@@ -1,0 +1,155 @@
+"""Where overlapping tiles lie, and what each of them contributes. Integers only, no tensors.
+
+On either axis tiles start every ``tile - overlap`` positions, from 0 on, until the last one reaches the end. What the
+last one would have beyond the end is settled by ``border``: "shift" moves it back until it ends with the axis (it then
+overlaps its neighbour by more), "pad" leaves it where it is and fills it up with zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from dualview.geometry import Size, SizeLike, check_size
+
+Border: TypeAlias = Literal["shift", "pad"]
+
+
+class Kept(NamedTuple):
+    """A tile on an axis: where it starts, and the positions ``first`` to ``stop`` that it contributes."""
+
+    start: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TilePositions:
+    """Rectangular tiles, row by row, that cover a map of ``size``; neighbours share at least ``overlap`` positions.
+
+    Args:
+        size: Height and width of the map.
+        tile: Height and width of a tile.
+        overlap: Positions that neighbours share, below one another and side by side.
+        border: "shift" or "pad".
+
+    Raises:
+        ValueError: The overlap is no smaller than the tile, or under "shift" the map is smaller than one tile.
+
+    Example:
+        >>> positions = TilePositions((5, 8), tile=(5, 4), overlap=(0, 1))
+        >>> positions.grid, positions.corners()
+        ((1, 3), [(0, 0), (0, 3), (0, 4)])
+        >>> TilePositions((5, 8), tile=(5, 4), overlap=(0, 1), border="pad").corners()
+        [(0, 0), (0, 3), (0, 6)]
+    """
+
+    size: Size
+    tile: Size
+    overlap: Size = (0, 0)
+    border: Border = "shift"
+
+    def __post_init__(self) -> None:
+        if self.border not in get_args(Border):
+            raise ValueError(
+                f'border={self.border!r}: must be "shift" (the last tiles are moved inside) or "pad" (they are filled '
+                "up with zeros)."
+            )
+        if any(overlap >= tile for overlap, tile in zip(self.overlap, self.tile, strict=True)):
+            raise ValueError(
+                f"overlap={self.overlap} for tile={self.tile} (height, width): the overlap must be smaller than the "
+                "tile on both axes."
+            )
+        if self.border == "shift" and any(tile > side for tile, side in zip(self.tile, self.size, strict=True)):
+            raise ValueError(
+                f"a map of {self.size[0]} x {self.size[1]} (height x width) is smaller than one tile of "
+                f"{self.tile[0]} x {self.tile[1]}, which cannot be moved inside. Pass border='pad', or a smaller tile."
+            )
+
+    @classmethod
+    def of(cls, size: SizeLike, tile: SizeLike, overlap: object, border: Border) -> TilePositions:
+        """The same from arguments that have not been checked yet."""
+        return cls(check_size(size, "size"), check_size(tile, "tile"), check_lengths(overlap, "overlap"), border)
+
+    @property
+    def starts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where rows of tiles start, and where columns of tiles start."""
+        rows, cols = (_starts(*axis, self.border) for axis in zip(self.size, self.tile, self.overlap, strict=True))
+        return rows, cols
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of tiles."""
+        rows, cols = self.starts
+        return len(rows), len(cols)
+
+    def __str__(self) -> str:
+        """In words, for errors."""
+        (height, width), (h, w), (rows, cols) = self.size, self.tile, self.grid
+        return (
+            f"a map of {height} x {width} (height x width) has {rows} x {cols} = {rows * cols} tiles of {h} x {w} with "
+            f"overlap={self.overlap} and border={self.border!r}"
+        )
+
+    def __len__(self) -> int:
+        """The number of tiles."""
+        return self.grid[0] * self.grid[1]
+
+    def corners(self) -> list[Size]:
+        """Where the tiles start, (top, left), in order."""
+        rows, cols = self.starts
+        return [(top, left) for top in rows for left in cols]
+
+    def kept(self, margin: Size = (0, 0)) -> tuple[list[Kept], list[Kept]]:
+        """What rows and columns of tiles contribute when ``margin`` positions are left out at every edge of a tile.
+
+        An edge that lies on the border of the map is no edge: nothing is left out there.
+
+        Raises:
+            ValueError: The overlap is less than twice the margin, so positions would be left without a tile.
+        """
+        if any(2 * out > overlap for out, overlap in zip(margin, self.overlap, strict=True)):
+            raise ValueError(
+                f"overlap={self.overlap} for margin={margin} (height, width): the overlap must be at least twice the "
+                "margin, or some positions would be in no tile."
+            )
+        rows, cols = (_kept(*axis) for axis in zip(self.starts, self.size, self.tile, margin, strict=True))
+        return rows, cols
+
+
+def _starts(length: int, tile: int, overlap: int, border: Border) -> tuple[int, ...]:
+    step = tile - overlap
+    count = 1 + max(0, -(-(length - tile) // step))
+    last = length - tile if border == "shift" else step * (count - 1)
+    return (*range(0, step * (count - 1), step), last)
+
+
+def _kept(starts: tuple[int, ...], length: int, tile: int, margin: int) -> list[Kept]:
+    return [
+        Kept(
+            start,
+            min(start + (margin if start > 0 else 0), length),
+            min(start + tile - (margin if start + tile < length else 0), length),
+        )
+        for start in starts
+    ]
+
+
+def check_lengths(lengths: object, name: str) -> Size:
+    """A pair of integers (height, width) from 0 on, or one for both.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    pair = tuple(lengths) if isinstance(lengths, Iterable) else (lengths, lengths)
+    try:
+        if any(isinstance(length, bool) for length in pair):
+            raise TypeError
+        height, width = (operator.index(length) for length in pair)
+    except (TypeError, ValueError):
+        height = width = -1
+    if min(height, width) < 0:
+        raise ValueError(f"{name}={lengths!r}: give two integers (height, width) of at least 0, or one for both.")
+    return height, width
