@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dualview.images import load_image
     from dualview.kernels.dispatch import use_backend
     from dualview.large.predict import predict_tiled
+    from dualview.large.reader import TileReader
+    from dualview.large.writer import TileWriter
     from dualview.models.dual_view_encoder import DualViewEncoder
     from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
     from dualview.ops.direct_readout import DirectReadout
@@ -57,6 +59,8 @@ _HOMES = {
     "images": "load_image",
     "kernels.dispatch": "use_backend",
     "large.predict": "predict_tiled",
+    "large.reader": "TileReader",
+    "large.writer": "TileWriter",
     "models.dual_view_encoder": "DualViewEncoder",
     "models.encoders": "HfEncoder OpenClipEncoder TimmEncoder",
     "ops.direct_readout": "DirectReadout",
@@ -103,6 +107,8 @@ __all__ = [
     "TileAttention",
     "TileBatch",
     "TileGrid",
+    "TileReader",
+    "TileWriter",
     "TimmEncoder",
     "WeightedAdditionFusion",
     "__version__",

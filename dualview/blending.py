@@ -66,7 +66,9 @@ class Blender:
         """Join a whole row of tiles with what is above."""
         first, stop = self.rows[i][1:]
         if i and (shared := self.rows[i - 1].stop - first):
-            mix_(self.unfinished, self.row[..., :shared, :], self.row_shares[i][:, None])
+            for j, (_, left, _) in enumerate(self.cols):  # piece by piece: what mixing needs stays small
+                span = slice(left, self.cols[j + 1].first if j + 1 < len(self.cols) else None)
+                mix_(self.unfinished[..., span], self.row[..., :shared, span], self.row_shares[i][:, None])
             self.row[..., :shared, :] = self.unfinished
         finished = (self.rows[i + 1].first if i + 1 < len(self.rows) else stop) - first
         self.unfinished = self.row[..., finished:, :].clone()

@@ -10,7 +10,18 @@ import pytest
 
 import dualview
 
-OPTIONAL = {"transformers", "timm", "open_clip", "triton", "torchvision", "PIL", "matplotlib", "tqdm"}
+OPTIONAL = {
+    "transformers",
+    "timm",
+    "open_clip",
+    "triton",
+    "torchvision",
+    "PIL",
+    "matplotlib",
+    "tqdm",
+    "tifffile",
+    "zarr",
+}
 
 
 def loaded_after(statements: str) -> set[str]:

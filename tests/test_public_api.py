@@ -37,6 +37,8 @@ PUBLIC = {
         "TileAttention",
         "TileBatch",
         "TileGrid",
+        "TileReader",
+        "TileWriter",
         "TimmEncoder",
         "WeightedAdditionFusion",
         "__version__",

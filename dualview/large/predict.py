@@ -97,7 +97,7 @@ def predict_tiled(
     if not images:
         raise ValueError(f"x of shape {tuple(x.shape)} holds no image: there is nothing to predict.")
     out = kind = None
-    with torch.no_grad(), counted(len(images) * len(positions), "predicting", shown=progress) as done:
+    with torch.no_grad(), counted(len(images) * len(positions), "predicting", "tile", shown=progress) as done:
         for image in images:
             for first in range(0, len(positions), batch_size):
                 numbers = range(len(positions))[first : first + batch_size]

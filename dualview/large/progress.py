@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def counted(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of tiles that are done; a bar on standard error shows their sum.
+def counted(total: int, what: str, unit: str, *, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A function to call with the number of units that are done; a bar on standard error shows their sum.
 
     Raises:
         ImportError: The bar is asked for, and tqdm is not installed.
@@ -23,5 +23,5 @@ def counted(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int], o
         raise ImportError(
             'progress=True needs tqdm, which is not installed: run pip install -e ".[large]" in your clone.'
         ) from error
-    with tqdm(total=total, desc=what, unit=" tile", file=sys.stderr) as bar:
+    with tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=total > 10**6, file=sys.stderr) as bar:
         yield bar.update
