@@ -218,6 +218,7 @@ SUITES = {
     "photo": "bytes to normalised tiles",
     "preprocess": "a picture to a canvas",
     "ops": "crops, recombination and re-tiling",
+    "large": "overlap, blending, prediction by tiles, stride tiles on disk",
     "import_time": "import, in a new process",
 }
 """What the suites with peers measure, in the order of the summary."""

@@ -15,7 +15,19 @@ import torch
 
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "transformers", "torchvision", "einops", "timm", "kornia", "natten", "triton", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "torchvision",
+    "einops",
+    "timm",
+    "kornia",
+    "monai",
+    "natten",
+    "triton",
+    "numpy",
+    "zarr",
+)
 
 NUMBER = (int, float)
 OPTIONAL = (int, float, type(None))

@@ -64,15 +64,19 @@ class Blender:
 
     def _join(self, i: int) -> tuple[int, Tensor]:
         """Join a whole row of tiles with what is above."""
-        first, stop = self.rows[i][1:]
+        _, first, stop, _ = self.rows[i]
         if i and (shared := self.rows[i - 1].stop - first):
-            for j, (_, left, _) in enumerate(self.cols):  # piece by piece: what mixing needs stays small
+            for j, (_, left, _, _) in enumerate(self.cols):  # piece by piece: what mixing needs stays small
                 span = slice(left, self.cols[j + 1].first if j + 1 < len(self.cols) else None)
                 mix_(self.unfinished[..., span], self.row[..., :shared, span], self.row_shares[i][:, None])
             self.row[..., :shared, :] = self.unfinished
         finished = (self.rows[i + 1].first if i + 1 < len(self.rows) else stop) - first
         self.unfinished = self.row[..., finished:, :].clone()
         return first, self.row[..., :finished, :]
+
+
+SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""Types that `torch.where` of torch 2.11 does not take."""
 
 
 def mix_(mean: Tensor, x: Tensor, share: Tensor) -> None:
@@ -93,7 +97,8 @@ def mix_(mean: Tensor, x: Tensor, share: Tensor) -> None:
         mixed = mixed.round()
         if mean.dtype in (torch.int64, torch.uint64):  # the largest ones are rounded up, out of the type's range
             mixed = mixed.clamp(max=float(torch.iinfo(mean.dtype).max // 2048 * 2048))
-    mean.copy_(torch.where(mean == x, mean, mixed.to(mean.dtype)))
+    bits = SAME_BITS.get(mean.dtype, mean.dtype)
+    mean.view(bits).copy_(torch.where(mean == x, mean.view(bits), mixed.to(mean.dtype).view(bits)))
 
 
 def shares(axis: list[Kept], window: Window) -> tuple[list[Tensor], list[Tensor]]:
@@ -105,13 +110,13 @@ def shares(axis: list[Kept], window: Window) -> tuple[list[Tensor], list[Tensor]
     """
     total = torch.zeros(axis[-1].stop, dtype=torch.float64)
     running, weights = [], []
-    for i, (_, first, stop) in enumerate(axis):
-        weight = _profile(stop - first, window)
+    for i, (_, first, stop, end) in enumerate(axis):
+        weight = _profile(end - first, window)[: stop - first]
         total[first:stop] += weight
         shared = axis[i - 1].stop - first if i else 0
         running.append(weight[:shared] / total[first : first + shared])
         weights.append(weight)
-    return running, [weight / total[first:stop] for (_, first, stop), weight in zip(axis, weights, strict=True)]
+    return running, [weight / total[first:stop] for (_, first, stop, _), weight in zip(axis, weights, strict=True)]
 
 
 def _profile(length: int, window: Window) -> Tensor:

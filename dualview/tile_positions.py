@@ -18,11 +18,15 @@ Border: TypeAlias = Literal["shift", "pad"]
 
 
 class Kept(NamedTuple):
-    """A tile on an axis: where it starts, and the positions ``first`` to ``stop`` that it contributes."""
+    """A tile on an axis: where it starts, the positions ``first`` to ``stop`` that it contributes, and their ``end``.
+
+    The end is that of the tile less the margin: beyond ``stop`` where the tile reaches beyond the map.
+    """
 
     start: int
     first: int
     stop: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,11 @@ def _starts(length: int, tile: int, overlap: int, border: Border) -> tuple[int, 
 
 
 def _kept(starts: tuple[int, ...], length: int, tile: int, margin: int) -> list[Kept]:
+    firsts = [min(start + (margin if start > 0 else 0), length) for start in starts]
+    ends = [start + tile - (margin if start + tile < length else 0) for start in starts]
     return [
-        Kept(
-            start,
-            min(start + (margin if start > 0 else 0), length),
-            min(start + tile - (margin if start + tile < length else 0), length),
-        )
-        for start in starts
+        Kept(start, first, min(end, length), max(first, end))
+        for start, first, end in zip(starts, firsts, ends, strict=True)
     ]
 
 

@@ -79,7 +79,8 @@ def test_every_suite_has_cases_of_every_size():
     suites = {case.suite for case in registry("full")}
     assert suites == {case.suite for case in registry("gpu")} | {"import_time"}
     assert suites == {
-        "ops", "photo", "dem", "prefix", "train_step", "absorb", "direct", "preprocess", "import_time", "scaling"
+        "ops", "photo", "dem", "prefix", "train_step", "absorb", "direct", "preprocess", "import_time", "scaling",
+        "large",
     }  # fmt: skip
 
 

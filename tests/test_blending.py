@@ -115,12 +115,13 @@ class TestPositions:
         length, tile, overlap = axis
         assume(2 * margin <= overlap)
         kept = TilePositions((length, 1), (tile, 1), (overlap, 0), border).kept((margin, 0))[0]
-        covered = [position for _, first, stop in kept for position in range(first, stop)]
+        covered = [position for _, first, stop, _ in kept for position in range(first, stop)]
         assert set(covered) == set(range(length))
-        for start, first, stop in kept:
+        for start, first, stop, end in kept:
             assert first in (0, stop) or first - start >= margin
             assert stop in (first, length) or start + tile - stop >= margin
             assert start <= first <= stop <= length
+            assert stop == min(end, length)
 
     def test_a_map_smaller_than_a_tile_can_be_padded(self) -> None:
         x = numbered((1, 2, 3))
@@ -278,7 +279,7 @@ class TestBlend:
     def test_shares_add_up_to_one(self, case: dict, window: str) -> None:
         for axis, length in zip(TilePositions(**case).kept(), case["size"], strict=True):
             total = torch.zeros(length, dtype=torch.float64)
-            for (_, first, stop), share in zip(axis, shares(axis, window)[1], strict=True):
+            for (_, first, stop, _), share in zip(axis, shares(axis, window)[1], strict=True):
                 assert (share > 0).all()
                 total[first:stop] += share
             torch.testing.assert_close(total, torch.ones(length, dtype=torch.float64))

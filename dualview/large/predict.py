@@ -169,16 +169,16 @@ def _scaled(kept: list[Kept], length: int, tile: int, result: int, name: str) ->
             f"the model made a {name} of {result} out of tiles of {tile}: it must be a whole multiple or a whole part "
             "of it. Let the model pad what it reads beyond a tile."
         )
-    if any(start * scale % 1 for start, _, _ in kept):
+    if any(start * scale % 1 for start, *_ in kept):
         raise ValueError(
             f"the model makes one cell of {scale.denominator} positions, and tiles start at "
             f"{[k.start for k in kept]} along the {name}: choose tile, overlap and the {name} of x as multiples of "
             f"{scale.denominator}, or border='pad'."
         )
-    cells = [
-        Kept(int(start * scale), ceil(first * scale), (ceil if stop == length else floor)(stop * scale))
-        for start, first, stop in kept
-    ]
+    cells = []
+    for start, first, stop, end in kept:
+        ended = ceil if stop == length else floor
+        cells.append(Kept(int(start * scale), ceil(first * scale), ended(stop * scale), ended(end * scale)))
     if any(after.first > before.stop for before, after in pairwise(cells)):
         raise ValueError(
             f"a margin in whole cells of {scale.denominator} positions leaves cells along the {name} without a tile: "

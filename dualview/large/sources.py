@@ -106,8 +106,7 @@ class Source:
         if held > MOST_CHUNK_BYTES:
             raise ValueError(
                 f"the source of shape {shape} is stored in chunks of {tuple(chunks)}, {held:,} bytes, which can only "
-                f"be read as a whole; at most {MOST_CHUNK_BYTES:,} are taken. Store it in smaller chunks, a TIFF file in "
-                "tiles."
+                f"be read as a whole; at most {MOST_CHUNK_BYTES:,} are taken. Store it in smaller ones: TIFF in tiles."
             )
         return tuple(chunks[1:] if self.first else chunks[:2])
 

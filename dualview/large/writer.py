@@ -24,8 +24,9 @@ class TileWriter:
     """Writes tiles, in the order of a [`TileReader`][dualview.TileReader], as one picture: its inverse.
 
     Tiles are given one by one, or some at a time. Where local tiles overlap they are blended as by
-    [`blend_tiles`][dualview.blend_tiles]. One row of tiles is held in memory, and written when it is complete. Stride
-    tiles go to a file beside the target, and from there into the picture, in one pass over it, when all are there.
+    [`blend_tiles`][dualview.blend_tiles]. In memory are the rows that two rows of tiles share, for zarr and h5py a
+    whole row of tiles. Stride tiles go to a file beside the target, and from there into the picture, in one pass over
+    it, when all are there.
 
     It is a context manager: the file takes its name at the end of the block. If the block raises, or tiles are missing,
     what has been written is removed, and a file that was there before stays as it was.
@@ -150,11 +151,10 @@ class TileWriter:
             positions = TilePositions.of(self.size, self.tile, self.overlap, self.border)
             rows, cols = positions.kept(self.margin)
             self.total = len(positions)
-            kind = batch.dtype  # and not the batch itself, which would stay in memory
-            self.blender = Blender(
-                rows, cols, self.window, lambda a, b: torch.empty((channels, b - a, self.size[1]), dtype=kind)
-            )
         self._open(channels, dtype)
+        if self.perspective == "local":
+            self.whole = self._mapped()
+            self.blender = Blender(rows, cols, self.window, self._row)
 
     def _open(self, channels: int, dtype: Any) -> None:
         """Make the array, or look at the one that is given."""
@@ -181,11 +181,31 @@ class TileWriter:
                 f"{' or '.join(map(str, allowed))} of {dtype}."
             )
 
+    def _mapped(self) -> Tensor | None:
+        """The picture (C, H, W), where it can be written to in place; None of zarr and the like."""
+        import numpy as np
+
+        if not isinstance(self.array, np.ndarray) or min(self.array.strides) < 0:
+            return None
+        if not self.array.flags.writeable:
+            raise ValueError("the target is read-only: open it for writing (a memory map by mode='r+').")
+        whole = torch.from_numpy(self.array)
+        return whole[None] if whole.dim() == 2 else planes(whole, self.data_format)
+
+    def _row(self, first: int, stop: int) -> Tensor:
+        """For the rows from ``first`` to ``stop``, which one row of tiles makes."""
+        shape, dtype = self.kind
+        channels = shape[0 if self.data_format == "channels_first" else -1]
+        if self.whole is None:
+            return torch.empty((channels, stop - first, self.size[1]), dtype=dtype)
+        return self.whole[:, first:stop]
+
     def _write(self, tile: Tensor) -> None:
         if self.perspective == "global":
             self._stores[1].array[self.written] = tile.numpy()
             return
-        if (finished := self.blender.add(planes(tile, self.data_format))) is None:
+        finished = self.blender.add(planes(tile, self.data_format))
+        if finished is None or self.whole is not None:
             return
         top, rows = finished
         part, span = rows.numpy(), slice(top, top + rows.shape[-2])

@@ -32,6 +32,18 @@ def _product(spans: list[range]) -> list[tuple[int, ...]]:
     return [tuple(index) for index in np.array(np.meshgrid(*spans, indexing="ij")).reshape(len(spans), -1).T.tolist()]
 
 
+class Assigned:
+    """An array that can only be assigned to, and counts how often."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.times = array, np.zeros(array.shape, int)
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __setitem__(self, key: tuple[slice, ...], value: np.ndarray) -> None:
+        self.array[key] = value
+        self.times[key] += 1
+
+
 class Computed:
     """A picture (H, W) of bytes that is nowhere: every pixel is computed when it is read."""
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import dualview as dv
 from dualview.large import sources
 from tests.checks import fresh, refuses
-from tests.large.sources import Chunked, values
+from tests.large.sources import Assigned, Chunked, values
 from tests.strategies import data_formats, grids
 from tests.strategies import tiles as tile_sizes
 from tests.test_blending import cases, windows
@@ -150,6 +150,11 @@ class TestWriter:
             for part in tiles[1:].split(4):
                 writer.write(part)
         assert (torch.from_numpy(out) == expected).all()
+        elsewhere = Assigned(np.zeros_like(out))  # as zarr: rows are written when they are finished
+        with dv.TileWriter(elsewhere, case["size"], **options, window=window, data_format=data_format) as writer:
+            writer.write(tiles)
+        assert (torch.from_numpy(elsewhere.array) == expected).all()
+        assert (elsewhere.times == 1).all(), "every row is written once"
 
     def test_margin_is_that_of_predict_tiled(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
@@ -346,6 +351,10 @@ class TestWrongArguments:
             writer.write(tiles)
         with refuses("numpy.ndarray", error=TypeError):
             writer.write(tiles.numpy())
+        read_only = np.zeros((10, 14), np.float32)
+        read_only.flags.writeable = False
+        with refuses("read-only", "mode='r+'"):
+            dv.TileWriter(read_only, (10, 14)).write(tiles)
         with refuses("torch.bfloat16", "tiles.float()", error=TypeError):
             dv.TileWriter(tmp_path / "out.npy", (10, 14)).write(tiles.bfloat16())
         with refuses("overlap=(3, 3) for margin=(2, 2)", "at least twice"):
