@@ -1,6 +1,6 @@
 """Draw the pictures of docs/large.md: where tiles lie, what they contribute, and by which weights.
 
-    python scripts/draw_large.py
+python scripts/draw_large.py
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 def tiles() -> Figure:
-    """Tiles of 5 x 6 on a map of 11 x 15 that share 1 x 2 positions: moved inside, padded, and without their margins."""
+    """Tiles of 5 x 6 on a map of 11 x 15 that share 1 x 2 positions: moved inside, padded, without their margins."""
     figure = Figure(figsize=(9, 2.9), layout="constrained")
-    panels = (("shift", (0, 0), "border='shift'"), ("pad", (0, 0), "border='pad'"), ("shift", (1, 1), "shift, margin 1"))
+    panels = (
+        ("shift", (0, 0), "border='shift'"),
+        ("pad", (0, 0), "border='pad'"),
+        ("shift", (1, 1), "shift, margin 1"),
+    )
     for axes, (border, margin, title) in zip(figure.subplots(1, 3), panels, strict=True):
         overlap = (1, 2) if margin == (0, 0) else (2, 2)
         positions = TilePositions((11, 15), (5, 6), overlap, border)

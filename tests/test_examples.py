@@ -76,3 +76,22 @@ def test_masked_labels_leave_everything_else_out():
     assert logits.grad[:, :-2].abs().max() == logits.grad[:, -1].abs().max() == 0
     marked = pixels.mean(1).unflatten(1, (2, -1)).unflatten(3, (3, -1)).amax((2, 4)).flatten(1).argmax(1)
     assert torch.equal(marked, tokens[:, -1])
+
+
+def test_aerial_overlap(capsys, monkeypatch, tmp_path):
+    printed = run("aerial_overlap", capsys, monkeypatch, tmp_path)
+    assert printed.startswith(shown("aerial_overlap"))
+    seams, margin = (int(count) for count in re.findall(r": (\d+) pixels get another class", printed))
+    assert seams > 500
+    assert margin <= 5  # of 307,200: scores that are equal but for rounding
+    (difference,) = re.findall(r"with margin 12: .*differ by (\S+) at most", printed)
+    assert float(difference) < 1e-5
+    committed = Image.open(ROOT / "docs" / "assets" / "aerial_overlap.png")
+    assert Image.open(tmp_path / "aerial_overlap.png").size == committed.size == (960, 240)
+
+
+def test_slide_larger_than_memory(capsys, monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    printed = run("slide_larger_than_memory", capsys, monkeypatch, tmp_path)
+    torch.set_num_threads(threads)
+    assert printed == shown("slide_larger_than_memory")

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dualview.geometry import DataFormat, Size
 from dualview.views import check_data_format
+
+try:
+    import numpy as np
+except ImportError as missing:
+    raise ImportError('numpy is not installed: run pip install -e ".[large]" in your clone.') from missing
 
 BLOCK_BYTES = 2**24
 """What is read at once when a whole source is gone through, where its chunks allow it."""
