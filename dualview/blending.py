@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualview.arguments import check_choice, shown
 from dualview.geometry import DataFormat, GridLike, Size, SizeLike
 from dualview.tile_positions import Border, Kept, TilePositions
 from dualview.views import check_map
 
 Window: TypeAlias = Literal["constant", "linear", "hann"]
-"""How a tile's weight runs from edge to edge: the same throughout, the distance to the nearer edge, a Hann window."""
+WINDOWS = {"constant": "all weights are the same", "linear": "the distance to the nearer edge", "hann": "a Hann window"}
+"""How a tile's weight runs from edge to edge."""
 
 
 class Blender:
@@ -129,13 +131,6 @@ def _profile(length: int, window: Window) -> Tensor:
     return torch.sin(torch.pi * middle / max(1, length)) ** 2
 
 
-def check_window(window: str) -> Window:
-    """``window`` if it is one of the three, else a ValueError."""
-    if window not in get_args(Window):
-        raise ValueError(f'window={window!r}: must be "constant", "linear" or "hann".')
-    return window  # type: ignore[return-value]  # narrowed by the check above
-
-
 # --- In memory, with gradients ---------------------------------------------------------------------------------------
 
 
@@ -153,7 +148,9 @@ def cut(
 ) -> Tensor:
     """What [`local_crop`][dualview.local_crop] does with ``overlap``."""
     if tile is None or grid is not None:
-        raise ValueError(f"overlap={overlap!r} needs tile=(h, w) and no grid, not {tile=} and {grid=}.")
+        raise ValueError(
+            f"overlap={shown(overlap)} needs tile=(h, w) and no grid, not tile={shown(tile)} and grid={shown(grid)}."
+        )
     check_map(x, "raster", data_format)
     h, w = x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]
     return _moved(x, "cut", TilePositions.of((h, w), tile, overlap, border), "constant", data_format)
@@ -231,7 +228,7 @@ def blend_tiles(
         >>> torch.equal(dv.blend_tiles(tiles, (100, 150), overlap=(16, 16), window="hann"), x)
         True
     """
-    check_window(window)
+    check_choice(window, "window", WINDOWS)
     check_map(tiles, "local", data_format)
     h, w = tiles.shape[-2:] if data_format == "channels_first" else tiles.shape[-3:-1]
     positions = TilePositions.of(size, (h, w), overlap, border)

@@ -7,14 +7,14 @@ overlaps its neighbour by more), "pad" leaves it where it is and fills it up wit
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
-from dualview.geometry import Size, SizeLike, check_size
+from dualview.arguments import MOST, check_choice, check_size, integer_of, shown
+from dualview.geometry import Size, SizeLike
 
 Border: TypeAlias = Literal["shift", "pad"]
+BORDERS = {"shift": "the last tiles are moved inside", "pad": "they are filled up with zeros"}
 
 
 class Kept(NamedTuple):
@@ -56,11 +56,7 @@ class TilePositions:
     border: Border = "shift"
 
     def __post_init__(self) -> None:
-        if self.border not in get_args(Border):
-            raise ValueError(
-                f'border={self.border!r}: must be "shift" (the last tiles are moved inside) or "pad" (they are filled '
-                "up with zeros)."
-            )
+        check_choice(self.border, "border", BORDERS)
         if any(overlap >= tile for overlap, tile in zip(self.overlap, self.tile, strict=True)):
             raise ValueError(
                 f"overlap={self.overlap} for tile={self.tile} (height, width): the overlap must be smaller than the "
@@ -145,13 +141,10 @@ def check_lengths(lengths: object, name: str) -> Size:
     Raises:
         ValueError: It is something else.
     """
-    pair = tuple(lengths) if isinstance(lengths, Iterable) else (lengths, lengths)
-    try:
-        if any(isinstance(length, bool) for length in pair):
-            raise TypeError
-        height, width = (operator.index(length) for length in pair)
-    except (TypeError, ValueError):
-        height = width = -1
-    if min(height, width) < 0:
-        raise ValueError(f"{name}={lengths!r}: give two integers (height, width) of at least 0, or one for both.")
-    return height, width
+    pair = tuple(lengths) if isinstance(lengths, tuple | list) else (lengths, lengths)
+    sides = [side for side in map(integer_of, pair) if side is not None and 0 <= side <= MOST]
+    if len(pair) != 2 or len(sides) != 2:
+        raise ValueError(
+            f"{name}={shown(lengths)}: must be two integers (height, width) of at least 0, or one for both."
+        )
+    return sides[0], sides[1]

@@ -10,7 +10,8 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
-from dualview.blending import Blender, Window, check_window, planes, tiles_at
+from dualview.arguments import check_callable, check_choice, check_count, check_flags
+from dualview.blending import WINDOWS, Blender, Window, planes, tiles_at
 from dualview.geometry import DataFormat, Size, SizeLike
 from dualview.large.progress import counted
 from dualview.tile_positions import Border, Kept, TilePositions, check_lengths
@@ -72,7 +73,7 @@ def predict_tiled(
         ValueError: The overlap is less than twice the margin, or does not fit the tile; the sizes do not fit the
             model's stride; the model's results are integers, or of changing shapes; or an argument is not one of the
             choices.
-        TypeError: ``x`` or what the model returns is no tensor.
+        TypeError: ``x`` or what the model returns is no tensor, or the model cannot be called.
         ImportError: ``progress`` is asked for, and tqdm is not installed.
 
     Example:
@@ -84,15 +85,16 @@ def predict_tiled(
         >>> torch.allclose(out, model(x), atol=1e-5)
         True
     """
-    check_window(window)
+    check_callable(model, "model", "a function or module that takes tiles")
+    check_choice(window, "window", WINDOWS)
+    check_flags(progress=progress)
+    batch_size = check_count(batch_size, "batch_size", why="It is the most tiles that the model gets at once.")
     check_map(x, "raster", data_format)
     of_margin = check_lengths(margin, "margin")
     doubled = 2 * of_margin[0], 2 * of_margin[1]
     h, w = x.shape[-2:] if data_format == "channels_first" else x.shape[-3:-1]
     positions = TilePositions.of((h, w), tile, doubled if overlap is None else overlap, border)
     positions.kept(of_margin)  # or an error
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: must be a positive integer, the most tiles that the model gets.")
     images = list(product(*map(range, x.shape[:-3])))
     if not images:
         raise ValueError(f"x of shape {tuple(x.shape)} holds no image: there is nothing to predict.")

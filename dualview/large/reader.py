@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from dualview.arguments import check_choice, check_flags, check_size, shown
 from dualview.blending import planes
-from dualview.geometry import DataFormat, Perspective, Size, SizeLike, TileGrid, check_perspective, check_size
+from dualview.geometry import DataFormat, Perspective, Size, SizeLike, TileGrid, check_perspective
 from dualview.large.progress import counted
-from dualview.tile_positions import Border, TilePositions
+from dualview.tile_positions import BORDERS, Border, TilePositions, check_lengths
 
 if TYPE_CHECKING:
     from dualview.large.sources import Handle, Source
@@ -82,11 +83,14 @@ class TileReader(Dataset[Tensor]):
         from dualview.large.sources import Source
 
         check_perspective(perspective)
+        check_flags(progress=progress)
         opened = Source(source, data_format)
         self.size, self.data_format, self.perspective = opened.size, opened.data_format, perspective
         if perspective == "local":
             if store is not None:
-                raise ValueError(f"store={str(store)!r} is for stride tiles: local tiles are read from the source.")
+                raise ValueError(
+                    f"store={shown(str(store))} is for stride tiles: local tiles are read from the source."
+                )
             self.positions = TilePositions.of(self.size, tile, overlap, border)
             self.tile, self.grid, self.source = self.positions.tile, self.positions.grid, opened
         else:
@@ -139,11 +143,11 @@ def stride_grid(size: Size, tile: Size, overlap: object, border: str) -> TileGri
     Raises:
         ValueError: Stride tiles are asked to overlap, or the picture is no whole number of tiles under "shift".
     """
-    if overlap not in (0, (0, 0), [0, 0]):
+    if check_lengths(overlap, "overlap") != (0, 0):
         raise ValueError(
-            f"overlap={overlap!r}: stride tiles lie between each other and cannot overlap; pass overlap=0."
+            f"overlap={shown(overlap)}: stride tiles lie between each other and cannot overlap; pass overlap=0."
         )
-    TilePositions((1, 1), (1, 1), (0, 0), border)  # type: ignore[arg-type]  # an unknown border is an error
+    check_choice(border, "border", BORDERS)
     if border == "shift" and (size[0] % tile[0] or size[1] % tile[1]):
         raise ValueError(
             f"a picture of {size[0]} x {size[1]} (height x width) is no whole number of stride tiles of {tile[0]} x "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualview.geometry import DataFormat, Size
-from dualview.views import check_data_format
+from dualview.arguments import check_choice
+from dualview.geometry import DATA_FORMATS, DataFormat, Size
 
 try:
     import numpy as np
@@ -81,7 +81,9 @@ class Source:
                 f"the source has the shape {shape}: it must be one picture, (H, W), (C, H, W) or (H, W, C). Of a "
                 "stack, pass one picture, or a function that opens it."
             )
-        self.data_format = check_data_format(data_format or self.handle.found or "channels_first")
+        self.data_format = check_choice(
+            data_format or self.handle.found or "channels_first", "data_format", DATA_FORMATS
+        )
         if len(shape) == 3 and self.data_format == "channels_first" and shape[0] > 16 and shape[2] in (3, 4):
             raise ValueError(
                 f"a source of shape {shape} under data_format='channels_first' has {shape[0]} channels and a width of "

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualview.blending import Blender, Window, check_window, planes
-from dualview.geometry import DataFormat, Perspective, Size, SizeLike, check_perspective, check_size
+from dualview.arguments import check_choice, check_size
+from dualview.blending import WINDOWS, Blender, Window, planes
+from dualview.geometry import DATA_FORMATS, DataFormat, Perspective, Size, SizeLike, check_perspective
 from dualview.large.reader import stride_grid
-from dualview.tile_positions import Border, TilePositions, check_lengths
-from dualview.views import check_data_format, check_tensors
+from dualview.tensors import check_tensors
+from dualview.tile_positions import BORDERS, Border, TilePositions, check_lengths
 
 if TYPE_CHECKING:
     from dualview.large.stores import NewStore
@@ -85,8 +86,11 @@ class TileWriter:
 
         self.size = check_size(size, "size")
         self.overlap, self.margin = check_lengths(overlap, "overlap"), check_lengths(margin, "margin")
-        self.window, self.border = check_window(window), border
-        self.perspective, self.data_format = check_perspective(perspective), check_data_format(data_format)
+        self.window, self.border = check_choice(window, "window", WINDOWS), check_choice(border, "border", BORDERS)
+        self.perspective, self.data_format = (
+            check_perspective(perspective),
+            check_choice(data_format, "data_format", DATA_FORMATS),
+        )
         self.target = Path(target) if isinstance(target, str | os.PathLike) else target
         if isinstance(self.target, Path):
             check_new(self.target)
