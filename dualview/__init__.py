@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dualview.large.predict import predict_tiled
     from dualview.large.reader import TileReader
     from dualview.large.writer import TileWriter
+    from dualview.models.adapter.attach import attach, detach
+    from dualview.models.adapter.files import load_adapter, save_adapter
     from dualview.models.dual_view_encoder import DualViewEncoder
     from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
     from dualview.ops.direct_readout import DirectReadout
@@ -61,6 +63,8 @@ _HOMES = {
     "large.predict": "predict_tiled",
     "large.reader": "TileReader",
     "large.writer": "TileWriter",
+    "models.adapter.attach": "attach detach",
+    "models.adapter.files": "load_adapter save_adapter",
     "models.dual_view_encoder": "DualViewEncoder",
     "models.encoders": "HfEncoder OpenClipEncoder TimmEncoder",
     "ops.direct_readout": "DirectReadout",
@@ -113,10 +117,13 @@ __all__ = [
     "WeightedAdditionFusion",
     "__version__",
     "blend_tiles",
+    "attach",
     "choose_grid",
+    "detach",
     "explain",
     "full_computation",
     "global_stride_crop",
+    "load_adapter",
     "load_image",
     "local_crop",
     "low_pass",
@@ -124,6 +131,7 @@ __all__ = [
     "predict_tiled",
     "read_out",
     "recombine",
+    "save_adapter",
     "testing",
     "tile_attention",
     "use_backend",

@@ -53,7 +53,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     encoded = BytesIO()
     with _writing(path):
         image.save(encoded, SAVED_AS[path.suffix.lower()], quality=92, optimize=True)  # each takes what it knows
-        _replace(path.resolve(), encoded.getbuffer())
+        replace_file(path.resolve(), encoded.getbuffer())
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise ImageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _replace(path: Path, content: memoryview) -> None:
+def replace_file(path: Path, content: memoryview) -> None:
     """Put a file of this content in the place of what is there, if anything is, in one step."""
     beside = path.with_name(f".dualview-{secrets.token_hex(8)}")
     try:

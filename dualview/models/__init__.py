@@ -5,6 +5,8 @@ The ``InfLlava*`` names load transformers when they are first asked for, and reg
 
 from typing import TYPE_CHECKING, Any
 
+from dualview.models.adapter.attach import attach, detach
+from dualview.models.adapter.files import load_adapter, save_adapter
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
 
@@ -27,6 +29,10 @@ __all__ = [
     "InfLlavaProcessor",
     "OpenClipEncoder",
     "TimmEncoder",
+    "attach",
+    "detach",
+    "load_adapter",
+    "save_adapter",
 ]
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dualview.arguments import shown
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import Perspective, Size, TileGrid
-from dualview.models.parts import DualView, Encoder, Pixels, ViewOptions
+from dualview.models.parts import DualView, Encoder, LowRes, Pixels, ViewOptions
 from dualview.models.view_plan import ViewPlan, cut_views, gate_of, method_of, plan_encoder
 from dualview.ops.planned.run import select
 from dualview.ops.tile_batch import TileBatch
@@ -112,7 +112,7 @@ def _grid_of(images: Tensor, options: ViewOptions) -> TileGrid:
 
 def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> Tensor:
     chunk = max_tiles_per_pass or (1 if tiles.device.type == "cpu" else 128)
-    if isinstance(encoder, nn.Module) and any(_mixes_tiles(module) for module in encoder.modules()):
+    if isinstance(encoder, nn.Module) and any(mixes_tiles(module) for module in encoder.modules()):
         chunk = max(len(tiles), 1)
         if max_tiles_per_pass is not None and max_tiles_per_pass < chunk:
             raise ValueError(
@@ -131,7 +131,7 @@ def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> 
     return torch.cat(features)
 
 
-def _mixes_tiles(module: nn.Module) -> bool:
+def mixes_tiles(module: nn.Module) -> bool:
     """Whether what a module makes of one sub-image depends on the others of the pass."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
@@ -149,9 +149,12 @@ def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, val
     if valid is not None:
         options["key_mask"] = _token_masks(valid, grid, parts.options.tile, (features.shape[2], features.shape[3]))
     enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
+    return enhanced if low is None else mix(low, enhanced, dem, low_res)
+
+
+def mix(low: Tensor, enhanced: Tensor, dem: nn.Module, low_res: LowRes) -> Tensor:
+    """What ``low_res`` says of the features of the low-resolution view and the result of the dem, (B, h', w', D)."""
     gate = gate_of(dem)
-    if low is None:
-        return enhanced
     if gate is not None and low_res != "add":  # low + gate * (mixed - low): at gate 0 the encoder's features
         return low + (enhanced - gate * low) * (0.5 if low_res == "mean" else 1.0)
     total = low + enhanced

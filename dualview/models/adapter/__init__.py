@@ -1,0 +1,1 @@
+"""Enhancement modules in other multimodal models."""

@@ -1,0 +1,293 @@
+"""Put an enhancement module into the vision tower of a multimodal model, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dualview.geometry import GridLike, TileGrid
+from dualview.models.adapter.hosts import HOSTS, REFUSED, Host, Place
+from dualview.models.adapter.module import AttachedEnhance, Bound
+from dualview.models.adapter.packed import enhance_packed, packing_of
+from dualview.models.adapter.square import enhance_square, reduced
+from dualview.models.encode_views import mixes_tiles
+from dualview.models.parts import ViewOptions, low_res_of
+from dualview.ops.enhance import DualPerspectiveEnhance
+
+Source: TypeAlias = Literal["upsample", "hires"]
+Dem: TypeAlias = Mapping[str, Any] | nn.Module | Sequence[nn.Module]
+Model = TypeVar("Model", bound=nn.Module)
+
+NAME = "dualview"
+"""The child's name in the tower: for PEFT's ``modules_to_save``, for optimizers, and in checkpoints."""
+RECORD = "_dualview_attachment"
+"""The attribute of the tower that says what is attached."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What has been attached to a tower.
+
+    Attributes:
+        model_type: The family of the host.
+        grid: Rows and columns of tiles.
+        source: Where the pixels of the views come from.
+        layers: The layers whose features are enhanced.
+        dem: The options of the DEMs; None where the caller made them.
+        handles: What takes the hooks away again.
+    """
+
+    model_type: str
+    grid: TileGrid
+    source: Source
+    layers: tuple[int, ...]
+    dem: dict[str, Any] | None
+    handles: tuple[Any, ...]
+
+
+def attach(
+    model: Model,
+    grid: GridLike = (2, 2),
+    source: Source = "upsample",
+    *,
+    dem: Dem | None = None,
+    layers: Sequence[int] | None = None,
+    max_tiles_per_pass: int | None = None,
+) -> Model:
+    """Put an enhancement module into the vision tower of a multimodal model of transformers.
+
+    The tower runs as before. A hook then cuts local and stride tiles from the same images, sends them through the same
+    tower, and mixes what the module makes of them into the features that the model reads. Number and width of the
+    tokens stay as they are. The module is the tower's child ``dualview``. By default a gate of zeros multiplies its
+    result, so that the model computes at first, bit by bit, what it computed before.
+
+    Args:
+        model: A model of one of the families in the support matrix of the documentation, with its weights loaded. Attach
+            before you wrap it (PEFT, FSDP, DDP) or compile it.
+        grid: Rows and columns of tiles.
+        source: Where the views' pixels come from. "upsample": the images as they reach the tower are interpolated to
+            the size of the grid; the processor stays as it is. "hires": the processor delivers images of grid times
+            the tower's size, see [`adapt_processor`][dualview.adapt_processor].
+        dem: Options of the enhancement modules: ``{"preset": "released" | "paper"}`` and any argument of
+            [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] in place of the preset's. None for the released
+            preset with a gate. Or a module of your own for each layer.
+        layers: Which of the layers that the model reads are enhanced, each by a module of its own; -1 is the tower's
+            output. None for the deepest.
+        max_tiles_per_pass: Most views in one call of the tower. None: as
+            [`DualViewEncoder`][dualview.DualViewEncoder] has it; all of them where processes train together, so that
+            each calls its tower equally often.
+
+    Returns:
+        ``model``, changed.
+
+    Raises:
+        ValueError: The family, an option or the combination is not supported, or something is attached already. The
+            model is as it was.
+        TypeError: ``model`` is no model of transformers, or ``dem`` is of the wrong type.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        >>> vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                           image_size=28, patch_size=14)
+        >>> text = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        ...                    vocab_size=32)
+        >>> host = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=9))
+        >>> sorted({name.split(".")[-1] for name, _ in attach(host).named_parameters() if "dualview" in name})
+        ['bias', 'gate', 'weight']
+        >>> any("dualview" in name for name, _ in detach(host).named_parameters())
+        False
+    """
+    grid = TileGrid.of(grid)
+    config, host = _family(model)
+    if _record(model) is not None:
+        raise ValueError("a module is attached to this model already: detach(model) first.")
+    tower = _tower(model, host)
+    if source not in get_args(Source):
+        raise ValueError(f"source={source!r}: must be one of {get_args(Source)}.")
+    if source == "hires" and host.layout != "square":
+        raise ValueError(
+            f'source="hires": {config.model_type} takes images of their own size, and how its processor would deliver '
+            'larger ones beside them is not known. Use source="upsample".'
+        )
+    if max_tiles_per_pass is not None and max_tiles_per_pass < 1:
+        raise ValueError(f"max_tiles_per_pass={max_tiles_per_pass}: must be at least 1, or None.")
+    places = _places(config, host, layers)
+    dems, options = _dems(dem, host.width(config), len(places), tower)
+    child = AttachedEnhance(dems, low_res_of(dems[0]))
+    child.train(tower.training)
+
+    views = ViewOptions((1, 1), grid, None, resize=True, max_tiles_per_pass=max_tiles_per_pass)
+    handles = [tower.register_forward_hook(partial(_enhance, host.layout, tuple(places.values()), views), with_kwargs=True)]
+    if source == "hires":
+        handles.append(tower.register_forward_pre_hook(partial(_reduce, grid), with_kwargs=True))
+    setattr(tower, NAME, child)
+    setattr(tower, RECORD, Attachment(config.model_type, grid, source, tuple(places), options, tuple(handles)))
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take away what [`attach`][dualview.attach] has put into a model, which is then as it was.
+
+    Args:
+        model: The model, or what has been put around it.
+
+    Returns:
+        ``model``, changed.
+
+    Raises:
+        ValueError: Nothing is attached.
+
+    Example:
+        >>> from torch import nn
+        >>> detach(nn.Identity())
+        Traceback (most recent call last):
+        ValueError: nothing is attached to this Identity.
+    """
+    found = attached(model)
+    for handle in cast(Attachment, getattr(found, RECORD)).handles:
+        handle.remove()
+    delattr(found, NAME)
+    delattr(found, RECORD)
+    return model
+
+
+def attached(model: nn.Module) -> nn.Module:
+    """The module that something is attached to: its child is called `NAME`, its record `RECORD`.
+
+    Raises:
+        ValueError: Nothing is attached.
+    """
+    found = _record(model)
+    if found is None:
+        raise ValueError(f"nothing is attached to this {type(model).__name__}.")
+    return found
+
+
+def _record(model: nn.Module) -> nn.Module | None:
+    return next((module for module in model.modules() if RECORD in vars(module)), None)
+
+
+def _family(model: nn.Module) -> tuple[Any, Host]:
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
+        raise TypeError(
+            f"{type(model).__name__} is no multimodal model of transformers. For a vision tower alone use "
+            "DualViewEncoder with HfEncoder, TimmEncoder, OpenClipEncoder or a function of your own."
+        )
+    family = cast(Any, config).model_type
+    if family in REFUSED:
+        raise ValueError(f"model_type={family!r} is not supported: {REFUSED[family]}.")
+    if family == "llava" and cast(Any, config).vision_config.model_type == "pixtral":
+        return config, HOSTS["mistral3"]
+    if family not in HOSTS:
+        raise ValueError(
+            f"model_type={family!r} has not been tested, so nothing is attached to it. Tested are {', '.join(HOSTS)}. "
+            "A family whose tower takes square images of one size may need no more than a record in "
+            "dualview/models/adapter/hosts.py and a configuration in the tests."
+        )
+    return config, HOSTS[family]
+
+
+def _tower(model: nn.Module, host: Host) -> nn.Module:
+    tower = cast(Any, model).get_encoder(modality="image")
+    tower = tower.get_submodule(host.inner)
+    if hasattr(tower, NAME):
+        raise ValueError(f"{type(tower).__name__} has something of the name {NAME!r} already.")
+    return cast(nn.Module, tower)
+
+
+def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, Place]:
+    """The places of the layers that are enhanced, in the order in which the model reads them."""
+    places = host.places(config)
+    if layers is None:
+        count = getattr(config.vision_config, "num_hidden_layers", None) or getattr(config.vision_config, "depth", 0)
+        return dict([max(places.items(), key=lambda item: item[0] % (count + 1))])
+    unknown = [layer for layer in layers if layer not in places]
+    if unknown or not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"layers={list(layers)}: must be some of those that this model reads, {list(places)}, each once; what it "
+            "does not read would have no effect."
+        )
+    return {layer: place for layer, place in places.items() if layer in layers}
+
+
+def _dems(
+    dem: Dem | None, width: int, count: int, tower: nn.Module
+) -> tuple[list[nn.Module], dict[str, Any] | None]:
+    """The modules, and the options that they were made of."""
+    if isinstance(dem, Mapping) or dem is None:
+        options = {"preset": "released", "gate": True, **(dem or {})}
+        like = next((p for p in tower.parameters() if p.is_floating_point()), torch.empty(0))
+        return [_made(options, width, like, tower) for _ in range(count)], options
+    dems = [dem] if isinstance(dem, nn.Module) else list(dem)
+    if not all(isinstance(one, nn.Module) for one in dems):
+        raise TypeError(f"dem={dem!r}: must be options, a module, or a module for each of {count} layers.")
+    if len(dems) != count or len({id(one) for one in dems}) != count:
+        raise ValueError(f"{len(dems)} modules were given for {count} layers: give each layer one of its own.")
+    for one in dems:
+        if getattr(one, "dim", width) != width or getattr(one, "readout", "average") == "none":
+            raise ValueError(
+                f"a dem for tokens of width {getattr(one, 'dim', '?')} with readout "
+                f"{getattr(one, 'readout', '?')!r}: this model reads tokens of width {width}, as many as one tile has."
+            )
+    return dems, None
+
+
+def _made(options: Mapping[str, Any], width: int, like: Tensor, tower: nn.Module) -> DualPerspectiveEnhance:
+    rest = dict(options)
+    presets = {"released": DualPerspectiveEnhance.released, "paper": DualPerspectiveEnhance.paper}
+    preset = rest.pop("preset")
+    if preset not in presets or rest.get("readout") == "none":
+        raise ValueError(
+            f"dem={dict(options)}: needs a preset of {tuple(presets)}, and a readout that gives the token count of one "
+            'tile (not "none").'
+        )
+    offloaded = getattr(tower, "_hf_hook", None)  # accelerate: the weights are elsewhere, or nowhere yet
+    device = getattr(offloaded, "execution_device", None) or like.device
+    try:
+        return presets[preset](width, **{"device": device, "dtype": like.dtype, **rest})
+    except TypeError as error:
+        raise ValueError(f"dem={dict(options)}: {error}. Options are the arguments of the preset's module.") from error
+
+
+def _reduce(grid: TileGrid, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return reduced(args, kwargs, grid, tower)
+
+
+def _enhance(
+    layout: str,
+    places: tuple[Place, ...],
+    views: ViewOptions,
+    tower: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Any:
+    """The forward hook. The child is looked up at each call: it may have been replaced or wrapped since."""
+    if views.max_tiles_per_pass is None and _whole_pass(tower):
+        views = views._replace(max_tiles_per_pass=WHOLE)
+    child = getattr(tower, NAME)
+    if layout == "square":
+        enhance_square(tower, args, kwargs, output, places, partial(Bound, child), views)
+    else:
+        enhance_packed(packing_of(layout, tower), tower, args, kwargs, output, places, child, views)
+    return output
+
+
+WHOLE = 2**62
+"""More views than there are in one call."""
+
+
+def _whole_pass(tower: nn.Module) -> bool:
+    """Whether all views must go through the tower in one call.
+
+    Batch norms take their statistics from it; and processes that train together must call a sharded tower equally
+    often, whatever the number of their images.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together or any(mixes_tiles(module) for module in tower.modules())

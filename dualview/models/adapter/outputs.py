@@ -1,0 +1,37 @@
+"""Features in the output of a tower: read, and replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dualview.models.adapter.hosts import Place
+
+
+def features_at(output: Any, place: Place) -> Tensor:
+    """The features that stand at a place.
+
+    Raises:
+        ValueError: There are none, because the call asked for other layers.
+    """
+    value = getattr(output, place.field, None)
+    if place.index is not None and value is not None:
+        value = value[place.index] if -len(value) <= place.index < len(value) else None
+    if not isinstance(value, Tensor):
+        index = "" if place.index is None else f"[{place.index}]"
+        raise ValueError(
+            f"the tower returned no {place.field}{index}, which the attached module enhances: call the model without "
+            "vision_feature_layer and return_dict, or attach with the layers that you read (layers=...)."
+        )
+    return value
+
+
+def put_features(output: Any, place: Place, value: Tensor) -> None:
+    """Replace the features that stand at a place."""
+    if place.index is None:
+        setattr(output, place.field, value)
+        return
+    sequence = list(getattr(output, place.field))
+    sequence[place.index] = value
+    setattr(output, place.field, type(getattr(output, place.field))(sequence))

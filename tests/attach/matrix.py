@@ -1,0 +1,260 @@
+"""The support matrix: what is tried with a family, cell by cell, and the page of the documentation made of it.
+
+`python -m tests.attach.matrix` writes the page anew. A cell is tried with the attached module; where that fails, without:
+what the host alone cannot do, either, is no fault of the attachment, and the page says so.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from dualview.models import attach, detach, load_adapter, save_adapter
+from tests.attach.hosts import PACKED, SQUARE, built, inputs_for
+
+PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
+Inputs = dict[str, Tensor]
+DECODING = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+
+def logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def ours(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of what is attached."""
+    return {name: p for name, p in model.named_parameters() if "dualview" in name}
+
+
+def open_gates(model: nn.Module) -> None:
+    for name, parameter in ours(model).items():
+        if name.endswith("gate"):
+            parameter.data.fill_(0.5)
+
+
+def gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Trial:
+    """One family: the model as it was and with the module attached, and inputs."""
+
+    def __init__(self, family: str) -> None:
+        self.family, self.bare = family, built(family)
+        self.inputs = inputs_for(self.bare, family)
+        not_images = ("input_ids", "mm_token_type_ids")
+        self.images = {name: value for name, value in self.inputs.items() if name not in not_images}
+        self.prompts = {**self.inputs, "attention_mask": torch.ones_like(self.inputs["input_ids"])}
+        self.before = logits(self.bare, self.inputs)
+
+    def model(self, with_module: bool, *, gates: bool = True, **options: Any) -> nn.Module:
+        model = copy.deepcopy(self.bare)
+        if with_module:
+            torch.manual_seed(1)
+            attach(model, **options)
+            if gates:
+                open_gates(model)
+        return model
+
+
+# --- The cells: each raises where something is wrong ------------------------------------------------------------------
+
+
+def identity(trial: Trial, with_module: bool) -> None:
+    """Shapes, token counts and values at step 0, with the module and without."""
+    if not with_module:
+        return
+    model = trial.model(True, gates=False)
+    features, plain = (m.base_model.get_image_features(**trial.images) for m in (model, trial.bare))
+    assert shapes(features) == shapes(plain)
+    assert torch.equal(logits(model, trial.inputs), trial.before)
+    open_gates(model)
+    assert logits(model, trial.inputs).shape == trial.before.shape
+    assert not torch.allclose(logits(model, trial.inputs), trial.before, rtol=1e-4, atol=1e-6)
+
+
+def shapes(value: object) -> object:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {name: shapes(one) for name, one in value.items()}
+    return [shapes(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def trained(trial: Trial, with_module: bool) -> None:
+    """At step 0 the gate has a gradient and nothing else of the module; from step 1 on everything has."""
+    model = trial.model(with_module, gates=False)
+    found = gradients(model, trial.inputs)
+    reached = {name for name, gradient in found.items() if "dualview" in name and gradient.abs().sum() > 0}
+    assert reached == {name for name in ours(model) if name.endswith("gate")}
+    open_gates(model)
+    found = gradients(model, trial.inputs)
+    assert all(found[name].isfinite().all() and found[name].abs().sum() > 0 for name in ours(model))
+
+
+def greedy(trial: Trial, with_module: bool) -> None:
+    """Greedy decoding, with a cache as without."""
+    model = trial.model(with_module)
+    cached, again = (model.generate(**trial.prompts, **DECODING, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, again)
+
+
+def beams(trial: Trial, with_module: bool) -> None:
+    """Beam search with several sequences."""
+    found = trial.model(with_module).generate(**trial.prompts, **DECODING, num_beams=2, num_return_sequences=2)
+    assert len(found) == 2 * len(trial.inputs["input_ids"])
+
+
+def copied(trial: Trial, with_module: bool) -> None:
+    """A deep copy is a model of its own, with a module of its own."""
+    model = trial.model(with_module)
+    before = logits(model, trial.inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (ours(twin) if with_module else dict(twin.named_parameters())).values():
+            parameter.add_(0.5)
+    assert torch.equal(logits(model, trial.inputs), before)
+    assert not torch.equal(logits(twin, trial.inputs), before)
+    if with_module:
+        detach(twin)
+        assert torch.equal(logits(twin, trial.inputs), trial.before)
+        assert torch.equal(logits(model, trial.inputs), before)
+
+
+def saved(trial: Trial, with_module: bool) -> None:
+    """The module by save_adapter; the host by save_pretrained, which from_pretrained reads with the module or without."""
+    model = trial.model(with_module)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+        assert torch.equal(logits(again, trial.inputs), trial.before)
+        if with_module:
+            save_adapter(model, folder)
+            load_adapter(again, folder)
+            assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
+
+
+def tuned(trial: Trial, with_module: bool) -> None:
+    """PEFT: LoRA on the language model and on the DEM; the module as one of modules_to_save; saved and loaded."""
+    layers = r".*(language_model|text_model|decoder)\b.*\.(q_proj|v_proj)"
+    dem = r"|.*dualview.*\.(q_proj|k_proj|v_proj)" if with_module else ""
+    lora = LoraConfig(r=2, target_modules=layers + dem, init_lora_weights=False)
+    model = get_peft_model(trial.model(with_module), lora)
+    found = gradients(model, trial.inputs)
+    inside = [name for name in found if "lora" in name and "dualview" in name]
+    assert len(inside) == (6 if with_module else 0)
+    assert all(found[name].abs().sum() > 0 for name in inside)
+    assert any("lora" in name and "dualview" not in name for name in found)
+
+    keep = ["dualview"] if with_module else None
+    model = get_peft_model(trial.model(with_module, gates=False), LoraConfig(target_modules=layers, modules_to_save=keep))
+    open_gates(model)
+    found = gradients(model, trial.inputs)
+    trainable = [name for name, p in ours(model).items() if p.requires_grad]
+    assert all(found[name].abs().sum() > 0 for name in trainable)
+    assert bool(trainable) == with_module
+    after = logits(model, trial.inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(trial.model(with_module, gates=False), folder)
+        assert torch.equal(logits(again, trial.inputs), after)
+
+
+def checkpointed(trial: Trial, with_module: bool) -> None:
+    """Gradient checkpointing gives the gradients that there are without."""
+    model = trial.model(with_module)
+    plain = gradients(model, trial.inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # which checkpoints; nothing in these models drops anything out
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
+    found = gradients(model, trial.inputs)
+    assert set(found) == set(plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * gradient.abs().max().item())
+
+
+def compiled(trial: Trial, with_module: bool) -> None:
+    """`torch.compile` of the features of images, which is what the module takes part in; graph breaks are allowed."""
+    model = trial.model(with_module, max_tiles_per_pass=64)  # passes are unrolled
+    torch._dynamo.reset()
+
+    def features(**given: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            output = model.base_model.get_image_features(**given)
+        return flat(output)
+
+    for found, plain in zip(torch.compile(features, backend="eager")(**trial.images), features(**trial.images), strict=True):
+        torch.testing.assert_close(found, plain)
+
+
+def flat(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for one in values for tensor in flat(one)]
+
+
+def detached(trial: Trial, with_module: bool) -> None:
+    """Without the module, the model is what it was: names, hooks, attributes and values."""
+    if not with_module:
+        return
+    model = trial.model(True)
+    logits(model, trial.inputs)
+    detach(model)
+    assert torch.equal(logits(model, trial.inputs), trial.before)
+    assert list(model.state_dict()) == list(trial.bare.state_dict())
+    for module, plain in zip(model.modules(), trial.bare.modules(), strict=True):
+        assert set(vars(module)) == set(vars(plain))
+        assert len(module._forward_hooks) == len(plain._forward_hooks)
+        assert not module._forward_pre_hooks
+
+
+CELLS: dict[str, Callable[[Trial, bool], None]] = {
+    "step 0": identity,
+    "gradients": trained,
+    "generate": greedy,
+    "beams": beams,
+    "deepcopy": copied,
+    "save/load": saved,
+    "PEFT": tuned,
+    "checkpointing": checkpointed,
+    "compile": compiled,
+    "detach": detached,
+}
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def tried(trial: Trial, cell: str) -> str:
+    """ "yes", or "as host" where the host alone fails, too; an error where it does not."""
+    quiet = contextlib.ExitStack()
+    with quiet:
+        quiet.enter_context(warnings.catch_warnings())
+        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        warnings.simplefilter("ignore")
+        try:
+            CELLS[cell](trial, True)
+        except Exception as error:
+            try:
+                CELLS[cell](trial, False)
+            except Exception:
+                return "as host"
+            raise AssertionError(f"{trial.family}, {cell}: {error}") from error
+    return "yes"

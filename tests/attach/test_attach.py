@@ -1,0 +1,328 @@
+"""Attaching and detaching: against a reference that encodes each view on its own, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel
+
+import dualview as dv
+from tests import reference
+from tests.attach.hosts import built, inputs_for
+from tests.attach.matrix import Trial, gradients, logits, open_gates, ours
+from tests.checks import refuses
+
+GRID = (2, 3)
+
+
+def calls_of(module: nn.Module, run: object) -> list[tuple[tuple, dict, object]]:
+    """Arguments and results of a module while something runs; hosts change the results afterwards."""
+    seen = []
+    handle = module.register_forward_hook(lambda m, a, k, o: seen.append((a, k, copy.deepcopy(o))), with_kwargs=True)
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return seen
+
+
+def views_of(image: Tensor, grid: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Local and stride tiles of (C, H, W), each of that size."""
+    size = (image.shape[1] * grid[0], image.shape[2] * grid[1])
+    planes = F.interpolate(image[None], size, mode="bicubic", align_corners=False)[0].movedim(0, -1)
+    return tuple([tile.movedim(-1, 0) for tile in reference.cut(planes, grid, kind)] for kind in ("local", "global"))
+
+
+def enhanced(dem: nn.Module, low: Tensor, local: list[Tensor], stride: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Of one image, by the equations: half of the way from the features to the DEM's, as far as the gate is open."""
+    with dv.full_computation(), torch.no_grad():
+        out = dem(torch.stack(local)[None], torch.stack(stride)[None], grid)[0]
+    return low + 0.5 * (out - dem.gate * low)
+
+
+# --- Square towers ----------------------------------------------------------------------------------------------------
+
+
+def as_map(tokens: Tensor, side: int) -> Tensor:
+    return tokens.movedim(0, -1) if tokens.dim() == 3 else tokens[-side * side :].unflatten(0, (side, side))
+
+
+@pytest.mark.parametrize(
+    ("family", "inner", "field", "index", "side"),
+    [
+        ("llava", "", "hidden_states", -2, 4),
+        ("internvl", "", "last_hidden_state", None, 4),
+        ("gemma3n", "", "last_hidden_state", None, 2),
+        ("llama4", "", "last_hidden_state", None, 2),
+        ("ovis2", "transformer", "last_hidden_state", None, 4),
+    ],
+)
+def test_square_towers_against_one_call_for_each_view(family, inner, field, index, side):
+    trial = Trial(family)
+    model = trial.model(True, grid=GRID)
+    tower, plain = (m.get_encoder(modality="image").get_submodule(inner) for m in (model, trial.bare))
+    ((args, kwargs, before),) = calls_of(plain, lambda: logits(trial.bare, trial.inputs))
+    ((_, _, found),) = calls_of(tower, lambda: logits(model, trial.inputs))
+    rest = {name: value for name, value in kwargs.items() if name not in ("pixel_values", "patch_attention_mask")}
+    pixels = args[0] if args else kwargs["pixel_values"]
+
+    def read(output: object) -> Tensor:
+        value = getattr(output, field)
+        return value if index is None else value[index]
+
+    def encode(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            return read(plain(image[None], **rest))[0]
+
+    for image, tokens in zip(pixels, read(found), strict=True):
+        low = encode(image)
+        local, stride = ([as_map(encode(view), side) for view in views] for views in views_of(image, GRID))
+        expected = enhanced(tower.dualview.dems[0], as_map(low, side), local, stride, GRID)
+        torch.testing.assert_close(as_map(tokens, side), expected, rtol=1e-4, atol=1e-5)
+    if read(found).dim() == 3:
+        assert torch.equal(read(found)[:, : -side * side], read(before)[:, : -side * side])  # class token and registers
+
+
+@pytest.mark.parametrize("layers", [[-1], [1, -2], [-1, -2, 1]])
+def test_each_layer_has_a_module_of_its_own(layers):
+    trial = Trial("vipllava")  # reads hidden states -1, -2 and 1
+    model = trial.model(True, layers=layers)
+    ((_, _, before),) = calls_of(trial.bare.get_encoder(modality="image"), lambda: logits(trial.bare, trial.inputs))
+    ((_, _, after),) = calls_of(model.get_encoder(modality="image"), lambda: logits(model, trial.inputs))
+    changed = {i for i in (-1, -2, 1) if not torch.equal(before.hidden_states[i], after.hidden_states[i])}
+    assert changed == set(layers)
+    assert len(model.get_encoder(modality="image").dualview.dems) == len(layers)
+    found = gradients(model, trial.inputs)
+    assert all(found[name].abs().sum() > 0 for name in ours(model))
+
+
+def test_the_deepest_layer_is_the_default():
+    assert dv.attach(built("vipllava")).get_encoder(modality="image")._dualview_attachment.layers == (-1,)
+    assert dv.attach(built("qwen3_vl")).get_encoder(modality="image")._dualview_attachment.layers == (-1,)
+
+
+def test_a_layer_that_the_call_does_not_deliver_is_an_error():
+    trial = Trial("llava")
+    with refuses("hidden_states[-2]", "vision_feature_layer"):
+        trial.model(True).model.get_image_features(trial.inputs["pixel_values"], vision_feature_layer=-1)
+
+
+# --- Packed towers ----------------------------------------------------------------------------------------------------
+
+
+def flat_arguments(image: Tensor) -> dict[str, Tensor]:
+    """(C*T, H, W) with patches of 4 pixels, in blocks of 2 x 2 patches."""
+    rows, cols = image.shape[1] // 4, image.shape[2] // 4
+    patches = [
+        image[:, (r + i) * 4 : (r + i + 1) * 4, (c + j) * 4 : (c + j + 1) * 4].flatten()
+        for r in range(0, rows, 2)
+        for c in range(0, cols, 2)
+        for i in range(2)
+        for j in range(2)
+    ]
+    return {"hidden_states": torch.stack(patches), "grid_thw": torch.tensor([[1, rows, cols]])}
+
+
+def row_patches(image: Tensor) -> Tensor:
+    rows, cols = image.shape[1] // 4, image.shape[2] // 4
+    cut = [image[:, r * 4 : r * 4 + 4, c * 4 : c * 4 + 4] for r in range(rows) for c in range(cols)]
+    return torch.stack([patch.movedim(0, -1).flatten() for patch in cut])[None]
+
+
+def naflex_arguments(image: Tensor) -> dict[str, Tensor]:
+    patches, shape = row_patches(image), [[image.shape[1] // 4, image.shape[2] // 4]]
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32)
+    return {"pixel_values": patches, "spatial_shapes": torch.tensor(shape), "pixel_attention_mask": mask}
+
+
+def gemma4_arguments(image: Tensor) -> dict[str, Tensor]:
+    rows, cols = image.shape[1] // 4, image.shape[2] // 4
+    positions = torch.tensor([[[c, r] for r in range(rows) for c in range(cols)]])
+    return {"pixel_values": row_patches(image), "pixel_position_ids": positions}
+
+
+def pixtral_arguments(image: Tensor) -> dict[str, object]:
+    return {"pixel_values": image[None], "image_sizes": [image.shape[1:]], "output_hidden_states": True}
+
+
+def image_of(family: str, arguments: dict[str, Tensor], index: int) -> Tensor:
+    """One of the two images, 16 x 24 and 24 x 16, put together pixel by pixel."""
+    height, width = [(16, 24), (24, 16)][index]
+    pixels = arguments["pixel_values"]
+    if family in ("mistral3", "llava_pixtral"):
+        return pixels[index, :, :height, :width]
+    image = torch.empty(6 if pixels.dim() == 2 else 3, height, width)
+    for r in range(height // 4):
+        for c in range(width // 4):
+            if pixels.dim() == 2:
+                blocks = (r // 2) * (width // 8) + c // 2
+                patch = pixels[24 * index + 4 * blocks + 2 * (r % 2) + c % 2].reshape(6, 4, 4)
+            else:
+                patch = pixels[index, r * (width // 4) + c].reshape(4, 4, 3).movedim(-1, 0)
+            image[:, r * 4 : r * 4 + 4, c * 4 : c * 4 + 4] = patch
+    return image
+
+
+FLAT = (flat_arguments, lambda out: out.pooler_output, 8)
+PACKED_FAMILIES = {
+    "qwen2_vl": FLAT,
+    "qwen2_5_vl": FLAT,
+    "qwen3_vl": FLAT,
+    "glm4v": FLAT,
+    "mistral3": (pixtral_arguments, lambda out: out.hidden_states[-1][0], 4),
+    "llava_pixtral": (pixtral_arguments, lambda out: out.hidden_states[-1][0], 4),
+    "lfm2_vl": (naflex_arguments, lambda out: out.last_hidden_state.flatten(0, 1), 4),
+    "gemma4": (gemma4_arguments, lambda out: out.last_hidden_state, 8),
+}
+
+
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_packed_towers_against_one_call_for_each_view(family):
+    arguments, read, stride = PACKED_FAMILIES[family]
+    trial = Trial(family)
+    model = trial.model(True, grid=GRID)
+    tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
+    ((_, _, found),) = calls_of(tower, lambda: logits(model, trial.inputs))
+    tokens = found.last_hidden_state if family == "lfm2_vl" else read(found)
+
+    def encode(view: Tensor) -> Tensor:
+        with torch.no_grad():
+            return read(plain(**arguments(view))).unflatten(0, (view.shape[1] // stride, view.shape[2] // stride))
+
+    for index in range(2):
+        image = image_of(family, trial.inputs, index)
+        local, strided = ([encode(view) for view in views] for views in views_of(image, GRID))
+        expected = enhanced(tower.dualview.dems[0], encode(image), local, strided, GRID).flatten(0, 1)
+        count = len(expected)
+        own = tokens[index, :count] if family == "lfm2_vl" else tokens[index * count : (index + 1) * count]
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_of_a_video_are_enhanced_as_pictures_are():
+    trial = Trial("qwen2_5_vl")
+    tower = trial.model(True).get_encoder(modality="image")
+    frames = torch.randn(3 * 24, 3 * 2 * 4 * 4)
+    with torch.no_grad():
+        video = tower(frames, grid_thw=torch.tensor([[3, 4, 6]])).pooler_output
+        pictures = tower(frames, grid_thw=torch.tensor([[1, 4, 6]] * 3)).pooler_output
+    torch.testing.assert_close(video, pictures)
+
+
+def test_deepstack_levels_by_option():
+    trial = Trial("qwen3_vl")  # levels 0 and 1, and the output
+    model = trial.model(True, layers=[0, 1, -1])
+    features, plain = (m.model.get_image_features(**trial.images) for m in (model, trial.bare))
+    for level, before in zip(features.deepstack_features, plain.deepstack_features, strict=True):
+        assert not torch.allclose(level[0], before[0])
+    found = gradients(model, trial.inputs)
+    assert len(model.get_encoder(modality="image").dualview.dems) == 3
+    assert all(found[name].abs().sum() > 0 for name in ours(model))
+
+
+# --- Passes, types ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "mistral3"])
+def test_passes_change_nothing(family):
+    trial = Trial(family)
+    results = [logits(trial.model(True, max_tiles_per_pass=n), trial.inputs) for n in (None, 1, 5, 64)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_bfloat16_at_step_0_is_bit_equal(family):
+    trial = Trial(family)
+    host = copy.deepcopy(trial.bare).bfloat16()
+    before = logits(host, trial.inputs)
+    assert torch.equal(logits(dv.attach(host), trial.inputs), before)
+    assert {p.dtype for p in ours(host).values()} == {torch.bfloat16}
+
+
+def test_a_module_in_float32_in_a_host_of_bfloat16():
+    trial = Trial("llava")
+    host = copy.deepcopy(trial.bare).bfloat16()
+    dv.attach(host, dem={"preset": "paper", "gate": True, "dtype": torch.float32})
+    open_gates(host)
+    assert {p.dtype for p in ours(host).values()} == {torch.float32}
+    assert logits(host, trial.inputs).dtype == torch.bfloat16
+
+
+def test_presets_and_modules_of_ones_own():
+    trial = Trial("llava")
+    for dem in ({"preset": "paper"}, dv.DualPerspectiveEnhance.released(32, gate=True)):
+        assert torch.equal(logits(trial.model(True, gates=False, dem=dem), trial.inputs), trial.before)
+    without_gate = trial.model(True, dem=dv.DualPerspectiveEnhance.paper(32))
+    assert not torch.allclose(logits(without_gate, trial.inputs), trial.before)
+
+
+def test_released_weights_go_into_a_host_of_their_width():
+    host = built("llava")
+    dem = dv.attach(host).get_encoder(modality="image").dualview.dems[0]
+    weights = dv.DualPerspectiveEnhance.released(32).released_state_dict()
+    dem.load_released(weights)
+    assert torch.equal(dem.attentions[0].q_proj.weight, weights["attention.linears.0.weight"])
+
+
+# --- What is refused, and leaves the host as it was -------------------------------------------------------------------
+
+
+def unharmed(trial: Trial) -> bool:
+    names = set(vars(trial.bare.get_encoder(modality="image")))
+    return torch.equal(logits(trial.bare, trial.inputs), trial.before) and not any("dualview" in n for n in names)
+
+
+def test_wrong_arguments():
+    trial = Trial("llava")
+    for arguments, *parts in (
+        ({"grid": (2,)}, "grid"),
+        ({"source": "large"}, "large", "upsample", "hires"),
+        ({"layers": [-1]}, "[-1]", "[-2]"),
+        ({"layers": []}, "[]", "[-2]"),
+        ({"layers": [-2, -2]}, "[-2, -2]", "once"),
+        ({"max_tiles_per_pass": 0}, "0", "at least 1"),
+        ({"dem": {"preset": "other"}}, "other", "released", "paper"),
+        ({"dem": {"preset": "paper", "readout": "none"}}, "none"),
+        ({"dem": {"heads": 3}}, "heads"),
+        ({"dem": dv.DualPerspectiveEnhance.paper(16)}, "16", "32"),
+        ({"dem": [nn.Identity(), nn.Identity()]}, "2 modules", "1 layers"),
+    ):
+        with refuses(*parts):
+            dv.attach(trial.bare, **arguments)
+        assert unharmed(trial)
+    with refuses("must be options, a module", error=TypeError):
+        dv.attach(trial.bare, dem=[dv.DualPerspectiveEnhance])
+    assert unharmed(trial)
+
+
+def test_hosts_that_are_refused():
+    with refuses("'bert'", "has not been tested", "qwen2_5_vl"):
+        dv.attach(BertModel(BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)))
+    with refuses("Linear", "DualViewEncoder", error=TypeError):
+        dv.attach(nn.Linear(2, 2))
+    host = built("qwen2_vl")
+    with refuses("hires", "qwen2_vl", "upsample"):
+        dv.attach(host, source="hires")
+    host.config.model_type = "hunyuan_vl"
+    with refuses("hunyuan_vl", "order"):
+        dv.attach(host)
+
+
+def test_attaching_twice_and_detaching_nothing():
+    trial = Trial("llava")
+    with refuses("nothing is attached", "Llava"):
+        dv.detach(trial.bare)
+    model = trial.model(True)
+    before = logits(model, trial.inputs)
+    with refuses("already", "detach"):
+        dv.attach(model)
+    assert torch.equal(logits(model, trial.inputs), before)
+    assert torch.equal(logits(dv.attach(dv.detach(model)), trial.inputs), trial.before)
+
+
+def test_batches_of_several_images():
+    for family in ("internvl", "qwen3_vl"):
+        trial = Trial(family)
+        inputs = inputs_for(trial.bare, family, images=2)
+        assert torch.equal(logits(dv.attach(copy.deepcopy(trial.bare)), inputs), logits(trial.bare, inputs))
