@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualview.large.writer import TileWriter
     from dualview.models.adapter.attach import attach, detach
     from dualview.models.adapter.files import load_adapter, save_adapter
+    from dualview.models.adapter.processors import adapt_processor
     from dualview.models.dual_view_encoder import DualViewEncoder
     from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
     from dualview.ops.direct_readout import DirectReadout
@@ -65,6 +66,7 @@ _HOMES = {
     "large.writer": "TileWriter",
     "models.adapter.attach": "attach detach",
     "models.adapter.files": "load_adapter save_adapter",
+    "models.adapter.processors": "adapt_processor",
     "models.dual_view_encoder": "DualViewEncoder",
     "models.encoders": "HfEncoder OpenClipEncoder TimmEncoder",
     "ops.direct_readout": "DirectReadout",
@@ -117,6 +119,7 @@ __all__ = [
     "WeightedAdditionFusion",
     "__version__",
     "blend_tiles",
+    "adapt_processor",
     "attach",
     "choose_grid",
     "detach",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualview.models.adapter.attach import attach, detach
 from dualview.models.adapter.files import load_adapter, save_adapter
+from dualview.models.adapter.processors import adapt_processor
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder, OpenClipEncoder, TimmEncoder
 
@@ -29,6 +30,7 @@ __all__ = [
     "InfLlavaProcessor",
     "OpenClipEncoder",
     "TimmEncoder",
+    "adapt_processor",
     "attach",
     "detach",
     "load_adapter",

@@ -85,10 +85,11 @@ def _to_map(features: Tensor, tile: Size, tower: nn.Module) -> Tensor:
 
 
 def _from_map(features: Tensor, new: Tensor) -> Tensor:
-    """The features with another map in the place of theirs."""
+    """The features with another map in the place of theirs, laid out in memory as they were: products round by that."""
     if features.dim() == 4:
-        return new.movedim(-1, 1)
-    flat = new.flatten(1, 2)
+        moved = new.movedim(-1, 1)
+        return moved.contiguous() if features.is_contiguous() else moved
+    flat = new.flatten(1, 2).contiguous()
     return flat if flat.shape[1] == features.shape[1] else torch.cat([features[:, : -flat.shape[1]], flat], 1)
 
 

@@ -1,0 +1,132 @@
+"""Attached modules on disk."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import dualview as dv
+from tests.attach.matrix import Trial, gradients, logits, open_gates
+from tests.checks import refuses
+
+DESCRIPTION, WEIGHTS = "dualview_adapter.json", "dualview_adapter.safetensors"
+
+
+@pytest.fixture
+def trial():
+    return Trial("llava")
+
+
+@pytest.fixture
+def saved(trial, tmp_path):
+    model = trial.model(True, grid=(2, 3), dem={"preset": "paper", "num_heads": 2})
+    dv.save_adapter(model, tmp_path)
+    return tmp_path
+
+
+def test_round_trip(trial, saved):
+    again = dv.load_adapter(trial.model(False), saved)
+    model = trial.model(True, grid=(2, 3), dem={"preset": "paper", "num_heads": 2})
+    assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
+    assert sorted(file.name for file in saved.iterdir()) == [DESCRIPTION, WEIGHTS]
+    assert all(name.startswith("dems.0.") for name in load_file(saved / WEIGHTS))
+
+
+def test_saving_twice_replaces_both(trial, saved):
+    dv.save_adapter(trial.model(True), saved)
+    again = dv.load_adapter(trial.model(False), saved)
+    assert torch.equal(logits(again, trial.inputs), logits(trial.model(True), trial.inputs))
+
+
+def test_modules_of_ones_own(trial, tmp_path):
+    def dem() -> dv.DualPerspectiveEnhance:
+        return dv.DualPerspectiveEnhance.paper(32, fusion=dv.AdditionFusion())
+
+    model = trial.model(True, dem=dem())
+    dv.save_adapter(model, tmp_path)
+    with refuses("dem="):
+        dv.load_adapter(trial.model(False), tmp_path)
+    again = dv.load_adapter(trial.model(False), tmp_path, dem=dem())
+    assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
+
+
+def test_what_peft_has_trained_is_saved(trial, tmp_path):
+    model = get_peft_model(
+        trial.model(True, gates=False), LoraConfig(target_modules=["q_proj"], modules_to_save=["dualview"])
+    )
+    open_gates(model)
+    gradients(model, trial.inputs)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    dv.save_adapter(model, tmp_path)
+    trained = model.get_parameter(
+        "base_model.model.model.vision_tower.dualview.modules_to_save.default.dems.0.attentions.0.norm.weight"
+    )
+    assert torch.equal(load_file(tmp_path / WEIGHTS)["dems.0.attentions.0.norm.weight"], trained)
+
+
+def test_lora_inside_of_the_module_must_be_merged(trial, tmp_path):
+    model = get_peft_model(trial.model(True), LoraConfig(target_modules=r".*dualview.*q_proj"))
+    with refuses("q_proj", "merge"):
+        dv.save_adapter(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def refused(trial: Trial, folder: object, *parts: str) -> None:
+    model = trial.model(False)
+    with refuses(*parts):
+        dv.load_adapter(model, folder)
+    assert torch.equal(logits(model, trial.inputs), trial.before)
+    with refuses("nothing is attached"):
+        dv.detach(model)
+
+
+def test_tampered_and_foreign_files(trial, saved):
+    description = json.loads((saved / DESCRIPTION).read_text())
+    for change, *parts in (
+        ({"format": 2}, "format 2", "reads 1"),
+        ({"model_type": "paligemma"}, "paligemma", "llava"),
+        ({"grid": [2]}, "grid"),
+        ({"grid": [0, 2]}, "0"),
+        ({"layers": [7]}, "[7]"),
+        ({"layers": "all"}, DESCRIPTION),
+        ({"source": "elsewhere"}, "elsewhere"),
+        ({"dem": {"preset": "unknown"}}, "unknown"),
+        ({"dem": {"preset": "released", "gate": True}}, "does not fit"),
+        ({"more": 1}, DESCRIPTION),
+    ):
+        (saved / DESCRIPTION).write_text(json.dumps(description | change))
+        refused(trial, saved, *parts)
+    (saved / DESCRIPTION).write_text("[]")
+    refused(trial, saved, DESCRIPTION)
+    (saved / DESCRIPTION).write_bytes(b"\xff")
+    refused(trial, saved, DESCRIPTION)
+
+    (saved / DESCRIPTION).write_text(json.dumps(description))
+    weights = load_file(saved / WEIGHTS)
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, saved / WEIGHTS)
+    refused(trial, saved, WEIGHTS, DESCRIPTION)
+    (saved / WEIGHTS).unlink()
+    with refuses(WEIGHTS, error=FileNotFoundError):
+        dv.load_adapter(trial.model(False), saved)
+
+
+def test_a_second_module_is_refused(trial, saved):
+    model = trial.model(True)
+    before = logits(model, trial.inputs)
+    with refuses("already"):
+        dv.load_adapter(model, saved)
+    assert torch.equal(logits(model, trial.inputs), before)
+
+
+def test_a_full_disk_leaves_what_was_there(trial, saved, monkeypatch):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        dv.save_adapter(trial.model(True), saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
