@@ -98,6 +98,7 @@ def configured(family: str) -> Any:
             return T.Gemma3nConfig(
                 vision_config=dict(
                     architecture="test_efficientnet",  # of the kind of MobileNetV5
+                    model_args={"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
                     hidden_size=256,
                     vocab_size=16,
                     vocab_offset=100,
@@ -194,6 +195,7 @@ def configured(family: str) -> Any:
                     bos_token_id=1,
                     eos_token_id=2,
                     decoder_start_token_id=2,
+                    dropout=0.0,
                 ),
                 image_token_id=IMAGE,
             )

@@ -4,11 +4,9 @@
 what the host alone cannot do, either, is no fault of the attachment, and the page says so.
 """
 
-import contextlib
 import copy
-import io
 import logging
-import sys
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -20,12 +18,13 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from dualview.models.adapter.hosts import HOSTS
 from dualview.models import attach, detach, load_adapter, save_adapter
-from tests.attach.hosts import PACKED, SQUARE, built, inputs_for
+from tests.attach.hosts import IMAGE, PACKED, SQUARE, built, inputs_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
 Inputs = dict[str, Tensor]
-DECODING = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+DECODING = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
 
 
 def logits(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -189,6 +188,24 @@ def checkpointed(trial: Trial, with_module: bool) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * gradient.abs().max().item())
 
 
+def text_alone(trial: Trial, with_module: bool) -> None:
+    """A training step without an image: the same loss, and a gradient of zeros for each parameter of the module."""
+    model, plain = trial.model(with_module), trial.model(False)
+    words = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    if "mm_token_type_ids" in trial.inputs:
+        words["mm_token_type_ids"] = torch.zeros_like(words["input_ids"])
+    found = []
+    for one in (model, plain):
+        for module in (m for m in one.modules() if not list(m.children())):
+            module.training = False  # nothing drops out
+        one.training = one.base_model.training = True
+        found.append(gradients(one, words))
+    assert all((found[0][name] == 0).all() for name in ours(model))
+    for name, gradient in found[1].items():
+        assert torch.equal(found[0][name], gradient)
+    assert not [name for name in vars(model.base_model) if name.startswith("_dualview_")]
+
+
 def compiled(trial: Trial, with_module: bool) -> None:
     """`torch.compile` of the features of images, which is what the module takes part in; graph breaks are allowed."""
     model = trial.model(with_module, max_tiles_per_pass=64)  # passes are unrolled
@@ -234,6 +251,7 @@ CELLS: dict[str, Callable[[Trial, bool], None]] = {
     "save/load": saved,
     "PEFT": tuned,
     "checkpointing": checkpointed,
+    "text alone": text_alone,
     "compile": compiled,
     "detach": detached,
 }
@@ -243,11 +261,8 @@ CELLS: dict[str, Callable[[Trial, bool], None]] = {
 
 
 def tried(trial: Trial, cell: str) -> str:
-    """ "yes", or "as host" where the host alone fails, too; an error where it does not."""
-    quiet = contextlib.ExitStack()
-    with quiet:
-        quiet.enter_context(warnings.catch_warnings())
-        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    """What a cell says: "yes", or "as host" where the host alone fails, too; an error where it does not."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             CELLS[cell](trial, True)
@@ -258,3 +273,52 @@ def tried(trial: Trial, cell: str) -> str:
                 return "as host"
             raise AssertionError(f"{trial.family}, {cell}: {error}") from error
     return "yes"
+
+
+BEGIN, END = "<!-- written by python -m tests.attach.matrix -->\n", "<!-- to here -->"
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    head = ["family", "kind of tower", "sources", *CELLS]
+    lines = [head, ["---"] * len(head)]
+    lines += [[f"`{family}`", *described(family), *cells.values()] for family, cells in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def described(family: str) -> tuple[str, str]:
+    model_type = "mistral3" if family == "llava_pixtral" else family
+    layout = HOSTS[model_type].layout
+    return KINDS[layout], "upsample, hires" if family in ENLARGED else "upsample"
+
+
+KINDS = {
+    "square": "square images",
+    "flat": "packed, merged blocks",
+    "pixtral": "packed (Pixtral)",
+    "naflex": "packed (NaFlex)",
+    "gemma4": "packed, pooled",
+}
+ENLARGED = ("gemma3", "internvl", "llava", "llava_next", "llava_onevision", "paligemma")
+
+
+def on_page() -> dict[str, dict[str, str]]:
+    """What the page says, by family and cell."""
+    _, written, _ = re.split(f"{BEGIN}|{END}", PAGE.read_text(encoding="utf-8"))
+    lines = [[one.strip() for one in line.strip("|\n ").split("|")] for line in written.splitlines()[2:]]
+    return {line[0].strip("`"): dict(zip(CELLS, line[3:], strict=True)) for line in lines}
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    rows = {}
+    for family in (*SQUARE, *PACKED):
+        trial = Trial(family)
+        rows[family] = {cell: tried(trial, cell) for cell in CELLS}
+        print(family, rows[family], flush=True)
+    before, _, after = re.split(f"({BEGIN}.*{END})", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    PAGE.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dualview.geometry import GridLike, TileGrid
 from dualview.models.adapter.hosts import HOSTS, REFUSED, Host, Place
+from dualview.models.adapter.idle import after, before, between, owner_of
 from dualview.models.adapter.module import AttachedEnhance, Bound
 from dualview.models.adapter.packed import enhance_packed, packing_of
 from dualview.models.adapter.square import enhance_square, reduced
@@ -125,6 +126,10 @@ def attach(
     handles = [tower.register_forward_hook(partial(_enhance, host.layout, tuple(places.values()), views), with_kwargs=True)]
     if source == "hires":
         handles.append(tower.register_forward_pre_hook(partial(_reduce, grid), with_kwargs=True))
+    owner, large = owner_of(model), grid if source == "hires" else TileGrid(1, 1)
+    handles.append(owner.register_forward_pre_hook(partial(before, host, tower, large), with_kwargs=True))
+    handles.append(cast(Any, model).get_decoder().register_forward_pre_hook(partial(between, owner), with_kwargs=True))
+    handles.append(owner.register_forward_hook(after))
     setattr(tower, NAME, child)
     setattr(tower, RECORD, Attachment(config.model_type, grid, source, tuple(places), options, tuple(handles)))
     return model

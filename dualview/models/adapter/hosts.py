@@ -33,12 +33,15 @@ class Host:
         places: From a configuration, what the model reads, by the layer that it comes from; -1 is the tower's output.
         width: From a configuration, the width of what is read.
         inner: The module of the tower whose output is read, where that is not the tower.
+        images: How the model takes square images: one by one, as "sets" of a prompt (N, images, 3, H, W), or as tiles
+            of a resolution that is chosen, "choices" (N, tiles, 3, H, W).
     """
 
     layout: Layout
     places: Callable[[Any], dict[int, Place]]
     width: Callable[[Any], int] = lambda config: cast(int, config.vision_config.hidden_size)
     inner: str = ""
+    images: Literal["single", "sets", "choices"] = "single"
 
 
 def _output(config: Any) -> dict[int, Place]:
@@ -74,6 +77,7 @@ def _text_width(config: Any) -> int:
 
 
 _OUTPUT, _HIDDEN, _MERGED = Host("square", _output), Host("square", _hidden), Host("flat", _merged, _text_width)
+_SETS, _CHOICES = Host("square", _output, images="sets"), Host("square", _hidden, images="choices")
 
 HOSTS: dict[str, Host] = {
     "aria": _HIDDEN,
@@ -87,25 +91,25 @@ HOSTS: dict[str, Host] = {
     "gemma4": Host("gemma4", _output),
     "glm4v": _MERGED,
     "got_ocr2": Host("square", _output, lambda config: config.vision_config.output_channels),
-    "granite4_vision": Host("square", _hidden_of_granite),
-    "idefics2": _OUTPUT,
-    "idefics3": _OUTPUT,
+    "granite4_vision": Host("square", _hidden_of_granite, images="choices"),
+    "idefics2": _SETS,
+    "idefics3": _SETS,
     "internvl": Host("square", _hidden_or_output),
     "janus": _OUTPUT,
     "lfm2_vl": Host("naflex", _output),
     "llama4": Host("square", _output, lambda config: config.vision_config.vision_output_dim),
     "llava": _HIDDEN,
-    "llava_next": _HIDDEN,
-    "llava_onevision": _HIDDEN,
+    "llava_next": _CHOICES,
+    "llava_onevision": _CHOICES,
     "mistral3": Host("pixtral", _hidden),
     "ovis2": Host("square", _output, inner="transformer"),
     "paligemma": _OUTPUT,
-    "perception_lm": Host("square", _output, lambda config: config.vision_config.model_args["embed_dim"]),
+    "perception_lm": Host("square", _output, lambda config: config.vision_config.model_args["embed_dim"], images="sets"),
     "qianfan_ocr": Host("square", _hidden_or_output),
     "qwen2_5_vl": _MERGED,
     "qwen2_vl": _MERGED,
     "qwen3_vl": Host("flat", _merged_and_deepstack, _text_width),
-    "smolvlm": _OUTPUT,
+    "smolvlm": _SETS,
     "vipllava": _HIDDEN,
 }
 """Families by ``config.model_type``. The support matrix of the documentation has a row for each."""

@@ -26,6 +26,10 @@ from dualview.switches import planning
 class Packing(Protocol):
     """How a kind of towers packs images. An image is (C, H, W), its size (H, W) in pixels."""
 
+    @property
+    def unit(self) -> int:
+        """Pixels of which height and width of an image are multiples."""
+
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The images of a call of the tower; of a video, its temporal steps."""
 
@@ -44,6 +48,11 @@ class Flat(NamedTuple):
 
     patch: int
     merge: int
+
+    @property
+    def unit(self) -> int:
+        """A merged token."""
+        return self.patch * self.merge
 
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The temporal steps of all images and videos."""
@@ -64,7 +73,7 @@ class Flat(NamedTuple):
 
     def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
         """Of merged tokens, which are in the order of rows."""
-        return _split(features, sizes, self.patch * self.merge)
+        return _split(features, sizes, self.unit)
 
     def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """One after the other."""
@@ -75,6 +84,12 @@ class Pixtral(NamedTuple):
     """Pixtral: images padded to one size, tokens of all of them in one sequence."""
 
     patch: int
+    merge: int
+
+    @property
+    def unit(self) -> int:
+        """What the projector merges."""
+        return self.patch * self.merge
 
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Without the padding, and without what is left of a patch."""
@@ -104,6 +119,12 @@ class NaFlex(NamedTuple):
     """SigLIP 2: patches of each image in a row, padded to one number."""
 
     patch: int
+    merge: int
+
+    @property
+    def unit(self) -> int:
+        """What the projector merges."""
+        return self.patch * self.merge
 
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Without the padding."""
@@ -139,6 +160,11 @@ class Gemma4(NamedTuple):
     patch: int
     pool: int
 
+    @property
+    def unit(self) -> int:
+        """A pooled token."""
+        return self.patch * self.pool
+
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Without the padding, whose positions are -1."""
         patches, positions = _given(args, kwargs, "pixel_values", "pixel_position_ids")
@@ -162,23 +188,23 @@ class Gemma4(NamedTuple):
 
     def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
         """Of pooled tokens, which are in the order of rows."""
-        return _split(features, sizes, self.patch * self.pool)
+        return _split(features, sizes, self.unit)
 
     def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """One after the other."""
         return torch.cat([one.flatten(0, 1) for one in maps])
 
 
-def packing_of(layout: str, tower: nn.Module) -> Packing:
-    """What describes a kind of towers, for the sizes of this one."""
+def packing_of(layout: str, tower: nn.Module, merge: int = 2) -> Packing:
+    """What describes a kind of towers, for the sizes of this one; ``merge`` is of a projector behind it."""
     config = cast(Any, tower).config
     match layout:
         case "flat":
             return Flat(config.patch_size, config.spatial_merge_size)
         case "pixtral":
-            return Pixtral(config.patch_size)
+            return Pixtral(config.patch_size, merge)
         case "naflex":
-            return NaFlex(config.patch_size)
+            return NaFlex(config.patch_size, merge)
         case _:
             return Gemma4(config.patch_size, config.pooling_kernel_size)
 
