@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dualview.large.reader import TileReader
     from dualview.large.writer import TileWriter
     from dualview.models.adapter.attach import attach, detach
+    from dualview.models.adapter.attach import attach, attached, detach
     from dualview.models.adapter.files import load_adapter, save_adapter
     from dualview.models.adapter.processors import adapt_processor
     from dualview.models.dual_view_encoder import DualViewEncoder
@@ -65,6 +66,7 @@ _HOMES = {
     "large.reader": "TileReader",
     "large.writer": "TileWriter",
     "models.adapter.attach": "attach detach",
+    "models.adapter.attach": "attach attached detach",
     "models.adapter.files": "load_adapter save_adapter",
     "models.adapter.processors": "adapt_processor",
     "models.dual_view_encoder": "DualViewEncoder",
@@ -121,6 +123,7 @@ __all__ = [
     "blend_tiles",
     "adapt_processor",
     "attach",
+    "attached",
     "choose_grid",
     "detach",
     "explain",

@@ -5,7 +5,7 @@ The ``InfLlava*`` names load transformers when they are first asked for, and reg
 
 from typing import TYPE_CHECKING, Any
 
-from dualview.models.adapter.attach import attach, detach
+from dualview.models.adapter.attach import attach, attached, detach
 from dualview.models.adapter.files import load_adapter, save_adapter
 from dualview.models.adapter.processors import adapt_processor
 from dualview.models.dual_view_encoder import DualViewEncoder
@@ -32,6 +32,7 @@ __all__ = [
     "TimmEncoder",
     "adapt_processor",
     "attach",
+    "attached",
     "detach",
     "load_adapter",
     "save_adapter",

@@ -1,6 +1,5 @@
 """Tiny models with random weights, one for each family, and inputs for them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,22 +7,27 @@ import transformers
 from torch import Tensor, nn
 
 IMAGE = 9  # the id of the image token
-TEXT = dict(
-    vocab_size=99,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-VIT = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
-)
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -44,24 +48,32 @@ def configured(family: str) -> Any:
         case "llava":
             return T.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=IMAGE)
         case "vipllava":
-            return T.VipLlavaConfig(vision_config=clip, text_config=llama, image_token_index=IMAGE, vision_feature_layer=[-1, -2, 1])
+            return T.VipLlavaConfig(
+                vision_config=clip, text_config=llama, image_token_index=IMAGE, vision_feature_layer=[-1, -2, 1]
+            )
         case "llava_next":
-            return T.LlavaNextConfig(vision_config=clip, text_config=llama, image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS)
+            return T.LlavaNextConfig(
+                vision_config=clip, text_config=llama, image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS
+            )
         case "llava_onevision":
             return T.LlavaOnevisionConfig(
-                vision_config=siglip, text_config=qwen2, image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, vision_feature_layer=-1
+                vision_config=siglip,
+                text_config=qwen2,
+                image_token_index=IMAGE,
+                image_grid_pinpoints=PINPOINTS,
+                vision_feature_layer=-1,
             )
         case "granite4_vision":
             return T.Granite4VisionConfig(
                 vision_config=vit("siglip_vision_model", hidden_size=64),
                 text_config={k: v for k, v in TEXT.items() if k != "head_dim"},
-                qformer_config=dict(
-                    model_type="blip_2_qformer",
-                    num_hidden_layers=1,
-                    intermediate_size=32,
-                    hidden_dropout_prob=0.0,
-                    attention_probs_dropout_prob=0.0,
-                ),
+                qformer_config={
+                    "model_type": "blip_2_qformer",
+                    "num_hidden_layers": 1,
+                    "intermediate_size": 32,
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                },
                 projector_dropout=0.0,
                 image_token_index=IMAGE,
                 image_grid_pinpoints=PINPOINTS,
@@ -96,13 +108,13 @@ def configured(family: str) -> Any:
             )
         case "gemma3n":
             return T.Gemma3nConfig(
-                vision_config=dict(
-                    architecture="test_efficientnet",  # of the kind of MobileNetV5
-                    model_args={"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
-                    hidden_size=256,
-                    vocab_size=16,
-                    vocab_offset=100,
-                ),
+                vision_config={
+                    "architecture": "test_efficientnet",  # of the kind of MobileNetV5
+                    "model_args": {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}},
+                    "hidden_size": 256,
+                    "vocab_size": 16,
+                    "vocab_offset": 100,
+                },
                 text_config={
                     **TEXT,
                     "vocab_size_per_layer_input": 99,
@@ -113,21 +125,26 @@ def configured(family: str) -> Any:
                     "laurel_rank": 8,
                     "sliding_window": 64,
                 },
-                audio_config=dict(hidden_size=16, conf_num_attention_heads=2, conf_num_hidden_layers=1, vocab_size=8),
+                audio_config={
+                    "hidden_size": 16,
+                    "conf_num_attention_heads": 2,
+                    "conf_num_hidden_layers": 1,
+                    "vocab_size": 8,
+                },
                 image_token_id=IMAGE,
                 vision_soft_tokens_per_image=4,
             )
         case "idefics2":
             return T.Idefics2Config(
                 vision_config=vit(),
-                perceiver_config=dict(
-                    hidden_size=32,
-                    resampler_n_latents=3,
-                    resampler_depth=1,
-                    resampler_n_heads=2,
-                    num_key_value_heads=1,
-                    resampler_head_dim=8,
-                ),
+                perceiver_config={
+                    "hidden_size": 32,
+                    "resampler_n_latents": 3,
+                    "resampler_depth": 1,
+                    "resampler_n_heads": 2,
+                    "num_key_value_heads": 1,
+                    "resampler_head_dim": 8,
+                },
                 text_config=text("mistral"),
                 image_token_id=IMAGE,
             )
@@ -150,53 +167,61 @@ def configured(family: str) -> Any:
         case "got_ocr2":
             return T.GotOcr2Config(
                 vision_config=vit(
-                    mlp_dim=48, initializer_range=0.02, output_channels=32, window_size=2, global_attn_indexes=[2], image_size=64
+                    mlp_dim=48,
+                    initializer_range=0.02,
+                    output_channels=32,
+                    window_size=2,
+                    global_attn_indexes=[2],
+                    image_size=64,
                 ),
                 text_config=qwen2,
                 image_token_index=IMAGE,
             )
         case "fast_vlm":
             return T.FastVlmConfig(
-                vision_config=dict(
-                    model_type="timm_wrapper",
-                    architecture="fastvit_mci3",
-                    do_pooling=True,
-                    global_pool="avg",
-                    hidden_size=64,
-                    model_args=dict(
-                        layers=[1] * 5, embed_dims=[4, 8, 16, 32, 32], inference_mode=True, mlp_ratios=[1] * 5
-                    ),
-                ),
+                vision_config={
+                    "model_type": "timm_wrapper",
+                    "architecture": "fastvit_mci3",
+                    "do_pooling": True,
+                    "global_pool": "avg",
+                    "hidden_size": 64,
+                    "model_args": {
+                        "layers": [1] * 5,
+                        "embed_dims": [4, 8, 16, 32, 32],
+                        "inference_mode": True,
+                        "mlp_ratios": [1] * 5,
+                    },
+                },
                 text_config=qwen2,
                 image_token_index=IMAGE,
             )
         case "florence2":
             return T.Florence2Config(
-                vision_config=dict(
-                    embed_dim=[8, 8, 16, 16],
-                    depths=[1, 1, 1, 1],
-                    num_heads=[1, 1, 2, 2],
-                    num_groups=[1, 1, 2, 2],
-                    projection_dim=32,
-                    window_size=4,
-                    drop_path_rate=0.0,
-                ),
-                text_config=dict(
-                    model_type="bart",
-                    vocab_size=99,
-                    d_model=32,
-                    encoder_layers=1,
-                    decoder_layers=1,
-                    encoder_attention_heads=2,
-                    decoder_attention_heads=2,
-                    encoder_ffn_dim=32,
-                    decoder_ffn_dim=32,
-                    pad_token_id=0,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                    decoder_start_token_id=2,
-                    dropout=0.0,
-                ),
+                vision_config={
+                    "embed_dim": [8, 8, 16, 16],
+                    "depths": [1, 1, 1, 1],
+                    "num_heads": [1, 1, 2, 2],
+                    "num_groups": [1, 1, 2, 2],
+                    "projection_dim": 32,
+                    "window_size": 4,
+                    "drop_path_rate": 0.0,
+                },
+                text_config={
+                    "model_type": "bart",
+                    "vocab_size": 99,
+                    "d_model": 32,
+                    "encoder_layers": 1,
+                    "decoder_layers": 1,
+                    "encoder_attention_heads": 2,
+                    "decoder_attention_heads": 2,
+                    "encoder_ffn_dim": 32,
+                    "decoder_ffn_dim": 32,
+                    "pad_token_id": 0,
+                    "bos_token_id": 1,
+                    "eos_token_id": 2,
+                    "decoder_start_token_id": 2,
+                    "dropout": 0.0,
+                },
                 image_token_id=IMAGE,
             )
         case "deepseek_vl":
@@ -205,10 +230,17 @@ def configured(family: str) -> Any:
             return T.JanusConfig(
                 text_config=llama,
                 vision_config=vit(projection_dim=32, mlp_ratio=2),
-                vq_config=dict(
-                    embed_dim=4, num_embeddings=16, latent_channels=4, base_channels=32, channel_multiplier=[1, 1],
-                    num_res_blocks=1, num_patches=4, projection_dim=32, image_token_embed_dim=32,
-                ),
+                vq_config={
+                    "embed_dim": 4,
+                    "num_embeddings": 16,
+                    "latent_channels": 4,
+                    "base_channels": 32,
+                    "channel_multiplier": [1, 1],
+                    "num_res_blocks": 1,
+                    "num_patches": 4,
+                    "projection_dim": 32,
+                    "image_token_embed_dim": 32,
+                },
                 image_token_id=IMAGE,
             )
         case "llama4":
@@ -227,11 +259,11 @@ def configured(family: str) -> Any:
             )
         case "perception_lm":
             return T.PerceptionLMConfig(
-                vision_config=dict(
-                    model_type="timm_wrapper",
-                    architecture="vit_pe_core_large_patch14_336",
-                    model_args=TIMM,
-                ),
+                vision_config={
+                    "model_type": "timm_wrapper",
+                    "architecture": "vit_pe_core_large_patch14_336",
+                    "model_args": TIMM,
+                },
                 text_config=llama,
                 image_token_id=IMAGE,
             )
@@ -246,51 +278,58 @@ def configured(family: str) -> Any:
             )
         case "qwen2_vl":
             return T.Qwen2VLConfig(
-                vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4),
+                vision_config={
+                    "depth": 2,
+                    "embed_dim": 32,
+                    "hidden_size": 32,
+                    "num_heads": 2,
+                    "mlp_ratio": 2,
+                    "patch_size": 4,
+                },
                 text_config=TEXT | MROPE,
                 **PACKED_IDS,
             )
         case "qwen2_5_vl":
             return T.Qwen2_5_VLConfig(
-                vision_config=dict(
-                    depth=3,
-                    hidden_size=32,
-                    out_hidden_size=32,
-                    intermediate_size=48,
-                    num_heads=2,
-                    patch_size=4,
-                    window_size=16,
-                    fullatt_block_indexes=[1],
-                ),
+                vision_config={
+                    "depth": 3,
+                    "hidden_size": 32,
+                    "out_hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "patch_size": 4,
+                    "window_size": 16,
+                    "fullatt_block_indexes": [1],
+                },
                 text_config=TEXT | MROPE,
                 **PACKED_IDS,
             )
         case "qwen3_vl":
             return T.Qwen3VLConfig(
-                vision_config=dict(
-                    depth=3,
-                    hidden_size=32,
-                    out_hidden_size=32,
-                    intermediate_size=48,
-                    num_heads=2,
-                    patch_size=4,
-                    num_position_embeddings=16,
-                    deepstack_visual_indexes=[0, 1],
-                ),
+                vision_config={
+                    "depth": 3,
+                    "hidden_size": 32,
+                    "out_hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "patch_size": 4,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0, 1],
+                },
                 text_config=TEXT | MROPE,
                 **PACKED_IDS,
             )
         case "glm4v":
             return T.Glm4vConfig(
-                vision_config=dict(
-                    depth=2,
-                    hidden_size=32,
-                    out_hidden_size=32,
-                    intermediate_size=48,
-                    num_heads=2,
-                    patch_size=4,
-                    image_size=32,
-                ),
+                vision_config={
+                    "depth": 2,
+                    "hidden_size": 32,
+                    "out_hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_heads": 2,
+                    "patch_size": 4,
+                    "image_size": 32,
+                },
                 text_config=TEXT | MROPE,
                 image_token_id=IMAGE,
                 video_token_id=10,
@@ -324,7 +363,12 @@ def configured(family: str) -> Any:
                     num_key_value_heads=2, head_dim=16, pooling_kernel_size=2, position_embedding_size=64
                 ),
                 text_config=TEXT
-                | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=99, sliding_window=64, global_head_dim=8),
+                | {
+                    "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 99,
+                    "sliding_window": 64,
+                    "global_head_dim": 8,
+                },
                 audio_config=None,
                 image_token_id=IMAGE,
                 video_token_id=10,
@@ -335,29 +379,30 @@ def configured(family: str) -> Any:
     raise KeyError(family)
 
 
-MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]))
-PACKED_IDS = dict(image_token_id=IMAGE, video_token_id=10, vision_start_token_id=11, vision_end_token_id=12)
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+PACKED_IDS = {"image_token_id": IMAGE, "video_token_id": 10, "vision_start_token_id": 11, "vision_end_token_id": 12}
 
 
-TIMM = dict(
-    embed_dim=32,
-    img_size=[28, 28],
-    depth=2,
-    num_heads=2,
-    global_pool="",
-    use_post_transformer_norm=False,
-    init_values=0.1,
-    ref_feat_shape=[2, 2],
+TIMM = {
+    "embed_dim": 32,
+    "img_size": [28, 28],
+    "depth": 2,
+    "num_heads": 2,
+    "global_pool": "",
+    "use_post_transformer_norm": False,
+    "init_values": 0.1,
+    "ref_feat_shape": [2, 2],
+}
+SQUARE = (
+    *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "fast_vlm", "florence2", "gemma3", "gemma3n", "got_ocr2"),
+    *("granite4_vision", "idefics2", "idefics3", "internvl", "janus", "llama4", "llava", "llava_next"),
+    *("llava_onevision", "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "smolvlm", "vipllava"),
 )
-SQUARE = tuple(
-    "aria aya_vision cohere2_vision deepseek_vl fast_vlm florence2 gemma3 gemma3n got_ocr2 granite4_vision idefics2 "
-    "idefics3 internvl janus llama4 llava llava_next llava_onevision ovis2 paligemma perception_lm qianfan_ocr smolvlm "
-    "vipllava".split()
-)
-
 PACKED = ("gemma4", "glm4v", "lfm2_vl", "llava_pixtral", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
 def built(family: str) -> nn.Module:
-    """A tiny model. Parameters that start at zero, or nearly, become random, so that no part of it is without effect."""
+    """A tiny model. Parameters that start at zero, or nearly, become random, so that every part has an effect."""
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(configured(family)).eval()
     with torch.no_grad():

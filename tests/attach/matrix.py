@@ -1,7 +1,7 @@
 """The support matrix: what is tried with a family, cell by cell, and the page of the documentation made of it.
 
-`python -m tests.attach.matrix` writes the page anew. A cell is tried with the attached module; where that fails, without:
-what the host alone cannot do, either, is no fault of the attachment, and the page says so.
+`python -m tests.attach.matrix` writes the page anew. A cell is tried with the attached module; where that fails,
+without: what the host alone cannot do, either, is no fault of the attachment, and the page says so.
 """
 
 import copy
@@ -18,8 +18,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dualview.models.adapter.hosts import HOSTS
 from dualview.models import attach, detach, load_adapter, save_adapter
+from dualview.models.adapter.hosts import HOSTS
 from tests.attach.hosts import IMAGE, PACKED, SQUARE, built, inputs_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
@@ -135,7 +135,7 @@ def copied(trial: Trial, with_module: bool) -> None:
 
 
 def saved(trial: Trial, with_module: bool) -> None:
-    """The module by save_adapter; the host by save_pretrained, which from_pretrained reads with the module or without."""
+    """The module by save_adapter; the host by save_pretrained, which from_pretrained reads without the module."""
     model = trial.model(with_module)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -160,7 +160,8 @@ def tuned(trial: Trial, with_module: bool) -> None:
     assert any("lora" in name and "dualview" not in name for name in found)
 
     keep = ["dualview"] if with_module else None
-    model = get_peft_model(trial.model(with_module, gates=False), LoraConfig(target_modules=layers, modules_to_save=keep))
+    lora = LoraConfig(target_modules=layers, modules_to_save=keep)
+    model = get_peft_model(trial.model(with_module, gates=False), lora)
     open_gates(model)
     found = gradients(model, trial.inputs)
     trainable = [name for name, p in ours(model).items() if p.requires_grad]
@@ -216,7 +217,8 @@ def compiled(trial: Trial, with_module: bool) -> None:
             output = model.base_model.get_image_features(**given)
         return flat(output)
 
-    for found, plain in zip(torch.compile(features, backend="eager")(**trial.images), features(**trial.images), strict=True):
+    made = torch.compile(features, backend="eager")(**trial.images)
+    for found, plain in zip(made, features(**trial.images), strict=True):
         torch.testing.assert_close(found, plain)
 
 

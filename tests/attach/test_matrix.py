@@ -7,8 +7,8 @@ import pytest
 
 from dualview.models.adapter.hosts import HOSTS, REFUSED
 from dualview.models.adapter.processors import RECIPES
-from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, described, on_page, tried
 from tests.attach.hosts import PACKED, SQUARE
+from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, described, on_page, tried
 
 FAMILIES = (*SQUARE, *PACKED)
 QUICK = ("llava", "qwen2_5_vl")

@@ -1,7 +1,7 @@
 """One of two processes that train together: python -m tests.attach.two_processes RANK STORE FAMILY.
 
-The processes get different numbers of images, none among them. A process that waits for the other in vain is ended by the
-time limit of its process group.
+The processes get different numbers of images, none among them. A process that waits for the other in vain is ended by
+the time limit of its process group.
 """
 
 import copy

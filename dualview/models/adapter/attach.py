@@ -68,7 +68,7 @@ def attach(
     result, so that the model computes at first, bit by bit, what it computed before.
 
     Args:
-        model: A model of one of the families in the support matrix of the documentation, with its weights loaded. Attach
+        model: A model of one of the families in the documentation's support matrix, with its weights loaded. Attach
             before you wrap it (PEFT, FSDP, DDP) or compile it.
         grid: Rows and columns of tiles.
         source: Where the views' pixels come from. "upsample": the images as they reach the tower are interpolated to
@@ -97,7 +97,8 @@ def attach(
         ...                           image_size=28, patch_size=14)
         >>> text = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         ...                    vocab_size=32)
-        >>> host = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=9))
+        >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=9)
+        >>> host = LlavaForConditionalGeneration(config)
         >>> sorted({name.split(".")[-1] for name, _ in attach(host).named_parameters() if "dualview" in name})
         ['bias', 'gate', 'weight']
         >>> any("dualview" in name for name, _ in detach(host).named_parameters())
@@ -123,7 +124,8 @@ def attach(
     child.train(tower.training)
 
     views = ViewOptions((1, 1), grid, None, resize=True, max_tiles_per_pass=max_tiles_per_pass)
-    handles = [tower.register_forward_hook(partial(_enhance, host.layout, tuple(places.values()), views), with_kwargs=True)]
+    hook = partial(_enhance, host.layout, tuple(places.values()), views)
+    handles: list[Any] = [tower.register_forward_hook(hook, with_kwargs=True)]
     if source == "hires":
         handles.append(tower.register_forward_pre_hook(partial(_reduce, grid), with_kwargs=True))
     owner, large = owner_of(model), grid if source == "hires" else TileGrid(1, 1)
@@ -153,7 +155,7 @@ def detach(model: Model) -> Model:
         Traceback (most recent call last):
         ValueError: nothing is attached to this Identity.
     """
-    found = attached(model)
+    found = site_of(model)
     for handle in cast(Attachment, getattr(found, RECORD)).handles:
         handle.remove()
     delattr(found, NAME)
@@ -161,7 +163,28 @@ def detach(model: Model) -> Model:
     return model
 
 
-def attached(model: nn.Module) -> nn.Module:
+def attached(model: nn.Module) -> AttachedEnhance:
+    """The module that is attached to a model, with a DEM for each layer in ``dems``.
+
+    Args:
+        model: The model, or what has been put around it.
+
+    Returns:
+        The child ``dualview`` of the vision tower: as it was attached, or what a library has put in its place since.
+
+    Raises:
+        ValueError: Nothing is attached.
+
+    Example:
+        >>> from torch import nn
+        >>> attached(nn.Identity())
+        Traceback (most recent call last):
+        ValueError: nothing is attached to this Identity.
+    """
+    return cast(AttachedEnhance, getattr(site_of(model), NAME))
+
+
+def site_of(model: nn.Module) -> nn.Module:
     """The module that something is attached to: its child is called `NAME`, its record `RECORD`.
 
     Raises:
@@ -210,7 +233,8 @@ def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, 
     """The places of the layers that are enhanced, in the order in which the model reads them."""
     places = host.places(config)
     if layers is None:
-        count = getattr(config.vision_config, "num_hidden_layers", None) or getattr(config.vision_config, "depth", 0)
+        vision = config.vision_config
+        count = cast(int, getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0))
         return dict([max(places.items(), key=lambda item: item[0] % (count + 1))])
     unknown = [layer for layer in layers if layer not in places]
     if unknown or not layers or len(set(layers)) != len(layers):
@@ -221,9 +245,7 @@ def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, 
     return {layer: place for layer, place in places.items() if layer in layers}
 
 
-def _dems(
-    dem: Dem | None, width: int, count: int, tower: nn.Module
-) -> tuple[list[nn.Module], dict[str, Any] | None]:
+def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[list[nn.Module], dict[str, Any] | None]:
     """The modules, and the options that they were made of."""
     if isinstance(dem, Mapping) or dem is None:
         options = {"preset": "released", "gate": True, **(dem or {})}

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualview.models.adapter.attach import NAME, RECORD, Attachment, Dem, Model, attach, attached, detach
+from dualview.models.adapter.attach import RECORD, Attachment, Dem, Model, attach, attached, detach, site_of
 from dualview.models.adapter.module import AttachedEnhance
 from dualview.outputs import replace_file
 
@@ -39,9 +39,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
-    tower = attached(model)
-    record = cast(Attachment, getattr(tower, RECORD))
-    child = _active(getattr(tower, NAME))
+    record = cast(Attachment, getattr(site_of(model), RECORD))
+    child = _active(attached(model))
     weights = {name: _whole(value) for name, value in child.state_dict().items()}
     if wrong := [name for name in weights if ".lora_" in name or ".base_layer." in name]:
         raise ValueError(
@@ -127,7 +126,7 @@ def load_adapter(
         max_tiles_per_pass=max_tiles_per_pass,
     )
     try:
-        _fill(getattr(attached(model), NAME), load(content), folder)
+        _fill(attached(model), load(content), folder)
     except Exception:
         detach(model)
         raise
@@ -136,7 +135,7 @@ def load_adapter(
 
 def _described(path: Path) -> dict[str, Any]:
     """What the description says, checked."""
-    expected = {
+    expected: dict[str, type | tuple[type, ...]] = {
         "format": int,
         "model_type": str,
         "grid": list,
@@ -163,8 +162,8 @@ def _fill(child: AttachedEnhance, weights: dict[str, Tensor], folder: Path) -> N
     if own != given:
         differ = sorted({*own.items()} ^ {*given.items()})[0][0]
         raise ValueError(
-            f"{folder} does not fit this model: {differ} has shape {given.get(differ)} there and {own.get(differ)} here "
-            "(None: it is missing). It was attached to a model of another size."
+            f"{folder} does not fit this model: {differ} has shape {given.get(differ)} there and {own.get(differ)} "
+            "here (None: it is missing). It was attached to a model of another size."
         )
     child.load_state_dict(weights)
 

@@ -17,11 +17,11 @@ class Place(NamedTuple):
 
     Attributes:
         field: Name of the field of the output.
-        index: Index in the field, where it is a sequence; None where the field is the tensor.
+        position: Index in the field, where it is a sequence; None where the field is the tensor.
     """
 
     field: str
-    index: int | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ def _text_width(config: Any) -> int:
     return cast(int, config.get_text_config().hidden_size)
 
 
+def _timm_width(config: Any) -> int:
+    return cast(int, config.vision_config.model_args["embed_dim"])
+
+
 _OUTPUT, _HIDDEN, _MERGED = Host("square", _output), Host("square", _hidden), Host("flat", _merged, _text_width)
 _SETS, _CHOICES = Host("square", _output, images="sets"), Host("square", _hidden, images="choices")
 
@@ -104,7 +108,7 @@ HOSTS: dict[str, Host] = {
     "mistral3": Host("pixtral", _hidden),
     "ovis2": Host("square", _output, inner="transformer"),
     "paligemma": _OUTPUT,
-    "perception_lm": Host("square", _output, lambda config: config.vision_config.model_args["embed_dim"], images="sets"),
+    "perception_lm": Host("square", _output, _timm_width, images="sets"),
     "qianfan_ocr": Host("square", _hidden_or_output),
     "qwen2_5_vl": _MERGED,
     "qwen2_vl": _MERGED,

@@ -41,12 +41,14 @@ def before(host: Host, tower: nn.Module, grid: TileGrid, owner: nn.Module, args:
 def between(owner: nn.Module, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the language model: the zero goes the way that features of images go, through all layers."""
     embeds = kwargs.get("inputs_embeds")
-    zero = vars(owner).pop(ZERO, None) if isinstance(embeds, Tensor) else None
+    if not isinstance(embeds, Tensor):
+        return None
+    zero = vars(owner).pop(ZERO, None)
     return None if zero is None else (args, {**kwargs, "inputs_embeds": embeds + zero.to(embeds.dtype)})
 
 
 def after(owner: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of the owner: the zero joins what gradients come from, where the language model got no embeddings."""
+    """Forward hook of the owner: the zero joins the output, where the language model got no embeddings."""
     zero = vars(owner).pop(ZERO, None)
     if zero is not None:
         for field in FIELDS:
@@ -58,7 +60,7 @@ def after(owner: nn.Module, args: Any, output: Any) -> Any:
 def example(host: Host, tower: nn.Module, grid: TileGrid, config: Any) -> dict[str, Any]:
     """Arguments of ``get_image_features`` for the smallest image, of grid times its size."""
     like = next(p for p in tower.parameters() if p.is_floating_point())
-    options = {"device": like.device, "dtype": like.dtype}
+    options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if host.layout == "square":
         height, width = grid.map_size(_side(tower))
         pixels = torch.full((1, 3, height, width), 0.5, **options)  # zeros would be taken for padding
@@ -68,7 +70,8 @@ def example(host: Host, tower: nn.Module, grid: TileGrid, config: Any) -> dict[s
             sizes = torch.tensor([[side, side]], device=like.device)
             return {"pixel_values": pixels[None].expand(-1, 1 + most, -1, -1, -1), "image_sizes": sizes}
         return {"pixel_values": pixels[None] if host.images == "sets" else pixels}
-    packing = packing_of(host.layout, tower, getattr(config, "spatial_merge_size", getattr(config, "downsample_factor", 1)))
+    merge = getattr(config, "spatial_merge_size", getattr(config, "downsample_factor", 1))
+    packing = packing_of(host.layout, tower, merge)
     side = 2 * packing.unit  # Mistral 3 takes no image of one token
     channels = 3 * config.vision_config.temporal_patch_size if isinstance(packing, Flat) else 3
     arguments = packing.arguments([torch.full((channels, side, side), 0.5, **options)])

@@ -60,11 +60,11 @@ class AttachedEnhance(nn.Module):
         live: LiveTiles,
     ) -> list[Tensor]:
         """Enhance, and mix; all sizes in one call. Shapes as of the class."""
-        return [
-            self._mixed(*one, grid, live) for one in zip(bases, local_tiles, stride_tiles, strict=True)
-        ]
+        return [self._mixed(*one, grid, live) for one in zip(bases, local_tiles, stride_tiles, strict=True)]
 
-    def _mixed(self, base: Tensor, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles) -> Tensor:
+    def _mixed(
+        self, base: Tensor, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles
+    ) -> Tensor:
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), base.dtype)
         count, mixed = len(self.dems), []
         for dem, low, local, stride in zip(

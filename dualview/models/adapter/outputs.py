@@ -16,10 +16,10 @@ def features_at(output: Any, place: Place) -> Tensor:
         ValueError: There are none, because the call asked for other layers.
     """
     value = getattr(output, place.field, None)
-    if place.index is not None and value is not None:
-        value = value[place.index] if -len(value) <= place.index < len(value) else None
+    if place.position is not None and value is not None:
+        value = value[place.position] if -len(value) <= place.position < len(value) else None
     if not isinstance(value, Tensor):
-        index = "" if place.index is None else f"[{place.index}]"
+        index = "" if place.position is None else f"[{place.position}]"
         raise ValueError(
             f"the tower returned no {place.field}{index}, which the attached module enhances: call the model without "
             "vision_feature_layer and return_dict, or attach with the layers that you read (layers=...)."
@@ -29,9 +29,9 @@ def features_at(output: Any, place: Place) -> Tensor:
 
 def put_features(output: Any, place: Place, value: Tensor) -> None:
     """Replace the features that stand at a place."""
-    if place.index is None:
+    if place.position is None:
         setattr(output, place.field, value)
         return
     sequence = list(getattr(output, place.field))
-    sequence[place.index] = value
+    sequence[place.position] = value
     setattr(output, place.field, type(getattr(output, place.field))(sequence))

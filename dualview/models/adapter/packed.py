@@ -1,7 +1,7 @@
 """Towers that take images of their own size, packed: a second call of the tower with the views of all images.
 
-What enters a tower and what leaves it differs between four kinds of towers, each described by one class: images from the
-arguments of a call, arguments from images, and the token maps of images in a tensor of features.
+What enters a tower and what leaves it differs between four kinds of towers, each described by one class: images from
+the arguments of a call, arguments from images, and the token maps of images in a tensor of features.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def enhance_packed(
     views = [view for group in groups for image in group.views for view in image]
     chunk = options.max_tiles_per_pass or (1 if views[0].device.type == "cpu" else 128)
     features = iter(one for start in range(0, len(views), chunk) for one in encode(views[start : start + chunk]))
-    tiles = [_stacked(features, group.views.shape[:2]) for group in groups]
+    tiles = [_stacked(features, len(group.members), len(group.plan.views)) for group in groups]
     enhanced = child(
         [torch.stack([bases[i] for i in group.members]) for group in groups],
         [select(of, 1, group.plan.local) for of, group in zip(tiles, groups, strict=True)],
@@ -277,10 +277,10 @@ def _by_size(images: Sequence[Tensor], child: nn.Module, options: ViewOptions) -
     return groups
 
 
-def _stacked(features: Iterator[Tensor], shape: Size) -> Tensor:
+def _stacked(features: Iterator[Tensor], batch: int, views: int) -> Tensor:
     """The next batch x views maps of the features, (B, V, h, w, D)."""
-    taken = [next(features) for _ in range(shape[0] * shape[1])]
-    return torch.stack(taken).unflatten(0, shape)
+    maps = torch.stack([next(features) for _ in range(batch * views)])
+    return cast(Tensor, maps.unflatten(0, (batch, views)))
 
 
 def _sizes(images: Sequence[Tensor]) -> list[Size]:
@@ -290,7 +290,7 @@ def _sizes(images: Sequence[Tensor]) -> list[Size]:
 def _split(features: Tensor, sizes: Sequence[Size], stride: int) -> list[Tensor]:
     """The token maps (h, w, D) of images that stand one after the other in (tokens, D)."""
     grids = [(height // stride, width // stride) for height, width in sizes]
-    pieces = features.split([h * w for h, w in grids])
+    pieces: tuple[Tensor, ...] = features.split([h * w for h, w in grids])
     return [piece.unflatten(0, grid) for piece, grid in zip(pieces, grids, strict=True)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from einops import rearrange
 from torch import Tensor
 
@@ -36,13 +34,13 @@ def from_blocks(patches: Tensor, grid: tuple[int, int, int], patch: int, merge: 
     """
     steps, rows, cols = grid
     sizes = {"t": steps, "h": rows // merge, "w": cols // merge, "mh": merge, "mw": merge, "ph": patch, "pw": patch}
-    return cast(Tensor, rearrange(patches, IN_BLOCKS, **sizes))
+    return rearrange(patches, IN_BLOCKS, **sizes)
 
 
 def to_blocks(frames: Tensor, patch: int, merge: int) -> Tensor:
     """Patches in blocks of merge x merge: the inverse of `from_blocks`. (t, C, H, W) -> (t*rows*cols, C*patch*patch)"""
     source, target = IN_BLOCKS.split(" -> ")
-    return cast(Tensor, rearrange(frames, f"{target} -> {source}", mh=merge, mw=merge, ph=patch, pw=patch))
+    return rearrange(frames, f"{target} -> {source}", mh=merge, mw=merge, ph=patch, pw=patch)
 
 
 def from_rows(patches: Tensor, grid: Size, patch: int) -> Tensor:
@@ -51,10 +49,10 @@ def from_rows(patches: Tensor, grid: Size, patch: int) -> Tensor:
     Shape:
         (rows*cols, patch*patch*C) -> (C, rows*patch, cols*patch)
     """
-    return cast(Tensor, rearrange(patches, IN_ROWS, h=grid[0], w=grid[1], ph=patch, pw=patch))
+    return rearrange(patches, IN_ROWS, h=grid[0], w=grid[1], ph=patch, pw=patch)
 
 
 def to_rows(picture: Tensor, patch: int) -> Tensor:
     """Patches in rows: the inverse of `from_rows`. (C, H, W) -> (rows*cols, patch*patch*C)"""
     source, target = IN_ROWS.split(" -> ")
-    return cast(Tensor, rearrange(picture, f"{target} -> {source}", ph=patch, pw=patch))
+    return rearrange(picture, f"{target} -> {source}", ph=patch, pw=patch)

@@ -120,7 +120,9 @@ needs no other processor.
     """
     grid, name = TileGrid.of(grid), type(processor).__name__
     if isinstance(processor, _Adapted):
-        raise ValueError(f"this {name} is adapted to a grid of {processor._grid} already: adapt the one it was made of.")
+        raise ValueError(
+            f"this {name} is adapted to a grid of {processor._grid} already: adapt the one it was made of."
+        )
     recipe, images = RECIPES.get(name), getattr(processor, "image_processor", None)
     kind = type(images).__name__
     if recipe is None or kind.removesuffix("Pil").removesuffix("Fast") not in recipe.image_processors:
@@ -131,7 +133,8 @@ needs no other processor.
         )
     if grid.rows != grid.cols and not recipe.any_grid:
         raise ValueError(
-            f"grid={grid}: {name} keeps the shape of pictures, so rows and columns must be equal: use {(grid.rows,) * 2}."
+            f"grid={grid}: {name} keeps the shape of pictures, so rows and columns must be equal: use "
+            f"{(grid.rows,) * 2}."
         )
     adapted = _made_from(processor, recipe.counts, grid)
     larger = _made_from(images, recipe.images, grid)

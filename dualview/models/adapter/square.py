@@ -31,7 +31,7 @@ def reduced(args: tuple[Any, ...], kwargs: dict[str, Any], grid: TileGrid, tower
     if height % grid.rows or width % grid.cols or (size is not None and tile != size):
         wanted = f"a multiple of {tuple(grid)}" if size is None else str(grid.map_size(size))
         raise ValueError(
-            f"the tower got images of {height} x {width} (height x width), and with source=\"hires\" and grid={grid} "
+            f'the tower got images of {height} x {width} (height x width), and with source="hires" and grid={grid} '
             f"it must be {wanted}: make the inputs with the processor that adapt_processor(processor, {tuple(grid)}) "
             'returns, or attach with source="upsample".'
         )
@@ -81,7 +81,7 @@ def _to_map(features: Tensor, tile: Size, tower: nn.Module) -> Tensor:
     if features.dim() == 4:
         return features.movedim(1, -1)
     h, w = _map_size(features.shape[1], tile, tower)
-    return features[:, features.shape[1] - h * w :].unflatten(1, (h, w))
+    return cast(Tensor, features[:, features.shape[1] - h * w :].unflatten(1, (h, w)))
 
 
 def _from_map(features: Tensor, new: Tensor) -> Tensor:
