@@ -49,7 +49,7 @@ def configured(family: str) -> Any:
             return T.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=IMAGE)
         case "vipllava":
             return T.VipLlavaConfig(
-                vision_config=clip, text_config=llama, image_token_index=IMAGE, vision_feature_layer=[-1, -2, 1]
+                vision_config=clip, text_config=llama, image_token_index=IMAGE, vision_feature_layers=[-1, -2, 1]
             )
         case "llava_next":
             return T.LlavaNextConfig(

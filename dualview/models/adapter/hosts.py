@@ -5,7 +5,7 @@ A family is one record. What differs between families stands in the records; cod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -59,7 +59,11 @@ def _merged_and_deepstack(config: Any) -> dict[int, Place]:
 
 def _hidden(config: Any) -> dict[int, Place]:
     layers = config.vision_feature_layer
-    return {layer: Place("hidden_states", layer) for layer in ([layers] if isinstance(layers, int) else layers)}
+    return _states([layers] if isinstance(layers, int) else layers)
+
+
+def _states(layers: Iterable[int]) -> dict[int, Place]:
+    return {layer: Place("hidden_states", layer) for layer in layers}
 
 
 def _hidden_or_output(config: Any) -> dict[int, Place]:
@@ -68,8 +72,7 @@ def _hidden_or_output(config: Any) -> dict[int, Place]:
 
 
 def _hidden_of_granite(config: Any) -> dict[int, Place]:
-    layers = [*(layer for layer, _ in config.deepstack_layer_map or ()), config.spatial_vision_layer]
-    return {layer: Place("hidden_states", layer) for layer in layers}
+    return _states([*(layer for layer, _ in config.deepstack_layer_map or ()), config.spatial_vision_layer])
 
 
 def _text_width(config: Any) -> int:
@@ -114,7 +117,7 @@ HOSTS: dict[str, Host] = {
     "qwen2_vl": _MERGED,
     "qwen3_vl": Host("flat", _merged_and_deepstack, _text_width),
     "smolvlm": _SETS,
-    "vipllava": _HIDDEN,
+    "vipllava": Host("square", lambda config: _states(config.vision_feature_layers)),
 }
 """Families by ``config.model_type``. The support matrix of the documentation has a row for each."""
 
