@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 
 IMAGE = 9  # the id of the image token
 TEXT = {
@@ -71,6 +72,9 @@ def configured(family: str) -> Any:
                     "model_type": "blip_2_qformer",
                     "num_hidden_layers": 1,
                     "intermediate_size": 32,
+                    "hidden_size": 64,
+                    "encoder_hidden_size": 64,
+                    "num_attention_heads": 1,
                     "hidden_dropout_prob": 0.0,
                     "attention_probs_dropout_prob": 0.0,
                 },
@@ -153,8 +157,8 @@ def configured(family: str) -> Any:
             return of_family(vision_config=vit(), text_config=llama, image_token_id=IMAGE, scale_factor=2)
         case "aria":
             return T.AriaConfig(
-                vision_config=vit("idefics3_vision"),
-                text_config={**TEXT, "moe_num_experts": 2, "moe_topk": 1, "moe_num_shared_experts": 1},
+                vision_config=Idefics3VisionConfig(**VIT),
+                text_config=T.AriaTextConfig(**TEXT, moe_num_experts=2, moe_topk=1, moe_num_shared_experts=1),
                 image_token_index=IMAGE,
                 projector_patch_to_query_dict={16: 3},
             )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
@@ -34,11 +35,13 @@ def views_of(image: Tensor, grid: tuple[int, int]) -> tuple[list[Tensor], list[T
     return tuple([tile.movedim(-1, 0) for tile in reference.cut(planes, grid, kind)] for kind in ("local", "global"))
 
 
-def enhanced(dem: nn.Module, low: Tensor, local: list[Tensor], stride: list[Tensor], grid: tuple[int, int]) -> Tensor:
+def enhanced(
+    module: nn.Module, low: Tensor, local: list[Tensor], stride: list[Tensor], grid: tuple[int, int]
+) -> Tensor:
     """Of one image, by the equations: half of the way from the features to the DEM's, as far as the gate is open."""
     with dv.full_computation(), torch.no_grad():
-        out = dem(torch.stack(local)[None], torch.stack(stride)[None], grid)[0]
-    return low + 0.5 * (out - dem.gate * low)
+        out = module.dems[0](torch.stack(local)[None], torch.stack(stride)[None], grid)[0]
+        return (1 - module.gate) * low + module.gate * (low + out) / 2
 
 
 # --- Square towers ----------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def test_square_towers_against_one_call_for_each_view(family, inner, field, inde
     for image, tokens in zip(pixels, read(found), strict=True):
         low = encode(image)
         local, stride = ([as_map(encode(view), side) for view in views] for views in views_of(image, GRID))
-        expected = enhanced(tower.dualview.dems[0], as_map(low, side), local, stride, GRID)
+        expected = enhanced(tower.dualview, as_map(low, side), local, stride, GRID)
         torch.testing.assert_close(as_map(tokens, side), expected, rtol=1e-4, atol=1e-5)
     if read(found).dim() == 3:
         assert torch.equal(read(found)[:, : -side * side], read(before)[:, : -side * side])  # class token and registers
@@ -105,15 +108,18 @@ def test_the_deepest_layer_is_the_default():
 def test_a_call_that_reads_another_layer():
     """Newer transformers collect that layer alone, which is an error; older ones collect all, and it is the host's."""
     trial = Trial("llava")
-    models = trial.model(True), trial.bare
-    try:
-        found, plain = (
-            m.model.get_image_features(trial.inputs["pixel_values"], vision_feature_layer=-1).pooler_output
-            for m in models
-        )
-    except ValueError as error:
-        assert all(part in str(error) for part in ("hidden_states[-2]", "vision_feature_layer"))
+    pixels = trial.inputs["pixel_values"]
+
+    def features(model: nn.Module) -> list[Tensor]:
+        return model.model.get_image_features(pixels, vision_feature_layer=-1).pooler_output
+
+    with torch.no_grad():
+        states = trial.bare.get_encoder(modality="image")(pixels, output_hidden_states=[-1]).hidden_states
+    if states[-2] is None:
+        with refuses("hidden_states[-2]", "vision_feature_layer"):
+            features(trial.model(True))
     else:
+        found, plain = features(trial.model(True)), features(trial.bare)
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
@@ -202,7 +208,7 @@ def test_packed_towers_against_one_call_for_each_view(family):
     for index in range(2):
         image = image_of(family, trial.inputs, index)
         local, strided = ([encode(view) for view in views] for views in views_of(image, GRID))
-        expected = enhanced(tower.dualview.dems[0], encode(image), local, strided, GRID).flatten(0, 1)
+        expected = enhanced(tower.dualview, encode(image), local, strided, GRID).flatten(0, 1)
         count = len(expected)
         own = tokens[index, :count] if family == "lfm2_vl" else tokens[index * count : (index + 1) * count]
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
@@ -260,10 +266,16 @@ def test_a_module_in_float32_in_a_host_of_bfloat16():
 
 def test_presets_and_modules_of_ones_own():
     trial = Trial("llava")
-    for dem in ({"preset": "paper"}, dv.DualPerspectiveEnhance.released(32, gate=True)):
-        assert torch.equal(logits(trial.model(True, gates=False, dem=dem), trial.inputs), trial.before)
-    without_gate = trial.model(True, dem=dv.DualPerspectiveEnhance.paper(32))
-    assert not torch.allclose(logits(without_gate, trial.inputs), trial.before)
+    own = dv.DualPerspectiveEnhance.released(32), dv.DualPerspectiveEnhance.released(32, gate=True)
+    for dem in ({"preset": "paper"}, *own):
+        model = trial.model(True, gates=False, dem=dem)
+        assert torch.equal(logits(model, trial.inputs), trial.before)
+        assert [name.endswith("gate") for name in ours(model)].count(True) == 1
+        open_gates(model)
+        assert not torch.allclose(logits(model, trial.inputs), trial.before)
+    without = trial.model(True, dem={"preset": "paper", "gate": False})
+    assert not any(name.endswith("gate") for name in ours(without))
+    assert not torch.allclose(logits(without, trial.inputs), trial.before)
 
 
 def test_released_weights_go_into_a_host_of_their_width():
@@ -272,6 +284,22 @@ def test_released_weights_go_into_a_host_of_their_width():
     weights = dv.DualPerspectiveEnhance.released(32).released_state_dict()
     dem.load_released(weights)
     assert torch.equal(dem.attentions[0].q_proj.weight, weights["attention.linears.0.weight"])
+
+
+@pytest.mark.parametrize("first", ["attach", "offload"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_offloaded_by_accelerate(family, first):
+    trial = Trial(family)
+    expected = logits(trial.model(True), trial.inputs)
+    model = copy.deepcopy(trial.bare)
+    torch.manual_seed(1)
+    for step in ("attach", "offload") if first == "attach" else ("offload", "attach"):
+        if step == "attach":
+            open_gates(dv.attach(model))
+        else:
+            cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(logits(model, trial.inputs), expected)
+    assert torch.equal(logits(dv.detach(model), trial.inputs), trial.before)
 
 
 # --- What is refused, and leaves the host as it was -------------------------------------------------------------------

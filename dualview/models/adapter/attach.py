@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dualview.geometry import GridLike, TileGrid
 from dualview.models.adapter.hosts import HOSTS, REFUSED, Host, Place
@@ -18,6 +18,7 @@ from dualview.models.adapter.packed import enhance_packed, packing_of
 from dualview.models.adapter.square import enhance_square, reduced
 from dualview.models.encode_views import mixes_tiles
 from dualview.models.parts import ViewOptions, low_res_of
+from dualview.models.view_plan import gate_of
 from dualview.ops.enhance import DualPerspectiveEnhance
 
 Source: TypeAlias = Literal["upsample", "hires"]
@@ -75,8 +76,9 @@ def attach(
             the size of the grid; the processor stays as it is. "hires": the processor delivers images of grid times
             the tower's size, see [`adapt_processor`][dualview.adapt_processor].
         dem: Options of the enhancement modules: ``{"preset": "released" | "paper"}`` and any argument of
-            [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] in place of the preset's. None for the released
-            preset with a gate. Or a module of your own for each layer.
+            [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] in place of the preset's, and ``"gate": False``
+            for none. None for the released preset. Or a module of your own for each layer, without a gate or each with
+            one.
         layers: Which of the layers that the model reads are enhanced, each by a module of its own; -1 is the tower's
             output. None for the deepest.
         max_tiles_per_pass: Most views in one call of the tower. None: as
@@ -120,7 +122,9 @@ def attach(
         raise ValueError(f"max_tiles_per_pass={max_tiles_per_pass}: must be at least 1, or None.")
     places = _places(config, host, layers)
     dems, options = _dems(dem, host.width(config), len(places), tower)
-    child = AttachedEnhance(dems, low_res_of(dems[0]))
+    gated = all(gate_of(one) is None for one in dems) if options is None else options["gate"]
+    gate = nn.Parameter(torch.zeros(host.width(config) * len(places), **_like(dems, tower))) if gated else None
+    child = AttachedEnhance(dems, low_res_of(dems[0]), gate)
     child.train(tower.training)
 
     views = ViewOptions((1, 1), grid, None, resize=True, max_tiles_per_pass=max_tiles_per_pass)
@@ -249,8 +253,7 @@ def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[li
     """The modules, and the options that they were made of."""
     if isinstance(dem, Mapping) or dem is None:
         options = {"preset": "released", "gate": True, **(dem or {})}
-        like = next((p for p in tower.parameters() if p.is_floating_point()), torch.empty(0))
-        return [_made(options, width, like, tower) for _ in range(count)], options
+        return [_made(options, width, _like([], tower)) for _ in range(count)], options
     dems = [dem] if isinstance(dem, nn.Module) else list(dem)
     if not all(isinstance(one, nn.Module) for one in dems):
         raise TypeError(f"dem={dem!r}: must be options, a module, or a module for each of {count} layers.")
@@ -265,8 +268,17 @@ def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[li
     return dems, None
 
 
-def _made(options: Mapping[str, Any], width: int, like: Tensor, tower: nn.Module) -> DualPerspectiveEnhance:
-    rest = dict(options)
+def _like(dems: Sequence[nn.Module], tower: nn.Module) -> dict[str, Any]:
+    """Type and device of new parameters: those of the modules, where there are any, or of the tower."""
+    found = (p for module in (*dems, tower) for p in module.parameters() if p.is_floating_point())
+    like = next(found, torch.empty(0))
+    hooks = (getattr(module, "_hf_hook", None) for module in tower.modules())  # accelerate's: weights are elsewhere
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    return {"device": devices[0] if devices else like.device, "dtype": like.dtype}
+
+
+def _made(options: Mapping[str, Any], width: int, like: dict[str, Any]) -> DualPerspectiveEnhance:
+    rest = {name: value for name, value in options.items() if name != "gate"}
     presets = {"released": DualPerspectiveEnhance.released, "paper": DualPerspectiveEnhance.paper}
     preset = rest.pop("preset")
     if preset not in presets or rest.get("readout") == "none":
@@ -274,10 +286,8 @@ def _made(options: Mapping[str, Any], width: int, like: Tensor, tower: nn.Module
             f"dem={dict(options)}: needs a preset of {tuple(presets)}, and a readout that gives the token count of one "
             'tile (not "none").'
         )
-    offloaded = getattr(tower, "_hf_hook", None)  # accelerate: the weights are elsewhere, or nowhere yet
-    device = getattr(offloaded, "execution_device", None) or like.device
     try:
-        return presets[preset](width, **{"device": device, "dtype": like.dtype, **rest})
+        return presets[preset](width, **{**like, **rest})
     except TypeError as error:
         raise ValueError(f"dem={dict(options)}: {error}. Options are the arguments of the preset's module.") from error
 

@@ -30,6 +30,8 @@ class AttachedEnhance(nn.Module):
     Args:
         dems: One module for each layer that is enhanced.
         low_res: How the result is mixed with the features of the tower.
+        gate: Per channel, how far to go from the features of the tower (0) to the mixed ones (1), (layers*D,); None for
+            all the way, or as far as the DEMs have gates of their own.
 
     Shape:
         - bases: (B, h, w, layers*D) for images of each size: the features that the host would have read, layer beside
@@ -38,10 +40,11 @@ class AttachedEnhance(nn.Module):
         - result: as bases
     """
 
-    def __init__(self, dems: Sequence[nn.Module], low_res: LowRes) -> None:
+    def __init__(self, dems: Sequence[nn.Module], low_res: LowRes, gate: nn.Parameter | None) -> None:
         super().__init__()
         self.dems = nn.ModuleList(dems)
         self.low_res = low_res
+        self.gate = gate
 
     def plan(self, grid: TileGrid, tokens: Size) -> NamesTiles:
         """The tiles that any of the DEMs needs."""
@@ -72,7 +75,8 @@ class AttachedEnhance(nn.Module):
         ):
             options = {} if method_of(dem, "plan") is None else {"live": live}
             mixed.append(mix(low, dem(local, stride, grid, **options), dem, self.low_res))
-        return torch.cat(mixed, -1).to(base.dtype)
+        out = torch.cat(mixed, -1)
+        return (out if self.gate is None else base + self.gate * (out - base)).to(base.dtype)
 
     def extra_repr(self) -> str:
         return f"low_res={self.low_res!r}"
