@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from dualview.large.predict import predict_tiled
     from dualview.large.reader import TileReader
     from dualview.large.writer import TileWriter
-    from dualview.models.adapter.attach import attach, detach
     from dualview.models.adapter.attach import attach, attached, detach
     from dualview.models.adapter.files import load_adapter, save_adapter
     from dualview.models.adapter.processors import adapt_processor
@@ -65,7 +64,6 @@ _HOMES = {
     "large.predict": "predict_tiled",
     "large.reader": "TileReader",
     "large.writer": "TileWriter",
-    "models.adapter.attach": "attach detach",
     "models.adapter.attach": "attach attached detach",
     "models.adapter.files": "load_adapter save_adapter",
     "models.adapter.processors": "adapt_processor",
@@ -120,10 +118,10 @@ __all__ = [
     "TimmEncoder",
     "WeightedAdditionFusion",
     "__version__",
-    "blend_tiles",
     "adapt_processor",
     "attach",
     "attached",
+    "blend_tiles",
     "choose_grid",
     "detach",
     "explain",
