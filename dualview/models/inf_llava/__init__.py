@@ -1,6 +1,13 @@
 """INF-LLaVA on the conventions of transformers. Importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
 from dualview.models.inf_llava.image_processing_inf_llava import InfLlavaImageProcessor
@@ -18,5 +25,6 @@ __all__ = [
 AutoConfig.register(InfLlavaConfig.model_type, InfLlavaConfig)
 AutoModel.register(InfLlavaConfig, InfLlavaModel)
 AutoModelForImageTextToText.register(InfLlavaConfig, InfLlavaForConditionalGeneration)
+AutoModelForMultimodalLM.register(InfLlavaConfig, InfLlavaForConditionalGeneration)
 AutoImageProcessor.register(InfLlavaConfig, image_processor_classes={"torchvision": InfLlavaImageProcessor})
 AutoProcessor.register(InfLlavaConfig, InfLlavaProcessor)

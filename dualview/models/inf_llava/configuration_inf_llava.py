@@ -1,6 +1,7 @@
 """Configuration of INF-LLaVA."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -8,10 +9,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from dualview.geometry import TileGrid
+from dualview.models.inf_llava.enhance_inf_llava import InfLlavaEnhance
 from dualview.models.inf_llava.input_checks import check_fields, named_errors
 from dualview.models.parts import low_res_of
 from dualview.ops.direct_readout import DirectReadout
-from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.tensors import check_factory
 
 LLAMA_3_8B: dict[str, Any] = {
@@ -42,6 +43,13 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
 DEM_PRESETS = ("released", "paper", "direct", "none")
 VISION_FIELDS = ("hidden_size", "image_size", "patch_size")
 TEXT_FIELDS = ("hidden_size", "vocab_size")
+Layers: TypeAlias = int | list[int]
+"""Indices into a tower's hidden states: of one, or of several whose channels are joined."""
+
+
+def listed(layers: Layers) -> Sequence[int]:
+    """A list of layers, also where there is one."""
+    return [layers] if isinstance(layers, int) else layers
 
 
 @named_errors
@@ -60,10 +68,12 @@ class InfLlavaConfig(PreTrainedConfig):
             tower alone. None: released. With ``gate=True`` the model starts as the tower alone.
         low_res: How the low-resolution view is mixed in: "mean", "add" or None (not at all). "auto" is "mean" with the
             released DEM and "add" with the paper's; the configuration then holds what it is.
-        vision_feature_layer: Index into the vision tower's hidden states. No layer after it is run.
+        vision_feature_layer: Index into the vision tower's hidden states. No layer after it is run. A list of indices
+            joins the channels of several; the enhancement module and the projector are then as much wider.
         vision_feature_select_strategy: Only "default": prefix tokens are dropped, for the DEM needs a token map.
         projector_hidden_act: Activation between the two linear layers of the projector.
-        tie_word_embeddings: Whether the language model's head shares the input embeddings.
+        tie_word_embeddings: Whether the language model's head shares the input embeddings. None: as ``text_config``
+            says.
 
     Raises:
         ValueError: Fields do not fit each other; the message says which, and what to write instead.
@@ -76,6 +86,11 @@ class InfLlavaConfig(PreTrainedConfig):
 
     model_type = "inf_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' own form
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "vision_tower.encoder.layers.*": "free_full_weight",
+        "dem": "free_full_weight",
+        "multi_modal_projector": "free_full_weight",
+    }
 
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     text_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -84,10 +99,10 @@ class InfLlavaConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     dem: dict[str, Any] | None = None
     low_res: Literal["auto", "mean", "add"] | None = "auto"
-    vision_feature_layer: int = -2
+    vision_feature_layer: int | list[int] = -2
     vision_feature_select_strategy: str = "default"
     projector_hidden_act: str = "gelu"
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336, VISION_FIELDS)
@@ -114,6 +129,10 @@ class InfLlavaConfig(PreTrainedConfig):
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}: prefix tokens have no place "
                 'on the grid of tiles, so only "default" (drop them) is possible.'
             )
+        if not listed(self.vision_feature_layer):
+            raise ValueError("vision_feature_layer=[]: name at least one layer, as -2.")
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         dem = self.build_dem(device="meta")  # a wrong option fails here, not when the weights are loaded
         self.low_res = low_res_of(dem) if self.low_res == "auto" else self.low_res
         super().__post_init__(**kwargs)
@@ -123,6 +142,12 @@ class InfLlavaConfig(PreTrainedConfig):
         """Tile size (h, w) in pixels: the vision tower's input size."""
         size: int = self.vision_config.image_size
         return size, size
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the image tokens before the projector: that of the tower, as often as layers are read."""
+        width: int = self.vision_config.hidden_size
+        return width * len(listed(self.vision_feature_layer))
 
     def build_dem(self, device: torch.device | str | None = None) -> nn.Module | None:
         """The module that ``dem`` describes, for the vision tower's width.
@@ -145,8 +170,8 @@ class InfLlavaConfig(PreTrainedConfig):
                 return None
             if preset == "direct":
                 return DirectReadout(**options)
-            build = DualPerspectiveEnhance.released if preset == "released" else DualPerspectiveEnhance.paper
-            return build(self.vision_config.hidden_size, device=device, **options)
+            build = InfLlavaEnhance.released if preset == "released" else InfLlavaEnhance.paper
+            return build(self.vision_width, device=device, **options)
         except TypeError as error:
             raise ValueError(f"dem={self.dem}: {error}. Options are the arguments of the preset's module.") from error
 

@@ -104,6 +104,25 @@ class InfLlavaImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns."""
+        return ["pixel_values", "image_grids", "image_sizes"] if self.max_tiles is not None else ["pixel_values"]
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """How many rows of ``pixel_values`` a picture of a size gives.
+
+        Args:
+            height: Of the picture in pixels.
+            width: Likewise.
+            images_kwargs: Arguments of the call, where they differ from those of the processor.
+        """
+        given = {"max_tiles": self.max_tiles, "tile_size": self.tile_size} | (images_kwargs or {})
+        if given["max_tiles"] is None:
+            return 1
+        tile = self._standardize_kwargs(tile_size=given["tile_size"])["tile_size"]
+        return choose_grid((height, width), (tile["height"], tile["width"]), given["max_tiles"]).num_tiles
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, addresses and base64 to tensors; what is a picture already stays as it is."""
         source = image_url_or_urls

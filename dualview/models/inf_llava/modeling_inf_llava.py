@@ -10,16 +10,19 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from dualview.arguments import check_instance
 from dualview.geometry import GridLike, TileGrid
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.hf_tower import HfTower, check_tower
-from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
+from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
 from dualview.models.inf_llava.input_checks import check_features, check_language_model, check_pictures, check_tokens
 from dualview.models.inf_llava.language_head import build_head, finish_logits
+from dualview.models.inf_llava.tower_layers import TowerLayers
 from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
+from dualview.models.view_plan import interpolate
 from dualview.ops.tiling import recombine
 
 
@@ -60,7 +63,7 @@ class InfLlavaMultiModalProjector(nn.Module):
 
     def __init__(self, config: InfLlavaConfig, width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_1 = nn.Linear(config.vision_width, width)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width)
 
@@ -80,7 +83,7 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DualPerspectiveEnhance"]  # noqa: RUF012 - transformers' own form
+    _no_split_modules = ["InfLlavaEnhance"]  # noqa: RUF012 - transformers' own form
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -142,7 +145,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        check_tower(self.vision_tower, config.vision_feature_layer)
+        for layer in listed(config.vision_feature_layer):
+            check_tower(self.vision_tower, layer)
         self.dem = config.build_dem()
         self.language_model = AutoModel.from_config(config.text_config)
         check_language_model(self.language_model)
@@ -159,7 +163,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         pixel_values: Tensor,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        **kwargs: Any,
+        vision_feature_layer: Layers | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images into the tokens that the language model reads.
 
@@ -169,16 +174,20 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             image_grids: Rows and columns of each image.
             image_sizes: With ``image_grids``, height and width of the picture on each image's canvas; what lies below
                 and to the right of it is padding, to which the DEM does not attend. None: no padding.
-            **kwargs: Accepted and not used, as transformers passes its common arguments to every model.
+            vision_feature_layer: In place of the configured one; a list must have as many layers.
+            **kwargs: With ``output_hidden_states`` or ``output_attentions`` (or set so in ``vision_config``) the tower
+                is asked for them once more, for the low-resolution view of each image. Others are not used.
 
         Shape:
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
             - image_grids, image_sizes: (num_images, 2)
             - last_hidden_state: (num_images, image_seq_length, vision width)
             - pooler_output: a list of num_images tensors (image_seq_length, text width)
+            - hidden_states, on request: a tuple of (num_images, prefix and patch tokens, vision width)
+            - attentions, on request: a tuple of (num_images, heads, tokens, tokens)
 
         Raises:
-            ValueError: Tiles, grids and sizes do not fit each other.
+            ValueError: Tiles, grids and sizes do not fit each other, or there is no such layer.
         """
         check_pictures(pixel_values, image_grids, image_sizes)
         pixels: Tensor | list[Tensor] = pixel_values
@@ -188,10 +197,35 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         if image_sizes is not None:
             valid = _valid_pixels(pixels, image_sizes)
         parts = self.dual_view() if image_grids is None else self._parts(None, resize=False)
+        if vision_feature_layer is not None:
+            parts = parts._replace(encoder=self._encoder(self._checked(vision_feature_layer)))
         features = encode_dual_view(parts, pixels, valid).flatten(1, 2)
+        asked = self._states_of_low_view(pixels, kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features))
+            last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features)), **asked
         )
+
+    def _states_of_low_view(self, images: Tensor | list[Tensor], options: Any) -> dict[str, Any]:
+        """What the tower says of its layers, where that is asked for."""
+        config, names = self.config.vision_config, {"hidden_states", "attentions"}
+        asked = {f"output_{name}": options.get(f"output_{name}") for name in names}
+        asked = {name: getattr(config, name, None) if value is None else value for name, value in asked.items()}
+        if not any(asked.values()):
+            return {}
+        batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        low = torch.cat([interpolate(batch, self.tile) for batch in batches])
+        states = self.vision_tower(low, return_dict=True, **asked)
+        return {name: getattr(states, name) for name in names}
+
+    def _checked(self, layers: Layers) -> Layers:
+        if len(listed(layers)) != len(listed(self.config.vision_feature_layer)):
+            raise ValueError(
+                f"vision_feature_layer={layers}, but this model was built for {self.config.vision_feature_layer}: give "
+                "as many layers, for their number is the width of the enhancement module and of the projector."
+            )
+        for layer in listed(layers):
+            check_tower(self.vision_tower, layer)
+        return layers
 
     def dual_view(self, grid: GridLike | None = None) -> DualView:
         """Vision tower, DEM and options as they are now.
@@ -205,10 +239,13 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         return self._parts(TileGrid.of(grid), resize=False)
 
     def _parts(self, grid: TileGrid | None, *, resize: bool) -> DualView:
-        tower = HfTower(self.vision_tower, self.config.vision_feature_layer)
         low_res = cast(LowRes, self.config.low_res)  # the configuration has put a value in the place of "auto"
         options = ViewOptions(self.tile, grid, low_res, resize, max_tiles_per_pass=self.max_tiles_per_pass)
-        return DualView(cast(Encoder, tower), self.dem, options)
+        return DualView(self._encoder(self.config.vision_feature_layer), self.dem, options)
+
+    def _encoder(self, layers: Layers) -> Encoder:
+        tower: Any = HfTower(self.vision_tower, layers) if isinstance(layers, int) else None
+        return cast(Encoder, tower or TowerLayers(self.vision_tower, tuple(listed(layers))))
 
     def _images_of_tiles(self, tiles: Tensor, image_grids: Tensor) -> list[Tensor]:
         grids = [TileGrid.of(pair) for pair in image_grids.tolist()]
@@ -243,8 +280,9 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        vision_feature_layer: Layers | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaModelOutputWithPast:
         """Run the language model on text tokens with the image tokens put in their places.
 
@@ -257,6 +295,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             inputs_embeds: Embedded tokens in place of ``input_ids``.
             image_grids: As for `get_image_features`.
             image_sizes: As for `get_image_features`.
+            vision_feature_layer: As for `get_image_features`.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             **kwargs: Passed to the language model.
 
@@ -275,7 +314,15 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None:
-            images = self.get_image_features(pixel_values, image_grids, image_sizes, return_dict=True)
+            images = self.get_image_features(
+                pixel_values,
+                image_grids,
+                image_sizes,
+                vision_feature_layer,
+                output_hidden_states=False,
+                output_attentions=False,
+                return_dict=True,
+            )
         image_features = None
         if images is not None:
             image_features = torch.stack(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -344,6 +391,9 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         torch.Size([1, 7, 64])
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 - transformers' own form
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
     def __init__(self, config: InfLlavaConfig) -> None:
         super().__init__(config)
         head = build_head(config.text_config)  # first, for it refuses what cannot be done
@@ -367,10 +417,11 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         pixel_values: Tensor,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        **kwargs: Any,
+        vision_feature_layer: Layers | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As [`InfLlavaModel.get_image_features`][dualview.models.InfLlavaModel.get_image_features]."""
-        return self.model.get_image_features(pixel_values, image_grids, image_sizes, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grids, image_sizes, vision_feature_layer, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -383,10 +434,11 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        vision_feature_layer: Layers | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaCausalLMOutputWithPast:
         """As [`InfLlavaModel.forward`][dualview.models.InfLlavaModel.forward], with logits and a loss.
 
@@ -399,6 +451,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             inputs_embeds: Embedded tokens in place of ``input_ids``.
             image_grids: Rows and columns of each image.
             image_sizes: With ``image_grids``, height and width of the picture on each image's canvas.
+            vision_feature_layer: In place of the configured one; a list must have as many layers.
             labels: Token ids to predict, shifted inside. -100 is ignored: give it to image tokens, questions, padding.
             logits_to_keep: How many of the last positions get logits (0: all), or their indices.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
@@ -421,6 +474,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             inputs_embeds=inputs_embeds,
             image_grids=image_grids,
             image_sizes=image_sizes,
+            vision_feature_layer=vision_feature_layer,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from dualview.arguments import check_count, shown
@@ -85,8 +86,33 @@ class InfLlavaProcessor(ProcessorMixin):
         """The text that stands for one image: ``image_seq_length`` image tokens."""
         return self.image_token * self.image_seq_length
 
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """As for every processor; and every image has its place, in the prompt that it is given for.
+
+        Raises:
+            ValueError: The prompts have more or fewer places than images, or places for those of other prompts.
+        """
+        if text is not None and all(isinstance(each, str) for each in text):
+            places = [each.count(self.image_token) for each in ([text] if isinstance(text, str) else text)]
+            given = [] if images is None else images
+            if isinstance(given, (list, tuple)) and any(isinstance(each, (list, tuple)) for each in given):
+                counts = [len(each) if isinstance(each, (list, tuple)) else 1 for each in given]
+                fits, what = counts == places, f"images {counts}, prompt by prompt"
+            else:
+                count = len(make_flat_list_of_images(given)) if images is not None else 0
+                fits, what = count == sum(places), f"{count} images"
+            if not fits:
+                raise ValueError(
+                    f"{what}, but the prompts have {places} {self.image_token!r}: each image needs one, in its prompt "
+                    "and in order; nest the images of several prompts, as [[first], [second, third]]."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+        count = self.image_processor.get_number_of_image_patches
+        return MultiModalData(
+            num_image_tokens=[self.image_seq_length] * len(image_sizes),
+            num_image_patches=[count(height, width, kwargs) for height, width in image_sizes],
+        )
