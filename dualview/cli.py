@@ -25,6 +25,7 @@ T = TypeVar("T")
 # What torch knows, and help must not wait for; tests/test_cli.py compares.
 PRESETS = ("released", "paper")
 LOW_RES = ("mean", "add", "none")
+DTYPES = ("float32", "bfloat16", "float16")
 READOUTS = ("average", "bilinear", "centre", "none")
 FUSIONS = (
     "linear_concat",
@@ -41,6 +42,8 @@ EXAMPLES = """examples:
   dualview demo photo.jpg --small           the same with a picture of yours and narrow models (seconds)
   dualview view photo.jpg --grid 2x3        the local and the stride tiles of a picture, in photo_tiles.png
   dualview explain --preset paper           what a configuration computes
+  dualview convert INF-LLaVA inf-llava      released weights to a directory for transformers
+  dualview ask photo.jpg "What is this?" --model inf-llava
 """
 
 
@@ -155,7 +158,42 @@ def _parser() -> Parser:
     )
     table.add_argument("--readout", choices=READOUTS, help="default: the preset's")
     table.add_argument("--fusion", choices=FUSIONS, help="default: the preset's")
+
+    change = command("convert", "make a model directory of released INF-LLaVA weights, or the other way round")
+    change.add_argument("source", type=Path, metavar="SRC", help="directory of the weights, or mm_projector.bin")
+    change.add_argument("target", type=Path, metavar="DST", help="new directory; it appears when it is complete")
+    for name, text in (
+        ("--vision-tower", "the vision tower, where SRC lacks it"),
+        ("--language-model", "the language model, for mm_projector.bin"),
+        ("--tokenizer", "the tokenizer, where it is not in SRC"),
+    ):
+        change.add_argument(name, type=Path, metavar="DIR", help=f"directory of {text}")
+
+    ask = command("ask", "answer a question about a picture")
+    ask.add_argument("image", type=Path, metavar="IMAGE", help="a picture; transparency is composited on white")
+    ask.add_argument("question", metavar="QUESTION", help="what to answer")
+    _add_model(ask)
+    chat = command("chat", "answer one question after the other, a line each")
+    chat.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="a picture that they are about")
+    _add_model(chat)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="directory that `dualview convert` made, or a name on the hub"
+    )
+    parser.add_argument(
+        "--size",
+        type=_argument(_parse_width),
+        metavar="N",
+        help="pixels a side that pictures are scaled to (default: the model's; 336: as the released inference code)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="where to compute (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the files)")
+    parser.add_argument(
+        "--max-new-tokens", type=_argument(_parse_width), default=512, metavar="N", help="of an answer (default: 512)"
+    )
 
 
 def _add_grid(parser: argparse._ActionsContainer) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualview.canvas import fit_to_grid, fit_to_tile
+from dualview.chat import Chat, questions, say_piece
 from dualview.demo import LOW_RES, SMALL, run_demo
 from dualview.explain import explain as explained
 from dualview.geometry import Size
@@ -88,6 +89,54 @@ def explain(options: argparse.Namespace) -> None:
         low_res=None if low_res == "none" else low_res,
     )
     say(str(explained(model, tokens=options.tokens)))
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Run `dualview convert`."""
+    from dualview.models import convert_inf_llava
+
+    shown = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if (part := 10 * done // max(total, 1)) > shown:
+            shown = part
+            say(f"{10 * part:3d} % of {total / 2**30:.1f} GiB")
+
+    convert_inf_llava(
+        options.source,
+        options.target,
+        vision_tower=options.vision_tower,
+        language_model=options.language_model,
+        tokenizer=options.tokenizer,
+        progress=progress,
+    )
+    say(f"wrote {options.target}: dualview ask PICTURE QUESTION --model {options.target}")
+
+
+def ask(options: argparse.Namespace) -> None:
+    """Run `dualview ask`."""
+    _chat(options).ask(options.question, say_piece)
+    say("")
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Run `dualview chat`."""
+    conversation = _chat(options)
+    for question in questions():
+        conversation.ask(question, say_piece)
+        say("")
+
+
+def _chat(options: argparse.Namespace) -> Chat:
+    return Chat(
+        options.model,
+        options.image,
+        size=options.size,
+        device=options.device,
+        dtype=options.dtype,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
 def uncounted(tiles: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Write picture files: whole, or not at all."""
+"""Write pictures and directories: whole, or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -54,6 +56,29 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     with _writing(path):
         image.save(encoded, SAVED_AS[path.suffix.lower()], quality=92, optimize=True)  # each takes what it knows
         replace_file(path.resolve(), encoded.getbuffer())
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends, and is removed if the block fails.
+
+    Raises:
+        FileExistsError: There is something of that name already.
+        OSError: The folder cannot be made.
+    """
+    path = Path(path).absolute()
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "exists already, and is not replaced: give another name", str(path))
+    beside = path.with_name(f".dualview-{secrets.token_hex(8)}")
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # gone already, unless something went wrong
 
 
 @contextmanager

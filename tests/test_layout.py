@@ -27,7 +27,7 @@ FLOORS = (  # from the ground up
     ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
     ("large/*.py",),
     ("models/*.py", "visualize.py"),
-    ("explain.py", "stages.py", "demo.py"),
+    ("explain.py", "stages.py", "demo.py", "chat.py"),
     ("commands.py",),
     ("__init__.py",),
     ("cli.py",),

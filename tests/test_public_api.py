@@ -80,6 +80,7 @@ PUBLIC = {
         "detach",
         "load_adapter",
         "save_adapter",
+        "convert_inf_llava",
     },
     "dualview.ops.functional": {
         "crop",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         InfLlavaImageProcessor,
         InfLlavaModel,
         InfLlavaProcessor,
+        convert_inf_llava,
     )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "adapt_processor",
     "attach",
     "attached",
+    "convert_inf_llava",
     "detach",
     "load_adapter",
     "save_adapter",

@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
+from dualview.models.inf_llava.convert import convert_inf_llava
 from dualview.models.inf_llava.image_processing_inf_llava import InfLlavaImageProcessor
 from dualview.models.inf_llava.modeling_inf_llava import InfLlavaForConditionalGeneration, InfLlavaModel
 from dualview.models.inf_llava.processing_inf_llava import InfLlavaProcessor
@@ -20,6 +21,7 @@ __all__ = [
     "InfLlavaImageProcessor",
     "InfLlavaModel",
     "InfLlavaProcessor",
+    "convert_inf_llava",
 ]
 
 AutoConfig.register(InfLlavaConfig.model_type, InfLlavaConfig)

@@ -1,7 +1,7 @@
 """Configuration of INF-LLaVA."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -86,7 +86,7 @@ class InfLlavaConfig(PreTrainedConfig):
 
     model_type = "inf_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 - transformers' own form
-    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+    base_model_fsdp_plan = {  # noqa: RUF012
         "vision_tower.encoder.layers.*": "free_full_weight",
         "dem": "free_full_weight",
         "multi_modal_projector": "free_full_weight",
@@ -103,6 +103,29 @@ class InfLlavaConfig(PreTrainedConfig):
     vision_feature_select_strategy: str = "default"
     projector_hidden_act: str = "gelu"
     tie_word_embeddings: bool | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for every configuration; that of another model is refused, not taken for the default.
+
+        Raises:
+            ValueError: ``model_type`` is another one.
+        """
+        cls.check_model_type(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def check_model_type(cls, config_dict: dict[str, Any]) -> None:
+        """Raise a ValueError if the fields of a configuration are another model's."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            remedy = "load it with the class of its own model"
+            if kind == "llava_llama":
+                remedy = (
+                    "a released INF-LLaVA is converted first: run `dualview convert SRC DST`, or call "
+                    "dualview.models.convert_inf_llava(source, target), and load the new directory"
+                )
+            raise ValueError(f"a configuration of model_type={kind!r} is none of {cls.model_type!r}: {remedy}.")
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336, VISION_FIELDS)

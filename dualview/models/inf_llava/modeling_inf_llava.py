@@ -1,6 +1,7 @@
 """INF-LLaVA: a vision tower seen from two perspectives, a projector, and a causal language model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -103,6 +104,29 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         attention and MLP would not be drawn by the tower's own rule.
         """
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As for every model; files of which nothing fits are refused, not completed by random numbers.
+
+        Raises:
+            ValueError: No tensor of the vision tower or of the language model is there: the files are another model's.
+        """
+        if Path(pretrained_model_name_or_path or "", "config.json").is_file():  # also where a configuration is given
+            InfLlavaConfig.check_model_type(InfLlavaConfig.get_config_dict(pretrained_model_name_or_path)[0])
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        for part in ("vision_tower", "language_model"):
+            names = {name for name, _ in model.named_parameters() if f"{part}." in name}
+            if names and names <= set(info["missing_keys"]):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no tensor of the {part}, so that it would be random: it "
+                    f"holds another model (as {sorted(info['unexpected_keys'])[:2]}). A released INF-LLaVA is "
+                    "converted first: run `dualview convert SRC DST`."
+                )
+        return (model, info) if wanted else model
 
     def _init_weights(self, module: nn.Module) -> None:
         dem: nn.Module | None = getattr(self, "dem", None)

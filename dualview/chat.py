@@ -1,0 +1,112 @@
+"""Questions about a picture, answered word by word by a model of a directory or of the hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from dualview.images import load_image
+from dualview.terminal import printable
+
+Messages: TypeAlias = list[dict[str, Any]]
+
+
+class Chat:
+    """A conversation with a model, about one picture or none.
+
+    Args:
+        model: Directory of a model (as `convert_inf_llava` makes it), or its name on the hub.
+        image: A picture, shown with the first question.
+        size: Pixels a side that the picture is scaled to; None for the model's own.
+        device: Where to compute; None for a GPU where there is one.
+        dtype: Type of the weights; None for that of the files.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ImageError: The picture cannot be read.
+        ValueError: The directory holds no model that takes pictures and chats.
+        OSError: There is no such directory.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        image: Path | None = None,
+        *,
+        size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_new_tokens: int = 512,
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from dualview.models.inf_llava import InfLlavaConfig
+
+        kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
+        if kind == "llava_llama":  # released weights that are not converted; the Auto classes know no such model
+            InfLlavaConfig.check_model_type({"model_type": kind})
+        self.image = None if image is None else load_image(image)  # before minutes are spent on the weights
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.options = {} if size is None else {"size": {"shortest_edge": size}}
+        self.max_new_tokens = max_new_tokens
+        self.processor = AutoProcessor.from_pretrained(model)
+        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype or "auto").to(self.device).eval()
+        self.messages: Messages = []
+
+    def ask(self, question: str, say: Callable[[str], None]) -> str:
+        """Answer a question; ``say`` gets the answer piece by piece.
+
+        Args:
+            question: What is asked.
+            say: Called with every piece of text as soon as it is known.
+        """
+        from transformers import TextStreamer
+
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if self.image is not None and not self.messages:
+            content.insert(0, {"type": "image", "image": self.image})
+        self.messages.append({"role": "user", "content": content})
+        inputs = self.processor.apply_chat_template(
+            self.messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images_kwargs": self.options},
+        ).to(self.device)
+        inputs = {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        pieces: list[str] = []
+
+        class Streamer(TextStreamer):  # type: ignore[misc]
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                if text:
+                    pieces.append(text)
+                    say(text)
+
+        streamer = Streamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.inference_mode():
+            self.model.generate(**inputs, streamer=streamer, max_new_tokens=self.max_new_tokens)
+        answer = "".join(pieces)
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return answer
+
+
+def say_piece(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(printable(text, sys.stdout), end="", flush=True)
+
+
+def questions() -> Iterator[str]:
+    """Lines of standard input that are not empty, until it ends; a terminal is shown where to write."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

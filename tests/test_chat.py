@@ -1,0 +1,125 @@
+"""From released weights to an answer, as typed: convert, ask, chat."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dualview import cli
+from dualview.chat import Chat
+from dualview.images import load_image
+from tests.released import write_released
+from tests.tiny import photograph
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    write_released(folder / "released", files=2)
+    photograph(60, 90).save(folder / "photo.png")
+    assert cli.main(["convert", str(folder / "released"), str(folder / "model")]) == 0
+    return folder
+
+
+def answers(place, *questions, size=None):
+    """What `generate` says in a conversation, all at once and without the command."""
+    processor = AutoProcessor.from_pretrained(place / "model")
+    model = AutoModelForImageTextToText.from_pretrained(place / "model").eval()
+    messages, found = [], []
+    for question in questions:
+        content = [{"type": "image", "image": load_image(place / "photo.png")}] if not messages else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        options = {"images_kwargs": {"size": {"shortest_edge": size}}} if size else {}
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs=options,
+        )  # fmt: skip
+        out = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+        found.append(processor.decode(out, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": found[-1]}]})
+    return found
+
+
+def printed(text, out):
+    """Whether text is what was printed, with what is not printable escaped."""
+    from dualview.terminal import printable
+
+    return "".join(out.split()) == "".join(printable(text).split())
+
+
+def test_convert_says_what_it_does(place, tmp_path, capsys):
+    assert cli.main(["convert", str(place / "released"), str(tmp_path / "model")]) == 0
+    out = capsys.readouterr().out
+    assert "100 % of 0.0 GiB" in out
+    assert f"dualview ask PICTURE QUESTION --model {tmp_path / 'model'}" in out
+    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "back")]) == 0
+    assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / "back")]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, 28])
+def test_ask(place, capsys, size):
+    argv = ["ask", str(place / "photo.png"), "what is this", "--model", str(place / "model"), "--max-new-tokens", "12"]
+    assert cli.main([*argv, *(["--size", str(size)] if size else [])]) == 0
+    (expected,) = answers(place, "what is this", size=size)
+    assert printed(expected, capsys.readouterr().out)
+
+
+def test_chat_goes_on(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is this\n\n and now \n"))
+    argv = ["chat", str(place / "photo.png"), "--model", str(place / "model"), "--max-new-tokens", "12"]
+    assert cli.main(argv) == 0
+    expected = answers(place, "what is this", "and now")
+    assert printed("".join(expected), capsys.readouterr().out)
+
+
+def test_an_answer_comes_piece_by_piece(place):
+    """The first piece is there before the last token is computed."""
+    chat, pieces, seen = Chat(str(place / "model"), place / "photo.png", max_new_tokens=40), [], []
+    chat.model.register_forward_pre_hook(lambda *_: seen.append(len(pieces)))
+    letters = set(chat.processor.tokenizer.encode("a b", add_special_tokens=False))
+    others = [token for token in range(chat.model.config.text_config.vocab_size) if token not in letters]
+    chat.model.generation_config.update(do_sample=True, suppress_tokens=others)
+    answer = chat.ask("what", pieces.append)
+    assert "".join(pieces) == answer
+    assert len(pieces) > 2
+    assert max(seen) > 0
+    assert chat.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+
+def test_text_alone(place):
+    chat = Chat(str(place / "model"), max_new_tokens=3)
+    assert isinstance(chat.ask("hello", lambda _: None), str)
+    assert [part["type"] for part in chat.messages[0]["content"]] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["ask", "{}/none.png", "what", "--model", "{}/model"], "no such file"),
+        (["ask", "{}/photo.png", "what", "--model", "{}/released"], "dualview convert"),
+        (["ask", "{}/photo.png", "what", "--model", "{}/nowhere"], "nowhere"),
+        (["convert", "{}/none", "{}/new"], "no such file"),
+        (["convert", "{}/photo.png", "{}/new"], "cannot be read as weights"),
+    ],
+)
+def test_bad_input_is_one_line(place, argv, message, capsys):
+    assert cli.main([part.format(place) for part in argv]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.strip().count("\n") == 0, err
+    assert not (place / "new").exists()
+
+
+def test_loading_shows_its_progress(place):
+    done = subprocess.run(
+        [sys.executable, "-m", "dualview", "ask", place / "photo.png", "what", "--model", place / "model",
+         "--max-new-tokens", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
+    assert "Loading" not in done.stdout
+    assert "Warning" not in done.stderr
