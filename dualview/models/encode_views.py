@@ -45,7 +45,7 @@ def encode_dual_view(
     check_alike(batches, "pixels")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     plans = [
-        plan_encoder(encoder, dem, options, grid, (batch.shape[2], batch.shape[3]), full=full)
+        plan_encoder(encoder, dem, options, grid, (int(batch.shape[2]), int(batch.shape[3])), full=full)
         for batch, grid in zip(batches, grids, strict=True)
     ]
     views = [cut_views(*group, options) for group in zip(batches, grids, plans, strict=True)]
@@ -54,7 +54,7 @@ def encode_dual_view(
     features = [part.unflatten(0, v.shape[:2]) for part, v in zip(encoded.split(counts), views, strict=True)]
 
     groups, of_groups, outputs = [], [], []
-    sizes = [(g.rows, g.cols, *batch.shape[2:]) for g, batch in zip(grids, batches, strict=True)]
+    sizes = [(g.rows, g.cols, *map(int, batch.shape[2:])) for g, batch in zip(grids, batches, strict=True)]
     for size in dict.fromkeys(sizes):  # images of one grid and size share one plan and one call of the DEM
         members = [i for i, other in enumerate(sizes) if other == size]
         g, plan = grids[members[0]], plans[members[0]]
@@ -120,8 +120,9 @@ def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> 
                 "norms that take their statistics from the sub-images of a pass: put them into eval mode, or use "
                 "max_tiles_per_pass=None, which gives all of them in one pass."
             )
-    features = [encoder(part) for part in tiles.split(chunk)]
-    for part, out in zip(tiles.split(chunk), features, strict=True):
+    passes = [tiles] if torch.compiler.is_exporting() else tiles.split(chunk)  # their number would fix that of images
+    features = [encoder(part) for part in passes]
+    for part, out in zip(passes, features, strict=True):
         if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[0] != part.shape[0]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(

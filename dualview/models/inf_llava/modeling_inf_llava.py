@@ -181,6 +181,11 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         self.max_tiles_per_pass: int | None = None
         self.post_init()
 
+    @property
+    def connector(self) -> nn.Module | None:
+        """The DEM, by a name that transformers' exporters look for: between the tower and the projector."""
+        return self.dem
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -206,7 +211,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
             - image_grids, image_sizes: (num_images, 2)
             - last_hidden_state: (num_images, image_seq_length, vision width)
-            - pooler_output: a list of num_images tensors (image_seq_length, text width)
+            - pooler_output: a list of num_images tensors (image_seq_length, text width), while exporting one tensor
             - hidden_states, on request: a tuple of (num_images, prefix and patch tokens, vision width)
             - attentions, on request: a tuple of (num_images, heads, tokens, tokens)
 
@@ -225,9 +230,9 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             parts = parts._replace(encoder=self._encoder(self._checked(vision_feature_layer)))
         features = encode_dual_view(parts, pixels, valid).flatten(1, 2)
         asked = self._states_of_low_view(pixels, kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(self.multi_modal_projector(features)), **asked
-        )
+        projected = self.multi_modal_projector(features)
+        tokens = projected if torch.compiler.is_exporting() else list(projected)  # a list has a fixed length
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens, **asked)
 
     def _states_of_low_view(self, images: Tensor | list[Tensor], options: Any) -> dict[str, Any]:
         """What the tower says of its layers, where that is asked for."""
@@ -349,7 +354,10 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             )
         image_features = None
         if images is not None:
-            image_features = torch.stack(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            tokens = images.pooler_output
+            image_features = (tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
