@@ -161,10 +161,10 @@ def test_images_of_a_prompt_are_its_own():
     flat = processor(text=["<image>a", "<image><image>b"], images=[red, green, blue], padding=True, return_tensors="pt")
     assert torch.equal(flat["pixel_values"], torch.stack(out["pixel_values"]))
     for images in ([[red], [green, blue]], [[red, green, blue], []], [[red, green], blue, [red]]):
-        with refuses("prompt by prompt", "[2, 1] '<image>'", "in its prompt"):
+        with refuses("images by prompts: [", "[2, 1] '<image>'", "as [[first], [second, third]]"):
             processor(text=["<image><image>a", "<image>b"], images=images)
     for images in (red, [red], [red, green, blue]):
-        with refuses("images, but the prompts have [2]", "each image needs one"):
+        with refuses("images, but the prompts have [2]", "the same as the number of images"):
             processor(text="<image><image>a", images=images)
     with refuses("0 images, but the prompts have [1, 0]"):
         processor(text=["<image>a", "b"])

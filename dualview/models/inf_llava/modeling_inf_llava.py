@@ -26,6 +26,9 @@ from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
 from dualview.models.view_plan import interpolate
 from dualview.ops.tiling import recombine
 
+RELEASED_STARTS = ("model.layers.", "model.mm_projector.", "model.spatial_embed.", "model.vision_tower.vision_tower.")
+"""How names of tensors start in a released checkpoint, and not here."""
+
 
 @dataclass
 class InfLlavaModelOutputWithPast(BaseModelOutputWithPast):
@@ -107,10 +110,10 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As for every model; files of which nothing fits are refused, not completed by random numbers.
+        """As for every model; a released checkpoint is refused until it is converted, not completed by random numbers.
 
         Raises:
-            ValueError: No tensor of the vision tower or of the language model is there: the files are another model's.
+            ValueError: The configuration or the names of tensors are those of a released checkpoint or of another model.
         """
         if Path(pretrained_model_name_or_path or "", "config.json").is_file():  # also where a configuration is given
             InfLlavaConfig.check_model_type(InfLlavaConfig.get_config_dict(pretrained_model_name_or_path)[0])
@@ -118,14 +121,11 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        for part in ("vision_tower", "language_model"):
-            names = {name for name, _ in model.named_parameters() if f"{part}." in name}
-            if names and names <= set(info["missing_keys"]):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} has no tensor of the {part}, so that it would be random: it "
-                    f"holds another model (as {sorted(info['unexpected_keys'])[:2]}). A released INF-LLaVA is "
-                    "converted first: run `dualview convert SRC DST`."
-                )
+        if unlike := sorted(name for name in info["unexpected_keys"] if name.startswith(RELEASED_STARTS)):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {unlike[0]} and {len(unlike) - 1} more tensors of a released "
+                "INF-LLaVA, in whose place there would be random ones. Run `dualview convert SRC DST` first, and load DST."
+            )
         return (model, info) if wanted else model
 
     def _init_weights(self, module: nn.Module) -> None:

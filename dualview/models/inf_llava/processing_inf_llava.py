@@ -97,14 +97,15 @@ class InfLlavaProcessor(ProcessorMixin):
             given = [] if images is None else images
             if isinstance(given, (list, tuple)) and any(isinstance(each, (list, tuple)) for each in given):
                 counts = [len(each) if isinstance(each, (list, tuple)) else 1 for each in given]
-                fits, what = counts == places, f"images {counts}, prompt by prompt"
+                fits, what = counts == places, f"images by prompts: {counts}"
             else:
                 count = len(make_flat_list_of_images(given)) if images is not None else 0
                 fits, what = count == sum(places), f"{count} images"
             if not fits:
                 raise ValueError(
-                    f"{what}, but the prompts have {places} {self.image_token!r}: each image needs one, in its prompt "
-                    "and in order; nest the images of several prompts, as [[first], [second, third]]."
+                    f"{what}, but the prompts have {places} {self.image_token!r}: the number of {self.image_token} "
+                    "tokens in the prompts should be the same as the number of images, prompt by prompt where they are "
+                    "nested, as [[first], [second, third]]."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 
