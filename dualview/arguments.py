@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
 MOST = 2**31 - 1
 """Largest count, and longest side, that is taken."""
+TEXTS = (str, bytes, bytearray, memoryview)
+"""Sequences that are no lists of anything."""
 MOST_WIDTH = 65_536
 """Widest tokens that are taken: far more than a model has, and a mistake does not fill the memory."""
 
@@ -104,7 +106,7 @@ def check_numbers(values: Any, name: str, count: int | None, *, zero: bool = Tru
     Raises:
         ValueError: It is something else.
     """
-    scalar = isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "shape", None) == ()
+    scalar = isinstance(values, TEXTS) or not isinstance(values, Iterable) or getattr(values, "shape", None) == ()
     numbers = [] if scalar else [number_of(value) for value in values]
     if (
         scalar
@@ -131,10 +133,10 @@ def check_size(value: object, name: str, *, high: int = MOST) -> tuple[int, int]
         height, width = value
         if _is_side(height, high) and _is_side(width, high):
             return operator.index(height), operator.index(width)
+    many = hasattr(value, "__getitem__") and not isinstance(value, (*TEXTS, Mapping))
     try:
-        many = isinstance(value, Iterable) and not isinstance(value, Iterator)
         pair = tuple(cast("Iterable[object]", value)) if many else (value, value)
-    except TypeError:  # tensors and arrays without dimensions
+    except (TypeError, RuntimeError):  # tensors and arrays without dimensions, or of a layout of their own
         pair = (value, value)
     sides = [side for side in map(integer_of, pair) if side is not None and 1 <= side <= high] if len(pair) == 2 else []
     if len(sides) != 2:

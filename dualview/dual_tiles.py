@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from dualview.arguments import shown
+from dualview.arguments import TEXTS, check_flags, check_instance, shown
 from dualview.geometry import GridLike, Perspective, Placement, Size, TileGrid, check_perspective
 from dualview.ops.tile_batch import TileBatch
 from dualview.records import Record
@@ -18,6 +18,10 @@ from dualview.views import check_tile_pair, rectangle
 
 Group: TypeAlias = tuple[Sequence[int], tuple[Tensor, Tensor, TileGrid, tuple[Tensor, Tensor] | None]]
 """Images of one grid: their places in the batch where there are others; local tiles, stride tiles, grid and masks."""
+
+
+NAMES: dict[Perspective, str] = {"local": "local", "global": "stride"}
+"""What the tiles of a perspective are called here."""
 
 
 class DualTiles(Record, tensors=("local", "stride")):
@@ -92,12 +96,15 @@ class DualPerspectiveTiles(DualTiles):
     low_pass: bool = False
 
     def __post_init__(self) -> None:
-        check_tensors(**{f"{perspective} tiles": x for perspective, x in self._held.items()} or {"tiles": None})
+        check_flags(low_pass=self.low_pass)
+        check_instance(self.image, "image", Placement, "a Placement, as DualPerspectiveCrop gives it")
+        named = {NAMES[perspective]: x for perspective, x in self._held.items()}
+        check_tensors(**named or {"local": None})
         count = self.grid.num_tiles
-        for perspective, tiles in self._held.items():
+        for name, tiles in named.items():
             if tiles.dim() < 4 or tiles.shape[-4] != count:
                 raise ValueError(
-                    f"{perspective} tiles of shape {tuple(tiles.shape)} for a grid of {self.grid}: they must be "
+                    f"{name} tiles of shape {tuple(tiles.shape)} for a grid of {self.grid}: they must be "
                     f"(..., {count}, C, h, w) or (..., {count}, h, w, D). What an encoder made of a whole batch needs "
                     f".unflatten(0, (-1, {count})), and flattened tokens .unflatten(-2, (h, w))."
                 )
@@ -176,9 +183,9 @@ class DualPerspectiveTileBatch(DualTiles):
     low_pass: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(low_pass=self.low_pass)
         for perspective, tiles in self._held.items():
-            if not isinstance(tiles, TileBatch):
-                raise TypeError(f"the {perspective} tiles must be a TileBatch, not {type(tiles).__name__}.")
+            check_instance(tiles, NAMES[perspective], TileBatch, "a TileBatch, or None")
             if tiles.perspective not in (None, perspective):
                 raise ValueError(
                     f"tiles of the {tiles.perspective!r} perspective were given as the {perspective!r} ones: exchange "
@@ -219,6 +226,10 @@ class DualPerspectiveTileBatch(DualTiles):
         Raises:
             ValueError: There are none, they are of whole batches, their sizes differ, or some lack a perspective.
         """
+        if isinstance(tiles, TEXTS) or not isinstance(tiles, Sequence):
+            raise TypeError(f"tiles={shown(tiles)}: must be a list of DualPerspectiveTiles.")
+        for i, one in enumerate(tiles):
+            check_instance(one, f"tiles[{i}]", DualPerspectiveTiles, "DualPerspectiveTiles of one image")
         images = [one.image for one in tiles]
         grids = [image.grid for image in images]
 
@@ -239,13 +250,14 @@ class DualPerspectiveTileBatch(DualTiles):
 
         def packed(data: Tensor | None, perspective: Perspective) -> TileBatch | None:
             one = self._first
+            check_tensors(**{} if data is None else {NAMES[perspective]: data})
             return None if data is None else TileBatch(data, one.offsets, one.grids, perspective, one.images)
 
         return DualPerspectiveTileBatch(packed(local, "local"), packed(stride, "global"))
 
     def checked_grid(self, grid: Sequence[GridLike] | None) -> tuple[TileGrid, ...]:
         """The grids; a ValueError if some are given and differ from them."""
-        grids: tuple[TileGrid, ...] = self._first.checked_grids(grid)
+        grids: tuple[TileGrid, ...] = self._first.checked_grids(grid, "grid")
         return grids
 
     def _groups(self) -> list[Group]:

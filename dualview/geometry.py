@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from dualview.arguments import check_choice, check_count, check_size, integer_of, shown
+from dualview.arguments import TEXTS, check_choice, check_count, check_size, integer_of, shown
 
 Perspective: TypeAlias = Literal["local", "global"]
 Layout: TypeAlias = Literal["raster", "local", "global"]
@@ -293,6 +293,7 @@ class Placement(NamedTuple):
         Raises:
             ValueError: A tile has fewer pixels than tokens.
         """
+        tokens = check_size(tokens, "tokens")
         height, width = (
             _first_unseen(perspective, *axis) for axis in zip(self.grid, self.tile, tokens, self.real, strict=True)
         )
@@ -304,8 +305,8 @@ def _first_unseen(perspective: Perspective, tiles: int, size: int, cells: int, r
     patch = size // cells
     if size // max(patch, 1) != cells:
         raise ValueError(
-            f"a tile of {size} pixels does not split into {cells} patches, so a mask of pixels has no exact mask of "
-            "tokens: give the key_mask yourself."
+            f"tokens: a tile of {size} pixels does not split into {cells} patches, so a mask of pixels has no exact mask "
+            "of tokens: give the key_mask yourself."
         )
     pixels = (position(perspective, i, u * patch, tiles, size) for i in range(tiles) for u in range(cells))
     return sum(pixel < real for pixel in pixels)
@@ -317,7 +318,7 @@ def check_grids(grids: object, name: str) -> tuple[TileGrid, ...]:
     Raises:
         ValueError: It is none, or one of them is no grid.
     """
-    if isinstance(grids, str | bytes) or not isinstance(grids, Sequence):
+    if isinstance(grids, TEXTS) or not isinstance(grids, Sequence):
         raise ValueError(f"{name}={shown(grids)}: must be a list of grids (rows, cols), one per image.")
     return tuple(TileGrid.of(grid, f"{name}[{i}]") for i, grid in enumerate(grids))
 

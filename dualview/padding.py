@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ def check_pad_value(value: float | Sequence[float]) -> float | tuple[float, ...]
     Raises:
         ValueError: It is neither, or not finite.
     """
-    plain = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        plain: Any = value.tolist() if hasattr(value, "tolist") else value
+    except RuntimeError:  # tensors without contents, or of a layout of their own
+        plain = None
     given = tuple(plain) if isinstance(plain, Iterable) else (plain,)
     if not all(math.isfinite(number_of(number)) for number in given):
         raise ValueError(f"pad_value={shown(value)}: give a finite number, or one for each channel in a tuple.")

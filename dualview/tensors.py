@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualview.arguments import MOST_WIDTH, check_count, check_number, shown
+from dualview.arguments import MOST_WIDTH, TEXTS, check_count, check_number, shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that are calculated with."""
@@ -103,7 +103,7 @@ def check_list(tensors: object, name: str, count: int | None = None) -> list[Ten
     if isinstance(tensors, Tensor):
         check_tensors(**{name: tensors})
         listed = list(tensors) if tensors.dim() else []
-    elif isinstance(tensors, str | bytes) or not isinstance(tensors, Sequence):
+    elif isinstance(tensors, TEXTS) or not isinstance(tensors, Sequence):
         raise TypeError(f"{name} must be a torch.Tensor, not {_conversion(tensors)}. A list of them will do, too.")
     else:
         listed = list(tensors)

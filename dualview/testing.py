@@ -86,7 +86,10 @@ def assert_tile_order(
         AssertionError: tiles are not in local order: ...
     """
     check_callable(fn, "fn", "a function that cuts images into tiles")
+    batch = check_count(batch, "batch")
     grid, tile, perspective = TileGrid.of(grid), check_size(tile, "tile"), check_perspective(perspective)
+    if batch * grid.num_tiles * tile[0] * tile[1] > MOST_PIXELS:
+        raise ValueError(f"batch={batch}, grid={grid}, tile={tile}: at most {MOST_PIXELS:,} pixels in all.")
     images = coordinate_images(grid.map_size(tile), batch=batch, data_format=data_format)
     expected = crop(images, grid, perspective, data_format=data_format).flatten(0, 1)
     made = _as_tensor(returned := fn(images.clone()))

@@ -11,11 +11,16 @@ import re
 import signal
 import time
 import warnings
+from collections import UserList
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
+from decimal import Decimal
+from enum import IntEnum
+from fractions import Fraction
 from pathlib import Path
 from random import Random
-from types import FrameType, SimpleNamespace, TracebackType
+from types import FrameType, MappingProxyType, SimpleNamespace, TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +72,16 @@ class Unprintable:
         raise RuntimeError
 
 
+class Odd(IntEnum):
+    """An integer by another name."""
+
+    TWO = 2
+
+
+class Name(str):
+    """A text of another class."""
+
+
 def anything() -> list[object]:
     """Values of every kind, wrong for most arguments."""
     flat = [None, True, False, 0, 1, -1, 2, 3, 7, 2.5, float("nan"), float("inf"), 10**9, 10**30, 2**31, -(10**30)]
@@ -83,7 +98,28 @@ def anything() -> list[object]:
     objects += [lambda *_, **__: None, torch.float32, torch.int64, torch.complex64, torch.float8_e4m3fn]
     objects += [torch.device("cpu"), torch.device("meta"), slice(1, 2), range(3), {"a": 1}, {1, 2}, ...]
     objects += [Path("nowhere.png"), Image.new("RGB", (9, 8)), SimpleNamespace(shape=(1, 2)), Unprintable(), 1j]
-    return [*flat, *texts, *numpy_, *tensors, *pairs, *empty, *objects]
+    rare = [
+        Decimal(2),
+        Fraction(3, 2),
+        date(2024, 1, 1),
+        np.datetime64("2024"),
+        np.array("x"),
+        np.float16("nan"),
+        Odd.TWO,
+    ]
+    rare += [
+        bytearray(b"ab"),
+        memoryview(b"ab"),
+        torch.Generator(),
+        torch.Size([2, 3]),
+        UserList([2, 3]),
+        Name("local"),
+    ]
+    rare += [MappingProxyType({"a": 1}), range(2, 4), np.zeros((2, 3)).T, np.complex64(1), nn.Sequential(), 1 << 40]
+    rare += [torch.zeros((1,) * 12), torch.zeros(2, 3, dtype=torch.uint16), torch.zeros(1, 3, 8, 9).expand(2, 3, 8, 9)]
+    rare += [torch.quantize_per_tensor(torch.zeros(2, 3), 1.0, 0, torch.quint8), torch.zeros(2, 3).to_mkldnn()]
+    rare += [torch.zeros(1, 3, 8, 9, dtype=torch.float8_e5m2), torch.zeros(2, 3, dtype=torch.complex64).conj()]
+    return [*flat, *texts, *numpy_, *tensors, *pairs, *empty, *objects, *rare]
 
 
 def near(valid: object) -> list[object]:
@@ -165,7 +201,7 @@ def _shows(text: str, value: object) -> bool:
         marks |= {f"{value.shape[0]} images"} if value.ndim else set()
         marks |= {str(value.device)} if isinstance(value, Tensor) else set()
         marks |= {" x ".join(map(str, value.shape[-3:-1]))} if value.ndim > 2 else set()
-    if isinstance(value, (list, tuple, range, set, dv.TileGrid)) and not hasattr(value, "_fields"):
+    if isinstance(value, (list, tuple, range, set, UserList, dv.TileGrid)) and not hasattr(value, "_fields"):
         parts = list(value)
         marks |= {"x".join(map(str, parts)), " x ".join(map(str, parts)), str(tuple(parts))}
         marks |= {shown(tuple(parts)), shown(list(parts))}

@@ -36,15 +36,13 @@ DEM = {
     "gate": False,
 }
 PAIR = {"local_tiles": LOCAL, "stride_tiles": STRIDE, "grid": GRID}
-OF_FILES = dict.fromkeys(("source", "image", "image_url_or_urls"), "source|picture|file|base64|cannot be read")
+OF_FILES = dict.fromkeys(("source", "image", "image_url_or_urls"), "source|picture|file|base64|cannot be read|numbers")
 OF_PIXELS = {"pixel_values": "pixel_values|pixels"}
 OF_IMAGES = {"images": "images?|image size"}
 DUAL_CROP = {"tile": TILE, "remainder": "pad", "pad_value": 0.5, "low_pass": False, "perspectives": ("local",)}
 
 
-RECORDS = {"DualPerspectiveTiles", "DualPerspectiveTileBatch", "EnhancedMaps", "NormalizedTiles", "LoadReport"} | {
-    "Explanation"
-}
+RECORDS = {"EnhancedMaps", "Explanation", "LoadReport", "NormalizedTiles"}
 """Plain records: what is put into one is not looked at."""
 
 
@@ -130,6 +128,8 @@ def _enhancement() -> dict[str, Row]:
 def _batches() -> dict[str, Row]:
     cut = dv.DualPerspectiveCrop(TILE, remainder="pad")
     images = [torch.rand(3, 7, 9), torch.rand(3, 4, 5)]
+    made, packed = cut(torch.rand(3, 7, 9)), cut(images)
+    encoded = made.with_data(local=torch.rand(6, 2, 3, DIM), stride=torch.rand(6, 2, 3, DIM))
     return {
         "TileBatch": Row(
             dv.TileBatch,
@@ -154,8 +154,41 @@ def _batches() -> dict[str, Row]:
             dv.DualPerspectiveCrop(TILE, low_pass=True), {"images": IMAGES}, aliases=OF_IMAGES
         ),
         "DualPerspectiveCrop.forward of a list": Row(cut, {"images": images}, aliases=OF_IMAGES),
-        "DualPerspectiveCrop.inverse": Row(cut.inverse, {"tiles": cut(IMAGES), "perspective": "local"}),
-        "DualPerspectiveCrop.inverse of a batch": Row(cut.inverse, {"tiles": cut(images), "perspective": "global"}),
+        "recombine of a result": Row(
+            dv.recombine, {"tiles": made, "grid": (2, 3), "perspective": "local", "data_format": "channels_first"}
+        ),
+        "DualPerspectiveEnhance.forward of a result": Row(
+            dv.DualPerspectiveEnhance.paper(DIM), {"local_tiles": encoded}, {"stride_tiles": None, "grid": None}
+        ),
+        "DualPerspectiveTiles": Row(
+            dv.DualPerspectiveTiles,
+            {"local": made.local, "stride": made.stride, "image": made.image, "low_pass": False},
+        ),
+        "DualPerspectiveTiles.of": Row(made.of, {"perspective": "local"}),
+        "DualPerspectiveTiles.with_data": Row(made.with_data, {"local": made.local, "stride": made.stride}),
+        "DualPerspectiveTiles.key_mask": Row(made.key_mask, {"tokens": (2, 3)}),
+        "DualPerspectiveTiles.checked_grid": Row(made.checked_grid, {"grid": (2, 3)}),
+        "DualPerspectiveTiles.to": Row(made.to, fixed={"dtype": torch.float16}),
+        "DualPerspectiveTiles.pin_memory": Row(lambda: made.pin_memory),
+        "DualPerspectiveTileBatch": Row(
+            dv.DualPerspectiveTileBatch, {"local": packed.local, "stride": packed.stride, "low_pass": False}
+        ),
+        "DualPerspectiveTileBatch.collate": Row(
+            dv.DualPerspectiveTileBatch.collate, {"tiles": [cut(image) for image in images]}
+        ),
+        "DualPerspectiveTileBatch.of": Row(packed.of, {"perspective": "global"}),
+        "DualPerspectiveTileBatch.with_data": Row(
+            packed.with_data,
+            {"local": packed.local.data, "stride": packed.stride.data},
+            aliases=dict.fromkeys(("local", "stride"), "local|stride|data"),
+        ),
+        "DualPerspectiveTileBatch.checked_grid": Row(packed.checked_grid, {"grid": packed.grid}),
+        "DualPerspectiveTileBatch.to": Row(packed.to, fixed={"dtype": torch.float16}),
+        "DualPerspectiveTileBatch.pin_memory": Row(lambda: packed.pin_memory),
+        "DualPerspectiveCrop.inverse": Row(
+            cut.inverse, {"tiles": made, "perspective": "local", "data_format": "channels_first"}
+        ),
+        "DualPerspectiveCrop.inverse of a batch": Row(cut.inverse, {"tiles": packed, "perspective": "global"}),
     }
 
 
