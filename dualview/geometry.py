@@ -305,8 +305,8 @@ def _first_unseen(perspective: Perspective, tiles: int, size: int, cells: int, r
     patch = size // cells
     if size // max(patch, 1) != cells:
         raise ValueError(
-            f"tokens: a tile of {size} pixels does not split into {cells} patches, so a mask of pixels has no exact mask "
-            "of tokens: give the key_mask yourself."
+            f"tokens: a tile of {size} pixels does not split into {cells} patches, so a mask of pixels has no exact "
+            "mask of tokens: give the key_mask yourself."
         )
     pixels = (position(perspective, i, u * patch, tiles, size) for i in range(tiles) for u in range(cells))
     return sum(pixel < real for pixel in pixels)
