@@ -7,7 +7,7 @@ Inside, heads come before queries and keys: queries are (B, T, H, M * G, E), key
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -97,8 +97,7 @@ def _weights(problem: Problem, chunk: slice) -> Tensor:
         weights = weights.softmax(-1)
     else:
         weights = weights.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~alive, 0.0)
-    of_members: Tensor = weights.unflatten(3, (problem.members, -1))
-    return of_members
+    return cast(Tensor, weights.unflatten(3, (problem.members, -1)))
 
 
 def _mean_over_members(weights: Tensor) -> Tensor:

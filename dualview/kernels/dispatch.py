@@ -133,9 +133,8 @@ def is_new(device: torch.device) -> bool:
 
 
 # All that torch.compiler.assume_constant_result does, but importing it loads the whole compiler.
-interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_new._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (interpreting, capability, is_new):
+    _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def runs_on(x: Tensor) -> bool:

@@ -41,4 +41,4 @@ def table(make: Callable[[torch.device, *Ts], Tensor], *args: *Ts, like: Tensor)
 
 def listed(device: torch.device, indices: tuple[int, ...]) -> Tensor:
     """Indices one by one."""
-    return torch.tensor(indices, device=device)
+    return torch.tensor(indices, dtype=torch.long, device=device)

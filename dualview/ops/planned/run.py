@@ -232,10 +232,8 @@ class Cells:
         """Queries of one cell of a tile ``members`` apart. (B, T, Q, D), unchanged"""
         if self.pool != "cells":
             return query
-        rows = self.d.query_rows.per_tile // self.plan.cell[0]
-        pattern = "b t (i r j s) d -> b t (r s i j) d"
-        grouped: Tensor = rearrange(query, pattern, i=rows, r=self.plan.cell[0], s=self.plan.cell[1])
-        return grouped
+        tiles = query.unflatten(2, (self.d.query_rows.per_tile, self.d.query_cols.per_tile))
+        return retile(tiles, "raster", "global", self.plan.cell).flatten(2, 4)  # as strides of the tile
 
     def average(self, x: Tensor, *, inside: bool = False) -> Tensor:
         """The mean over each cell; ``inside``: of what the attention has already averaged inside. (B, T, Q, C)"""
@@ -257,8 +255,7 @@ class Cells:
         if self.pool == "cells":
             h, w = self.grid.tile_size(self.plan.tokens)
             return recombine(x.unflatten(2, (h, w)), self.grid, "local", data_format="channels_last")
-        whole: Tensor = x.squeeze(1).unflatten(1, self.plan.tokens)
-        return whole
+        return cast(Tensor, x.squeeze(1).unflatten(1, self.plan.tokens))
 
 
 # --- Tokens to tiles and back -----------------------------------------------------------------------------------------
@@ -279,8 +276,7 @@ def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, 
             whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
             return whole.flatten(2, 3)
     index = token_index(source, rows, cols, grid)
-    taken: Tensor = source.tiles.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape)
-    return taken
+    return cast(Tensor, source.tiles.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape))
 
 
 def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
@@ -320,8 +316,7 @@ def _token_index(
     tokens[list(present)] = torch.arange(len(present) * size[0] * size[1], device=device).view(-1, *size, 1)
     plane = retile(tokens, perspective, "raster", grid, backend="torch").squeeze(-1)
     plane = plane[list(rows.positions)][:, list(cols.positions)]
-    index: Tensor = rearrange(plane, "(i u) (j v) -> (i j) (u v)", i=len(rows.tiles), j=len(cols.tiles))
-    return index
+    return rearrange(plane, "(i u) (j v) -> (i j) (u v)", i=len(rows.tiles), j=len(cols.tiles))
 
 
 def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
@@ -338,8 +333,7 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
     """The mean of the tokens read of each cell. (..., h * r, w * c, D) -> (..., h, w, D)"""
     if tuple(plane.shape[-3:-1]) == size:
         return plane
-    mean: Tensor = reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
-    return mean
+    return reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
 
 
 def select(x: Tensor, dim: int, wanted: list[int] | tuple[int, ...]) -> Tensor:
