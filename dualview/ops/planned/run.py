@@ -232,8 +232,8 @@ class Cells:
         """Queries of one cell of a tile ``members`` apart. (B, T, Q, D), unchanged"""
         if self.pool != "cells":
             return query
-        tiles = query.unflatten(2, (self.d.query_rows.per_tile, self.d.query_cols.per_tile))
-        return retile(tiles, "raster", "global", self.plan.cell).flatten(2, 4)  # as strides of the tile
+        rows, (r, s) = self.d.query_rows.per_tile // self.plan.cell[0], self.plan.cell
+        return rearrange(query, "b t (i r j s) d -> b t (r s i j) d", i=rows, r=r, s=s)
 
     def average(self, x: Tensor, *, inside: bool = False) -> Tensor:
         """The mean over each cell; ``inside``: of what the attention has already averaged inside. (B, T, Q, C)"""
