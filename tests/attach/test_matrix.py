@@ -1,6 +1,7 @@
 """The support matrix: every cell says what happens."""
 
 import os
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -11,21 +12,24 @@ from tests.attach.hosts import PACKED, SQUARE
 from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, described, on_page, tried
 
 FAMILIES = (*SQUARE, *PACKED)
-QUICK = ("llava", "qwen2_5_vl")
-COMPILED = FAMILIES if "TEST_ALL" in os.environ else QUICK  # takes half a minute for each family
+QUICK = ("llava", "qwen2_5_vl")  # every cell, always
+MORE = ("gemma3", "internvl", "mistral3", "qwen3_vl")  # every cell, by `make test-more`
+CHEAP = ("step 0", "gradients", "text alone", "detach")  # of all families, by `make test-more`; the rest by `test-all`
 
 trial_of = cache(Trial)
 
 
-def tries(family: str, cell: str) -> object:
-    quick = family in QUICK and cell != "compile"
-    return pytest.param(family, cell, marks=[] if quick else pytest.mark.more, id=f"{family}-{cell}")
+def tries() -> Iterator[object]:
+    for family in FAMILIES:
+        for cell in CELLS:
+            slow = cell == "compile" and family != "llava"  # half a minute each
+            quick = family in QUICK and cell != "compile"
+            often = quick or (not slow and (family in (*QUICK, *MORE) or cell in CHEAP))
+            if often or "TEST_ALL" in os.environ:
+                yield pytest.param(family, cell, marks=[] if quick else pytest.mark.more, id=f"{family}-{cell}")
 
 
-@pytest.mark.parametrize(
-    ("family", "cell"),
-    [tries(family, cell) for family in FAMILIES for cell in CELLS if cell != "compile" or family in COMPILED],
-)
+@pytest.mark.parametrize(("family", "cell"), tries())
 def test_cell(family, cell):
     assert tried(trial_of(family), cell) == on_page()[family][cell]
 

@@ -19,7 +19,13 @@ IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 """Arguments of a model that hold images, or what was made of them."""
 ZERO = "_dualview_zero"
 """The attribute in which a zero that depends on all parameters waits for the language model."""
+READ = ("pooler_output", "deepstack_features")
+"""What models read of the features of images; Llama 4, which has neither, reads ``last_hidden_state``.
+
+Only this may take part: a layer of the tower that no image's gradient passes must be passed by none here, either.
+"""
 FIELDS = ("loss", "logits", "last_hidden_state")
+"""What a model returns that gradients come from."""
 
 
 def owner_of(model: nn.Module) -> nn.Module:
@@ -34,7 +40,9 @@ def before(host: Host, tower: nn.Module, grid: TileGrid, owner: nn.Module, args:
     if images or not owner.training or not torch.is_grad_enabled():
         return
     made = cast(Any, owner).get_image_features(**example(host, tower, grid, cast(Any, owner).config))
-    sums = [tensor.float().sum() for tensor in _tensors(made) if tensor.requires_grad]
+    read = [tensor for field in READ for tensor in _tensors(getattr(made, field, None))]
+    used = [tensor for tensor in read or _tensors(made.last_hidden_state) if tensor.requires_grad]
+    sums = [tensor.float().sum() for tensor in used]
     setattr(owner, ZERO, cast(Tensor, sum(sums)) * 0.0 if sums else None)
 
 
