@@ -191,7 +191,8 @@ def checkpointed(trial: Trial, with_module: bool) -> None:
 
 def text_alone(trial: Trial, with_module: bool) -> None:
     """A training step without an image: the same loss, and a gradient of zeros for each parameter of the module."""
-    model, plain = trial.model(with_module), trial.model(False)
+    first, plain = trial.model(with_module), trial.model(False)
+    model = copy.deepcopy(first)  # whose hooks must not lead to the first one
     words = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
     if "mm_token_type_ids" in trial.inputs:
         words["mm_token_type_ids"] = torch.zeros_like(words["input_ids"])
@@ -202,6 +203,7 @@ def text_alone(trial: Trial, with_module: bool) -> None:
         one.training = one.base_model.training = True
         found.append(gradients(one, words))
     assert all((found[0][name] == 0).all() for name in ours(model))
+    assert all(parameter.grad is None for parameter in first.parameters())
     for name, gradient in found[1].items():
         assert torch.equal(found[0][name], gradient)
     assert not [name for name in vars(model.base_model) if name.startswith("_dualview_")]

@@ -29,7 +29,7 @@ def tries() -> Iterator[object]:
                 yield pytest.param(family, cell, marks=[] if quick else pytest.mark.more, id=f"{family}-{cell}")
 
 
-@pytest.mark.parametrize(("family", "cell"), tries())
+@pytest.mark.parametrize(("family", "cell"), list(tries()))
 def test_cell(family, cell):
     assert tried(trial_of(family), cell) == on_page()[family][cell]
 
