@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 HALF_MADE := $(VENV)/half-made
 INSTALL := $(BIN)/python -m pip install --constraint constraints/newest.txt --editable '.[all]'
 
-.PHONY: demo test test-more test-all bench lint types docs ci clean
+.PHONY: demo test test-more test-all bench lint types docs ci eval clean
 
 # One of the two files says that make made the environment. Without them it is somebody else's: used, never changed.
 $(STAMP): pyproject.toml constraints/newest.txt
@@ -52,6 +52,12 @@ docs: $(STAMP)
 
 ci:
 	.ci/run
+
+# lmms-eval pins much: it gets an environment of its own, beside .venv, and is no part of ci.
+eval:
+	$(PYTHON) -m venv --system-site-packages .venv-eval
+	.venv-eval/bin/pip install -qq --editable '.[hf]' lmms-eval
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv-eval/bin/python tests/evaluation/run.py
 
 clean:
 	rm -rf build dist site

@@ -17,6 +17,8 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 os.environ["COLUMNS"] = "80"  # what is printed must not depend on the terminal that the tests run in
 
+collect_ignore = ["dualview/lmms_model.py"]  # it has no examples, and imports lmms-eval, which `make eval` installs
+
 ELSEWHERE = ("cd", "git", "make", "pip", ".venv/bin/pip")
 """Commands that .ci/run tries in an environment of its own, or that only fetch the sources."""
 

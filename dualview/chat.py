@@ -70,15 +70,7 @@ class Chat:
         if self.image is not None and not self.messages:
             content.insert(0, {"type": "image", "image": self.image})
         self.messages.append({"role": "user", "content": content})
-        inputs = self.processor.apply_chat_template(
-            self.messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"images_kwargs": self.options},
-        ).to(self.device)
-        inputs = {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        inputs = to_inputs(self, self.messages)
         pieces: list[str] = []
 
         class Streamer(TextStreamer):  # type: ignore[misc]
@@ -93,6 +85,19 @@ class Chat:
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
+
+
+def to_inputs(chat: Chat, messages: Messages) -> dict[str, Any]:
+    """What the model takes of a conversation, on its device and of its type."""
+    inputs = chat.processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": chat.options},
+    ).to(chat.device)
+    return {name: x.to(chat.model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def say_piece(text: str) -> None:

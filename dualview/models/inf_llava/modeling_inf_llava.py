@@ -113,7 +113,7 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         """As for every model; a released checkpoint is refused until it is converted, not completed by random numbers.
 
         Raises:
-            ValueError: The configuration or the names of tensors are those of a released checkpoint or of another model.
+            ValueError: The files are those of a released checkpoint, or of another model.
         """
         if Path(pretrained_model_name_or_path or "", "config.json").is_file():  # also where a configuration is given
             InfLlavaConfig.check_model_type(InfLlavaConfig.get_config_dict(pretrained_model_name_or_path)[0])
@@ -124,7 +124,7 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         if unlike := sorted(name for name in info["unexpected_keys"] if name.startswith(RELEASED_STARTS)):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds {unlike[0]} and {len(unlike) - 1} more tensors of a released "
-                "INF-LLaVA, in whose place there would be random ones. Run `dualview convert SRC DST` first, and load DST."
+                "INF-LLaVA, in whose place there would be random ones: run `dualview convert SRC DST`, and load DST."
             )
         return (model, info) if wanted else model
 

@@ -1,0 +1,104 @@
+"""The model as lmms-eval calls it, with its two classes in a few lines; `make eval` runs lmms-eval itself."""
+
+import importlib
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from dualview.chat import Chat, to_inputs
+from dualview.models import convert_inf_llava
+from tests.checks import refuses
+from tests.released import write_released
+from tests.tiny import photograph
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_released(folder / "released")
+    convert_inf_llava(folder / "released", folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def lmms_model(monkeypatch):
+    class Lmms:
+        def __init__(self):
+            self.task_dict = {}
+
+    modules = {name: ModuleType(name) for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model")}
+    modules["lmms_eval.api.model"].lmms = Lmms
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "dualview.lmms_model", raising=False)
+    yield importlib.import_module("dualview.lmms_model")
+    sys.modules.pop("dualview.lmms_model", None)
+
+
+def request(text, second, doc=0):
+    return SimpleNamespace(args=(text, second, lambda doc: doc["pictures"], doc, "task", "test"))
+
+
+def model_of(lmms_model, place):
+    model = lmms_model.InfLlavaLmms(str(place), batch_size="1", max_new_tokens=8)
+    model.task_dict = {"task": {"test": [{"pictures": [photograph()], "target": "ab"}, {"pictures": []}]}}
+    return model
+
+
+def test_the_entry_point_is_declared_and_loads_nothing(monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["dualview"].partition(":")
+    manifests = getattr(importlib.import_module(module), name)
+    assert "lmms_eval" not in sys.modules
+    registry = ModuleType("lmms_eval.models.registry_v2")
+    registry.ModelManifest = lambda name, simple_class_path: (name, simple_class_path)
+    for name in ("lmms_eval", "lmms_eval.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    assert manifests() == ("dualview", "dualview.lmms_model.InfLlavaLmms")
+
+
+def test_answers_are_those_of_the_chat(lmms_model, place):
+    model = model_of(lmms_model, place)
+    chat = Chat(str(place), max_new_tokens=8)
+    chat.image = photograph()
+    whole = chat.ask("what", lambda _: None).strip()
+    greedy = {"until": ["\n\n\n\n"], "temperature": 0, "max_new_tokens": 8}
+    assert model.generate_until([request("<image>\nwhat", greedy)]) == [whole]
+    assert model.generate_until([request("what", {})]) == [whole]
+    end = whole[len(whole) // 2]
+    assert model.generate_until([request("what", {"until": end})]) == [whole.split(end)[0]]
+    text = Chat(str(place), max_new_tokens=8).ask("hello", lambda _: None).strip()
+    assert model.generate_until([request("what", {}), request("hello", {}, doc=1)]) == [whole, text]
+
+
+def test_likelihoods_are_those_of_the_model(lmms_model, place):
+    model = model_of(lmms_model, place)
+    ((worth, greedy),) = model.loglikelihood([request("what", lambda doc: doc["target"])])
+    chat = model.chat
+    content = [{"type": "image", "image": photograph()}, {"type": "text", "text": "what"}]
+    inputs = to_inputs(chat, [{"role": "user", "content": content}])
+    ids, expected = chat.processor.tokenizer.encode("ab", add_special_tokens=False), 0.0
+    for token in ids:  # one after the other
+        with torch.no_grad():
+            logits = chat.model(**inputs).logits[0, -1]
+        expected += logits.log_softmax(-1)[token].item()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert worth == pytest.approx(expected, abs=1e-4)
+    assert not greedy
+    best = chat.model(**to_inputs(chat, [{"role": "user", "content": content}])).logits[0, -1].argmax()
+    word = chat.processor.tokenizer.decode([best])
+    if chat.processor.tokenizer.encode(word, add_special_tokens=False) == [best.item()]:
+        assert model.loglikelihood([request("what", word)])[0][1]
+
+
+def test_what_it_does_not_do(lmms_model, place):
+    with refuses("batch_size=4", "must be 1"):
+        lmms_model.InfLlavaLmms(str(place), batch_size=4)
+    with refuses("single round", error=NotImplementedError):
+        model_of(lmms_model, place).generate_until_multi_round([])
