@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForMultimodalLM, pipeline
 
 import dualview as dv
@@ -196,6 +197,17 @@ def test_prompts_of_several_images_keep_them_when_they_are_repeated(beams, grids
             continue
         worth = logits.log_softmax(-1).gather(1, row[-new:, None]).sum()
         torch.testing.assert_close(out.sequences_scores[i], worth, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_model_was_not_trained_for_is_refused():
+    processor = tiny_processor()
+    chat = [{"role": "user", "content": "what"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    with refuses("tools", "not trained", error=TemplateError):
+        processor.apply_chat_template(chat, tools=[tool])
+    with refuses("type video", "image and text", error=TemplateError):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+    assert "what" in processor.apply_chat_template(chat, tools=None)
 
 
 def test_counts_for_a_server_are_those_of_the_call():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -118,9 +119,15 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         if Path(pretrained_model_name_or_path or "", "config.json").is_file():  # also where a configuration is given
             InfLlavaConfig.check_model_type(InfLlavaConfig.get_config_dict(pretrained_model_name_or_path)[0])
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a file of weights is damaged or not whole ({error}). Make the "
+                "directory again, or download it again."
+            ) from error
         if unlike := sorted(name for name in info["unexpected_keys"] if name.startswith(RELEASED_STARTS)):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds {unlike[0]} and {len(unlike) - 1} more tensors of a released "

@@ -16,6 +16,9 @@ SYSTEM_PROMPT = (
 )
 
 CHAT_TEMPLATE = (
+    "{% if tools %}"
+    "{{ raise_exception('tools: the model was not trained to call any. Describe them in the text, or omit them.') }}"
+    "{% endif %}"
     "{{ bos_token }}"
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM_PROMPT.replace("'", "\\'") + "<|eot_id|>' }}"
@@ -24,6 +27,9 @@ CHAT_TEMPLATE = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{% if message['content'] is string %}{% set text = message['content'] %}"
     "{% else %}"
+    "{% for part in message['content'] if part['type'] not in ('image', 'text') %}"
+    "{{ raise_exception('a part of type ' + part['type'] + ': the model takes parts of type image and text.') }}"
+    "{% endfor %}"
     "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
     "{% set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list %}"
     "{% set text = '<image>\n' * (images | length) + texts | join('') %}"
