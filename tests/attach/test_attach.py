@@ -113,9 +113,8 @@ def test_a_call_that_reads_another_layer():
     def features(model: nn.Module) -> list[Tensor]:
         return model.model.get_image_features(pixels, vision_feature_layer=-1).pooler_output
 
-    with torch.no_grad():
-        states = trial.bare.get_encoder(modality="image")(pixels, output_hidden_states=[-1]).hidden_states
-    if states[-2] is None:
+    ((_, _, collected),) = calls_of(trial.bare.get_encoder(modality="image"), lambda: features(trial.bare))
+    if collected.hidden_states[-2] is None:
         with refuses("hidden_states[-2]", "vision_feature_layer"):
             features(trial.model(True))
     else:

@@ -9,7 +9,7 @@ from dualview.geometry import Size
 
 IN_BLOCKS = "(t h w mh mw) (c ph pw) -> t c (h mh ph) (w mw pw)"
 """Qwen-VL and GLM-V: blocks of merge x merge patches, each patch channel by channel."""
-IN_ROWS = "(h w) (c ph pw) -> c (h ph) (w pw)"
+IN_ROWS = "(h w) (ph pw c) -> c (h ph) (w pw)"
 """NaFlex and Gemma 4: row by row, each patch pixel by pixel."""
 
 
