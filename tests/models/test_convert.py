@@ -384,16 +384,13 @@ def test_an_unconverted_checkpoint_is_not_taken_for_a_random_model(converted):
 def test_a_damaged_directory_is_not_loaded_in_half(damage, tmp_path):
     write_released(tmp_path / "released")
     convert_inf_llava(tmp_path / "released", tmp_path / "ours", most_bytes=200_000)
-    whole = InfLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours").state_dict()
     first, second = sorted((tmp_path / "ours").glob("*.safetensors"))[:2]
-    if damage == "exchanged":  # names are in the files, so that nothing is lost
+    if damage == "exchanged":
         content = first.read_bytes()
         first.write_bytes(second.read_bytes())
         second.write_bytes(content)
-        again = InfLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours").state_dict()
-        assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
-        return
-    DAMAGES[damage][0](tmp_path / "ours", second)
+    else:
+        DAMAGES[damage][0](tmp_path / "ours", second)
     with pytest.raises((ValueError, OSError)) as caught:
         InfLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert str(tmp_path / "ours") in str(caught.value) or second.name in str(caught.value)

@@ -22,6 +22,7 @@ from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
 from dualview.models.inf_llava.input_checks import check_features, check_language_model, check_pictures, check_tokens
 from dualview.models.inf_llava.language_head import build_head, finish_logits
+from dualview.models.inf_llava.shards import INDEX, entries_of
 from dualview.models.inf_llava.tower_layers import TowerLayers
 from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
 from dualview.models.view_plan import interpolate
@@ -118,6 +119,8 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
         """
         if Path(pretrained_model_name_or_path or "", "config.json").is_file():  # also where a configuration is given
             InfLlavaConfig.check_model_type(InfLlavaConfig.get_config_dict(pretrained_model_name_or_path)[0])
+        if Path(pretrained_model_name_or_path or "", INDEX).is_file():
+            entries_of(Path(pretrained_model_name_or_path))  # transformers does not see that files are exchanged
         wanted = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
