@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualview.arguments import check_choice, shown
-from dualview.geometry import DataFormat, GridLike, Size, SizeLike
-from dualview.tile_positions import Border, Kept, TilePositions
+from dualview.geometry import Border, DataFormat, GridLike, Size, SizeLike
+from dualview.tile_positions import Kept, TilePositions
 from dualview.views import check_map
 
 Window: TypeAlias = Literal["constant", "linear", "hann"]
@@ -87,14 +87,14 @@ def mix_(mean: Tensor, x: Tensor, share: Tensor) -> None:
     Half-precision numbers are mixed in float32, integers in float64 and rounded.
     """
     numbers = mean.is_floating_point() or mean.is_complex()
-    work = torch.promote_types(mean.dtype, torch.float32) if numbers else torch.float64
-    before, share = mean.to(work), share.to(mean.device, work)
+    work = mean.dtype if numbers and mean.dtype.itemsize >= 4 else torch.float32 if numbers else torch.float64
+    before, after, share = mean.to(work), x.to(work), share.to(mean.device, work)
     if numbers and mean.device.type == "cpu":  # where comparing takes longer than all the rest
-        difference = x - before
+        difference = after - before
         if math.isfinite(abs(difference.sum().item())):
             mean.copy_(before.addcmul_(difference, share))
             return
-    mixed = before * (1 - share) + x * share  # right for infinite numbers, too
+    mixed = before * (1 - share) + after * share  # right for infinite numbers, too
     if not numbers:
         mixed = mixed.round()
         if mean.dtype in (torch.int64, torch.uint64):  # the largest ones are rounded up, out of the type's range
@@ -229,12 +229,12 @@ def blend_tiles(
         True
     """
     check_choice(window, "window", WINDOWS)
-    check_map(tiles, "local", data_format)
+    check_map(tiles, "local", data_format, "tiles")
     h, w = tiles.shape[-2:] if data_format == "channels_first" else tiles.shape[-3:-1]
     positions = TilePositions.of(size, (h, w), overlap, border)
     if tiles.shape[-4] != len(positions):
         raise ValueError(
-            f"got {tiles.shape[-4]} tiles (dimension {tiles.dim() - 4} of {tuple(tiles.shape)}); {positions}. "
+            f"tiles={shown(tiles)}: these are {tiles.shape[-4]} tiles (dimension {tiles.dim() - 4}); {positions}. "
             "Pass size, overlap and border that the tiles were cut with."
         )
     return _moved(tiles, "blend", positions, window, data_format)

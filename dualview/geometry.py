@@ -27,6 +27,8 @@ Layout: TypeAlias = Literal["raster", "local", "global"]
 PERSPECTIVES = {"local": "contiguous blocks", "global": "interleaved strides"}
 """The perspectives, and what their tiles are."""
 DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
+Border: TypeAlias = Literal["shift", "pad"]
+"""What becomes of tiles that would reach beyond a map: they are moved inside, or filled up."""
 DATA_FORMATS, LAYOUTS = get_args(DataFormat), get_args(Layout)
 Readout: TypeAlias = Literal["average", "bilinear", "centre", "none"]
 """How a cell of rows x cols neighbouring tokens becomes one token."""

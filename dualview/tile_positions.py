@@ -8,12 +8,11 @@ overlaps its neighbour by more), "pad" leaves it where it is and fills it up wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from dualview.arguments import MOST, check_choice, check_size, integer_of, shown
-from dualview.geometry import Size, SizeLike
+from dualview.geometry import Border, Size, SizeLike
 
-Border: TypeAlias = Literal["shift", "pad"]
 BORDERS = {"shift": "the last tiles are moved inside", "pad": "they are filled up with zeros"}
 
 
@@ -64,8 +63,8 @@ class TilePositions:
             )
         if self.border == "shift" and any(tile > side for tile, side in zip(self.tile, self.size, strict=True)):
             raise ValueError(
-                f"a map of {self.size[0]} x {self.size[1]} (height x width) is smaller than one tile of "
-                f"{self.tile[0]} x {self.tile[1]}, which cannot be moved inside. Pass border='pad', or a smaller tile."
+                f"size={self.size} of the map is smaller than tile={self.tile} (height, width), and border='shift' has "
+                "nowhere to move a tile to: pass border='pad', or a smaller tile."
             )
 
     @classmethod
@@ -82,14 +81,14 @@ class TilePositions:
     @property
     def grid(self) -> Size:
         """Rows and columns of tiles."""
-        rows, cols = self.starts
-        return len(rows), len(cols)
+        rows, cols = (_count(*axis) for axis in zip(self.size, self.tile, self.overlap, strict=True))
+        return rows, cols
 
     def __str__(self) -> str:
         """In words, for errors."""
-        (height, width), (h, w), (rows, cols) = self.size, self.tile, self.grid
+        (h, w), (rows, cols) = self.tile, self.grid
         return (
-            f"a map of {height} x {width} (height x width) has {rows} x {cols} = {rows * cols} tiles of {h} x {w} with "
+            f"a map of size={self.size} (height, width) has {rows} x {cols} = {rows * cols} tiles of {h} x {w} with "
             f"overlap={self.overlap} and border={self.border!r}"
         )
 
@@ -119,9 +118,12 @@ class TilePositions:
         return rows, cols
 
 
+def _count(length: int, tile: int, overlap: int) -> int:
+    return 1 + max(0, -(-(length - tile) // (tile - overlap)))
+
+
 def _starts(length: int, tile: int, overlap: int, border: Border) -> tuple[int, ...]:
-    step = tile - overlap
-    count = 1 + max(0, -(-(length - tile) // step))
+    step, count = tile - overlap, _count(length, tile, overlap)
     last = length - tile if border == "shift" else step * (count - 1)
     return (*range(0, step * (count - 1), step), last)
 

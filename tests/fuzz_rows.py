@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -49,7 +50,59 @@ RECORDS = {"EnhancedMaps", "Explanation", "LoadReport", "NormalizedTiles"}
 @cache
 def rows() -> dict[str, Row]:
     """Every row, by name."""
-    return {**_geometry(), **_tiling(), **_enhancement(), **_batches(), **_other(), **_encoders(), **_inf_llava()}
+    return {
+        **_geometry(),
+        **_tiling(),
+        **_enhancement(),
+        **_batches(),
+        **_other(),
+        **_encoders(),
+        **_inf_llava(),
+        **_large(),
+    }
+
+
+def _large() -> dict[str, Row]:
+    tiles = dv.local_crop(IMAGES, tile=TILE, overlap=(1, 1))
+    back = {"size": (8, 9), "overlap": (1, 1), "window": "hann", "border": "shift", "data_format": "channels_first"}
+    reader, picture = dv.TileReader(IMAGES[0], tile=TILE), np.zeros((3, 8, 9), np.float32)
+    place = {"size": (8, 9), "overlap": (1, 1), "margin": 0, "window": "hann", "border": "shift"}
+    options = {"tile": TILE, "overlap": (2, 2), "margin": (1, 1), "batch_size": 2, "window": "hann", "border": "shift"}
+
+    def written(tiles: object) -> None:
+        """By a new writer each time: what has been written is not undone."""
+        dv.TileWriter(picture, (8, 9), overlap=(1, 1)).write(tiles)
+
+    return {
+        "blend_tiles": Row(dv.blend_tiles, {"tiles": tiles, **back}),
+        "predict_tiled": Row(
+            dv.predict_tiled,
+            {"x": IMAGES, **options, "data_format": "channels_first", "device": None},
+            {"model": lambda x: torch.zeros(x.shape), "progress": False},
+        ),
+        "TileReader": Row(
+            dv.TileReader,
+            {
+                "tile": TILE,
+                "overlap": (1, 1),
+                "border": "shift",
+                "perspective": "local",
+                "data_format": "channels_first",
+            },
+            {"source": IMAGES[0], "store": None, "progress": False},
+            aliases={"perspective": "perspective|store"},
+        ),
+        "TileReader.position": Row(reader.position, {}, {"index": 1}),
+        "TileWriter": Row(
+            dv.TileWriter,
+            {**place, "perspective": "local", "data_format": "channels_first"},
+            {"target": picture},
+            aliases={"perspective": "perspective|target"},
+        ),
+        "TileWriter.write": Row(written, {"tiles": tiles[0]}),
+        "TileWriter.close": Row(lambda: dv.TileWriter(picture, (8, 9)).discard()),
+        "TileWriter.discard": Row(lambda: dv.TileWriter(picture, (8, 9)).discard()),
+    }
 
 
 def _geometry() -> dict[str, Row]:

@@ -127,7 +127,7 @@ class TestPositions:
         x = numbered((1, 2, 3))
         tiles = dv.local_crop(x, tile=(4, 3), overlap=(1, 0), border="pad")
         assert tiles.tolist() == [[[[0, 1, 2], [3, 4, 5], [0, 0, 0], [0, 0, 0]]]]
-        with refuses("2 x 3", "4 x 3", "border='pad'"):
+        with refuses("size=(2, 3)", "tile=(4, 3)", "border='pad'"):
             dv.local_crop(x, tile=(4, 3), overlap=(1, 0))
 
 
@@ -164,7 +164,7 @@ class TestCrop:
 
 class TestBlend:
     @given(cases(), windows, batches, channels, data_formats, dtypes, layouts)
-    @settings(max_examples=200)
+    @settings(max_examples=120)
     def test_untouched_tiles_give_the_map_exactly(
         self,
         case: dict,
@@ -308,7 +308,7 @@ class TestBlend:
 
     def test_wrong_arguments(self) -> None:
         tiles = torch.zeros(6, 3, 8, 8)
-        with refuses("got 6 tiles", "2 x 2 = 4 tiles of 8 x 8", "overlap=(2, 2)", "'shift'"):
+        with refuses("these are 6 tiles", "2 x 2 = 4 tiles of 8 x 8", "overlap=(2, 2)", "'shift'"):
             dv.blend_tiles(tiles, (14, 14), overlap=2)
         with refuses("overlap=(8, 0)", "smaller than the tile"):
             dv.blend_tiles(tiles, (14, 14), overlap=(8, 0))
@@ -345,11 +345,10 @@ class TestGradients:
         (spread,) = torch.autograd.grad(whole, y, z)
         torch.testing.assert_close((whole * z).sum(), (y * spread).sum())
 
-    @pytest.mark.parametrize("window", ["constant", "linear", "hann"])
-    @pytest.mark.parametrize("border", ["shift", "pad"])
+    @pytest.mark.parametrize(("window", "border"), [("hann", "shift"), ("linear", "pad")])
     def test_gradcheck(self, window: str, border: str) -> None:
-        case = {"size": (5, 7), "tile": (3, 4), "overlap": (2, 1), "border": border}
-        x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+        case = {"size": (4, 5), "tile": (3, 3), "overlap": (2, 1), "border": border}
+        x = torch.randn(1, 4, 5, dtype=torch.float64, requires_grad=True)
         tiles = crop(x, case).detach().requires_grad_()  # untouched: all agree, and every one has its share
         assert torch.autograd.gradcheck(lambda x: crop(x, case), x)
         assert torch.autograd.gradcheck(lambda tiles: blend(tiles, case, window), tiles)
@@ -359,7 +358,7 @@ class TestGradients:
 
 class TestTransforms:
     @given(cases(), windows, st.sampled_from([0, 1, -1]))
-    @settings(max_examples=25)
+    @settings(max_examples=10)
     def test_vmap(self, case: dict, window: str, dim: int) -> None:
         x = torch.randn(3, 2, *case["size"]).movedim(0, dim)
         tiles = torch.randn(3, len(corners(case)), 2, *case["tile"]).movedim(0, dim)

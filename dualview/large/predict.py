@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dualview.arguments import check_callable, check_choice, check_count, check_flags
 from dualview.blending import WINDOWS, Blender, Window, planes, tiles_at
-from dualview.geometry import DataFormat, Size, SizeLike
+from dualview.geometry import Border, DataFormat, Size, SizeLike
 from dualview.large.progress import counted
-from dualview.tile_positions import Border, Kept, TilePositions, check_lengths
+from dualview.tensors import check_factory
+from dualview.tile_positions import Kept, TilePositions, check_lengths
 from dualview.views import check_map
 
 
@@ -88,6 +89,7 @@ def predict_tiled(
     check_callable(model, "model", "a function or module that takes tiles")
     check_choice(window, "window", WINDOWS)
     check_flags(progress=progress)
+    check_factory(device, None)
     batch_size = check_count(batch_size, "batch_size", why="It is the most tiles that the model gets at once.")
     check_map(x, "raster", data_format)
     of_margin = check_lengths(margin, "margin")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dualview.arguments import check_choice, check_flags, check_size, shown
+from dualview.arguments import check_choice, check_flags, check_size, integer_of, shown
 from dualview.blending import planes
-from dualview.geometry import DataFormat, Perspective, Size, SizeLike, TileGrid, check_perspective
+from dualview.geometry import Border, DataFormat, Perspective, Size, SizeLike, TileGrid, check_perspective
 from dualview.large.progress import counted
-from dualview.tile_positions import BORDERS, Border, TilePositions, check_lengths
+from dualview.tile_positions import BORDERS, TilePositions, check_lengths
 
 if TYPE_CHECKING:
     from dualview.large.sources import Handle, Source
@@ -131,7 +130,8 @@ class TileReader(Dataset[Tensor]):
         return rows[index // len(cols)], cols[index % len(cols)]
 
     def _checked(self, index: int) -> int:
-        number = operator.index(index)
+        if (number := integer_of(index)) is None:
+            raise TypeError(f"index={shown(index)}: must be an integer, the number of a tile.")
         if not -len(self) <= number < len(self):
             raise IndexError(f"tile {number} of {len(self)}: numbers run from 0 to {len(self) - 1}.")
         return number % len(self)

@@ -82,7 +82,7 @@ class Source:
                 "stack, pass one picture, or a function that opens it."
             )
         self.data_format = check_choice(
-            data_format or self.handle.found or "channels_first", "data_format", DATA_FORMATS
+            (self.handle.found or "channels_first") if data_format is None else data_format, "data_format", DATA_FORMATS
         )
         if len(shape) == 3 and self.data_format == "channels_first" and shape[0] > 16 and shape[2] in (3, 4):
             raise ValueError(

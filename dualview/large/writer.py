@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualview.arguments import check_choice, check_size
+from dualview.arguments import check_choice, check_size, shown
 from dualview.blending import WINDOWS, Blender, Window, planes
-from dualview.geometry import DATA_FORMATS, DataFormat, Perspective, Size, SizeLike, check_perspective
+from dualview.geometry import DATA_FORMATS, Border, DataFormat, Perspective, Size, SizeLike, check_perspective
 from dualview.large.reader import stride_grid
 from dualview.tensors import check_tensors
-from dualview.tile_positions import BORDERS, Border, TilePositions, check_lengths
+from dualview.tile_positions import BORDERS, TilePositions, check_lengths
 
 if TYPE_CHECKING:
     from dualview.large.stores import NewStore
@@ -120,20 +120,25 @@ class TileWriter:
         check_tensors(tiles=tiles)
         if self.closed:
             raise ValueError("the writer is closed: nothing more can be written.")
+        if tiles.is_meta:
+            raise ValueError(f"tiles={shown(tiles)}: tensors on the device meta hold no values to write.")
         if tiles.dim() not in (3, 4):
             raise ValueError(
-                f"tiles have the shape {tuple(tiles.shape)}: it must be (C, h, w) or (T, C, h, w), with the channels "
+                f"tiles={shown(tiles)}: must be (C, h, w) or (T, C, h, w), with the channels "
                 "last under data_format='channels_last'."
             )
         batch = (tiles if tiles.dim() == 4 else tiles[None]).detach().cpu()
         if not self.total:
-            self._start(batch)
+            try:
+                self._start(batch)
+            except ValueError as error:
+                raise ValueError(f"tiles={shown(tiles)} do not fit: {error}") from error
         if (batch.shape[1:], batch.dtype) != self.kind:
-            raise ValueError(
-                f"tiles have the shape {tuple(batch.shape[1:])} and type {batch.dtype}, the first one had {self.kind}."
-            )
+            raise ValueError(f"tiles={shown(tiles)}: the first tile had shape and type {self.kind}, and all must.")
         if self.written + len(batch) > self.total:
-            raise ValueError(f"{len(batch)} tiles after {self.written} of {self.total}: these are too many.")
+            raise ValueError(
+                f"tiles={shown(tiles)}: {len(batch)} tiles after {self.written} of {self.total} are too many."
+            )
         for tile in batch:
             self._write(tile)
             self.written += 1
@@ -146,7 +151,7 @@ class TileWriter:
         try:
             dtype = torch.empty(0, dtype=batch.dtype).numpy().dtype
         except TypeError as error:
-            raise TypeError(f"numpy has no type for tiles of {batch.dtype}: write tiles.float().") from error
+            raise TypeError(f"tiles={shown(batch)}: numpy has no such type. Write tiles.float().") from error
         self.tile: Size = (height, width)
         if self.perspective == "global":
             self.grid = stride_grid(self.size, self.tile, self.overlap, self.border)

@@ -17,6 +17,7 @@ from dualview.blending import cut
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
 from dualview.geometry import (
     DATA_FORMATS,
+    Border,
     DataFormat,
     GridLike,
     Perspective,
@@ -29,7 +30,6 @@ from dualview.geometry import (
 from dualview.kernels.dispatch import Backend
 from dualview.kernels.retile import retile
 from dualview.ops.tile_batch import TileBatch
-from dualview.tile_positions import Border
 from dualview.views import check_result_size, grid_for, tile_size
 
 
@@ -83,9 +83,11 @@ def local_crop(
         >>> local_crop(x, tile=2, overlap=1).tolist()
         [[[[0, 1], [4, 5]]], [[[1, 2], [5, 6]]], [[[2, 3], [6, 7]]]]
     """
-    if overlap is not None:
-        return cut(x, grid, tile, overlap, border, data_format)
-    return crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
+    return (
+        crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
+        if overlap is None
+        else cut(x, grid, tile, overlap, border, data_format)
+    )
 
 
 def global_stride_crop(
@@ -257,8 +259,9 @@ class _Crop(nn.Module):
         return crop(x, self.grid, self.perspective, tile=self.tile, data_format=self.data_format)
 
     def extra_repr(self) -> str:
-        cut = f"tile={self.tile}" if self.grid is None else f"grid=({self.grid.rows}, {self.grid.cols})"
-        return f"{cut}, data_format={self.data_format!r}"
+        return (
+            f"tile={self.tile}" if self.grid is None else f"grid=({self.grid.rows}, {self.grid.cols})"
+        ) + f", data_format={self.data_format!r}"
 
 
 class LocalCrop(_Crop):

@@ -204,7 +204,7 @@ class TestWrongArguments:
             dv.predict_tiled(nn.Identity(), x, tile=32, margin=4, overlap=7)
         with refuses("overlap=(32, 32)", "smaller than the tile"):
             dv.predict_tiled(nn.Identity(), x, tile=32, margin=16)
-        with refuses("64 x 96", "smaller than one tile of 128 x 32", "border='pad'"):
+        with refuses("size=(64, 96)", "smaller than tile=(128, 32)", "border='pad'"):
             dv.predict_tiled(nn.Identity(), x, tile=(128, 32))
         with refuses("height of 28 out of tiles of 32", "pad"):
             dv.predict_tiled(lambda tiles: tiles[..., 2:-2, 2:-2], x, tile=32)
