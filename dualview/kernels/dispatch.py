@@ -24,7 +24,7 @@ Backend: TypeAlias = Literal["auto", "torch", "triton"]
 BACKENDS = get_args(Backend)
 
 MEASURED: dict[str, str] = {
-    "crop_normalize": "measured on an H100: 8 photographs in 0.25 ms, and 0.50 ms by torch",
+    "crop_normalize": "measured on an H100: 8 photographs in 0.05 ms within a CUDA graph, and 0.37 ms by torch",
 }
 """Kernels that "auto" may choose: the GPU and the figure with which each was seen to beat the best of torch."""
 

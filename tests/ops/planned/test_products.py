@@ -173,25 +173,28 @@ class TestByRates:
         assert found == Products((Arrangement(), Arrangement()))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("n", [2, 3, 4, 5])
+    @pytest.mark.parametrize("n, absorbs", [(2, False), (3, False), (4, False), (5, True)])
     def test_a_hopper_gpu_projects_the_keys_of_the_released_module(
-        self, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+        self, n: int, absorbs: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As measured on an H100: absorbing saves operations there, and takes twice the time."""
+        """As measured on an H100 in a graph: absorbing takes 1.5 times as long at 3 x 3 tiles, 0.95 times at 5 x 5."""
         monkeypatch.setattr(products, "capability", lambda device: (9, 0))
         hopper = rates_of(torch.device("cuda"), dtype)
         assert hopper is not None
         monkeypatch.setitem(MACHINES, "hopper", hopper)
         with machine("hopper"):
             found = dv.DualPerspectiveEnhance.released(1024).products((n, n), (24, 24), LIKE)
-            assert not any(a.absorb for a in found.directions)
+            assert [a.absorb for a in found.directions] == [False, absorbs]
             paper = dv.DualPerspectiveEnhance.paper(1024).products((n, n), (24, 24), LIKE)
             assert all(a.absorb and a.pool for a in paper.directions)
 
     def test_every_record_says_where_it_comes_from(self) -> None:
         for record in products.records():
             assert record["source"]
-            numbers = [record[name] for name in ("dense", "pooled")] + [rate for _, rate in record["attention"]]
+            numbers = [
+                *(record[name] for name in ("dense", "pooled", "moved")),
+                *(rate for _, rate in record["attention"]),
+            ]
             assert all(math.isfinite(x) and x > 0 for x in numbers)
             assert record["attention"] == sorted(record["attention"])
 
