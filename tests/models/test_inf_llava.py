@@ -253,9 +253,11 @@ def test_mixed_grids_do_not_attend_to_padding():
         assert torch.equal(logits, by_hand)
     masks = _valid_pixels(images, torch.tensor(sizes))
     assert all(mask.dtype == torch.bool and torch.equal(mask, real) for mask, real in zip(masks, valid, strict=True))
-    for wrong in ([(57, 84), (28, 56)], [(0, 84), (28, 56)], [(56, 84)]):
+    for wrong in ([(57, 84), (28, 56)], [(0, 84), (28, 56)]):
         with refuses("image_sizes", "(56, 84)", "size of the picture on its canvas"):
             tokens(wrong)
+    with refuses("image_grids", "image_sizes", "give both for every image"):
+        tokens([(56, 84)])
     with refuses("image_sizes", "omit it"):
         model.get_image_features(torch.randn(1, 3, 56, 84), image_sizes=torch.tensor([[56, 84]]))
 
@@ -695,8 +697,8 @@ def test_config_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": (0, 3)}, "rows must be a positive integer"),
-        ({"grid": [1, 2, 3]}, "is not a grid"),
+        ({"grid": (0, 3)}, "rows=0: must be a positive integer"),
+        ({"grid": [1, 2, 3]}, "a pair .rows, cols. of positive integers"),
         ({"image_seq_length": 576}, "has 4 tokens"),
         ({"vision_feature_select_strategy": "full"}, "prefix tokens have no place"),
         ({"dem": {"preset": "imagined"}}, "needs a preset of"),
