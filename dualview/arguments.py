@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
@@ -80,7 +81,7 @@ def check_indices(values: object, name: str) -> tuple[int, ...]:
         ValueError: It is something else.
     """
     try:
-        found = [integer_of(value) for value in cast("Iterable[object]", values)]
+        found = [None] if isinstance(values, (*TEXTS, Mapping)) else [integer_of(each) for each in cast(Any, values)]
     except (TypeError, RuntimeError):
         found = [None]
     if None in found:
@@ -178,6 +179,18 @@ def check_flags(**named: object) -> None:
             raise ValueError(f"{name}={shown(value)}: must be True or False.")
 
 
+def check_path(value: str | os.PathLike[str], name: str) -> str:
+    """``value`` as the text of a path.
+
+    Raises:
+        TypeError: It is no path.
+    """
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise TypeError(f"{name}={shown(value)}: must be a path.")
+    return path
+
+
 def check_mapping(value: Mapping[str, T], name: str) -> Mapping[str, T]:
     """``value`` if it is a mapping of names.
 
@@ -214,7 +227,7 @@ def check_callable(value: T, name: str, what: str) -> T:
 
 def integer_of(value: Any) -> int | None:
     """What counts as an integer, None for all else."""
-    if isinstance(value, bool) or (not isinstance(value, int) and "bool" in str(getattr(value, "dtype", ""))):
+    if isinstance(value, bool) or (not isinstance(value, int) and _no_scalar(value)):
         return None
     try:
         return operator.index(value)  # which makes one number of a symbolic one
@@ -253,9 +266,14 @@ def _quoted(choice: object) -> str:
     return f'"{choice}"' if isinstance(choice, str) else str(choice)
 
 
+def _no_scalar(value: Any) -> bool:
+    """Whether it is a boolean of NumPy or torch, or an array or a tensor with dimensions."""
+    return "bool" in str(getattr(value, "dtype", "")) or bool(getattr(value, "ndim", 0))
+
+
 def number_of(value: Any) -> float:
     """A real number, NaN for all else."""
-    if isinstance(value, bool | str | bytes) or "bool" in str(getattr(value, "dtype", "")):
+    if isinstance(value, (bool, *TEXTS)) or _no_scalar(value):
         return math.nan
     try:
         return float(value)

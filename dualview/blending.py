@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dualview.arguments import check_choice, shown
 from dualview.geometry import Border, DataFormat, GridLike, Size, SizeLike
+from dualview.tensors import check_averaged
 from dualview.tile_positions import Kept, TilePositions
 from dualview.views import check_map
 
@@ -230,6 +231,7 @@ def blend_tiles(
     """
     check_choice(window, "window", WINDOWS)
     check_map(tiles, "local", data_format, "tiles")
+    check_averaged(tiles=tiles)
     h, w = tiles.shape[-2:] if data_format == "channels_first" else tiles.shape[-3:-1]
     positions = TilePositions.of(size, (h, w), overlap, border)
     if tiles.shape[-4] != len(positions):

@@ -118,7 +118,7 @@ def explain(module: nn.Module, *, grid: GridLike | None = None, tokens: Size | N
     parts: DualView | None = None if parts_of is None else parts_of(grid)
     chosen = grid if parts is None else parts.options.grid
     if chosen is None:
-        raise ValueError("explain needs a grid: pass grid=(rows, cols).")
+        raise ValueError("grid=None: explain needs a grid: pass grid=(rows, cols).")
     size = TileGrid.of(chosen)
     with BACKEND.holding(("torch", "explain"), traced=False):  # tensors without contents are no tensors of a GPU
         dem = module if parts is None else parts.dem

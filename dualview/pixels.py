@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dualview.arguments import shown
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -36,6 +38,10 @@ def from_tensor(pixels: Tensor, *, channels_last: bool | None = None) -> Tensor:
     Raises:
         ImageError: It is no picture, by its shape or its numbers.
     """
+    import torch
+
+    if pixels.is_nested or pixels.layout != torch.strided or pixels.is_meta:
+        raise ImageError(f"{shown(pixels)} is no picture: give a dense tensor that holds numbers.")
     shape = tuple(pixels.shape)
     if len(shape) == 2:
         pixels = pixels[None]

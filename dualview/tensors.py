@@ -50,6 +50,26 @@ def check_floats(of: nn.Module | None = None, /, **named: Tensor) -> None:
             )
 
 
+def array_of(x: Tensor, name: str) -> Any:
+    """The array of NumPy that shares the memory of a tensor.
+
+    Raises:
+        TypeError: It is no ordinary tensor in the memory of this machine, or of a type that NumPy does not have.
+    """
+    check_tensors(**{name: x})
+    try:
+        return x.detach().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name}={shown(x)} on {x.device}: must be such that NumPy can share it. {error}") from None
+
+
+def check_averaged(**named: Tensor) -> None:
+    """Raise a TypeError for the first argument of a type that torch cannot bring to a wider one, such as float8."""
+    for name, x in named.items():
+        if x.is_floating_point() and x.dtype not in FLOATS:
+            raise TypeError(f"{name}={shown(x)}: numbers of this type cannot be averaged. Convert it first.")
+
+
 def check_brightness(**named: Tensor) -> None:
     """Raise a TypeError for the first argument that is neither bytes nor floating-point numbers."""
     check_tensors(**named)

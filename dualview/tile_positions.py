@@ -13,6 +13,8 @@ from typing import NamedTuple
 from dualview.arguments import MOST, check_choice, check_size, integer_of, shown
 from dualview.geometry import Border, Size, SizeLike
 
+MOST_ALONG = 2**20
+"""Most tiles along an axis."""
 BORDERS = {"shift": "the last tiles are moved inside", "pad": "they are filled up with zeros"}
 
 
@@ -65,6 +67,12 @@ class TilePositions:
             raise ValueError(
                 f"size={self.size} of the map is smaller than tile={self.tile} (height, width), and border='shift' has "
                 "nowhere to move a tile to: pass border='pad', or a smaller tile."
+            )
+        steps = (tile - shared for tile, shared in zip(self.tile, self.overlap, strict=True))
+        if any(side // step > MOST_ALONG for side, step in zip(self.size, steps, strict=True)):
+            raise ValueError(
+                f"size={self.size}, tile={self.tile}, overlap={self.overlap}: more than {MOST_ALONG:,} tiles along one "
+                "axis. Take larger tiles, or less overlap."
             )
 
     @classmethod

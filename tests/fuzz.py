@@ -32,7 +32,7 @@ import dualview as dv
 from dualview.arguments import shown
 
 PACKAGE = Path(dv.__file__).parent
-KINDS = (ValueError, TypeError, RuntimeError, ImportError)
+KINDS = (ValueError, TypeError, RuntimeError, ImportError, IndexError, FileNotFoundError, FileExistsError)
 """What an error may be; and no subclass of RuntimeError or others that Python raises of itself."""
 NOT_OURS = (NotImplementedError, RecursionError, UnicodeError)
 LONGEST = 5.0
@@ -195,7 +195,7 @@ def _shows(text: str, value: object) -> bool:
         marks |= {
             str(tuple(value.shape)),
             str(tuple(value.shape[-2:])),
-            str(value.dtype),
+            str(value.dtype).removeprefix("torch."),
             " x ".join(map(str, value.shape[-2:])),
         }
         marks |= {f"{value.shape[0]} images"} if value.ndim else set()
@@ -206,6 +206,8 @@ def _shows(text: str, value: object) -> bool:
         marks |= {"x".join(map(str, parts)), " x ".join(map(str, parts)), str(tuple(parts))}
         marks |= {shown(tuple(parts)), shown(list(parts))}
         return any(mark and mark in text for mark in marks) or any(_shows(text, part) for part in parts)
+    if isinstance(value, Mapping):
+        marks |= {f"{key!r}: {each!r}" for key, each in value.items()}
     if isinstance(value, (str, Path)):
         marks.add(str(value))
     if isinstance(value, (int, float, np.generic)) or getattr(value, "shape", None) == ():

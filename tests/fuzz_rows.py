@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import chdir
 from functools import cache
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -25,6 +27,7 @@ MAPS = {"v_loc": torch.rand(1, 4, 6, 16), "v_glo": torch.rand(1, 4, 6, 16)}
 MADE = {"device": None, "dtype": None}
 BATCH = dv.TileBatch.collate([torch.rand(6, 3, 4, 3), torch.rand(2, 3, 4, 3)], [(2, 3), (1, 2)], "local")
 CUT = {"x": IMAGES, "grid": GRID, "data_format": "channels_first", "backend": None}
+LARGE = {"overlap": (2, 1), "border": "shift"}
 ATTENTION = {"num_heads": 2, "bias": False, "out_proj": False, "residual": False, "norm": False, "init": "xavier"}
 DEM = {
     **ATTENTION,
@@ -39,6 +42,7 @@ DEM = {
 PAIR = {"local_tiles": LOCAL, "stride_tiles": STRIDE, "grid": GRID}
 OF_FILES = dict.fromkeys(("source", "image", "image_url_or_urls"), "source|picture|file|base64|cannot be read|numbers")
 OF_PIXELS = {"pixel_values": "pixel_values|pixels"}
+OF_STORES = {"source": "source", "target": "target|name", "store": "store|name"}
 OF_IMAGES = {"images": "images?|image size"}
 DUAL_CROP = {"tile": TILE, "remainder": "pad", "pad_value": 0.5, "low_pass": False, "perspectives": ("local",)}
 
@@ -59,49 +63,7 @@ def rows() -> dict[str, Row]:
         **_encoders(),
         **_inf_llava(),
         **_large(),
-    }
-
-
-def _large() -> dict[str, Row]:
-    tiles = dv.local_crop(IMAGES, tile=TILE, overlap=(1, 1))
-    back = {"size": (8, 9), "overlap": (1, 1), "window": "hann", "border": "shift", "data_format": "channels_first"}
-    reader, picture = dv.TileReader(IMAGES[0], tile=TILE), np.zeros((3, 8, 9), np.float32)
-    place = {"size": (8, 9), "overlap": (1, 1), "margin": 0, "window": "hann", "border": "shift"}
-    options = {"tile": TILE, "overlap": (2, 2), "margin": (1, 1), "batch_size": 2, "window": "hann", "border": "shift"}
-
-    def written(tiles: object) -> None:
-        """By a new writer each time: what has been written is not undone."""
-        dv.TileWriter(picture, (8, 9), overlap=(1, 1)).write(tiles)
-
-    return {
-        "blend_tiles": Row(dv.blend_tiles, {"tiles": tiles, **back}),
-        "predict_tiled": Row(
-            dv.predict_tiled,
-            {"x": IMAGES, **options, "data_format": "channels_first", "device": None},
-            {"model": lambda x: torch.zeros(x.shape), "progress": False},
-        ),
-        "TileReader": Row(
-            dv.TileReader,
-            {
-                "tile": TILE,
-                "overlap": (1, 1),
-                "border": "shift",
-                "perspective": "local",
-                "data_format": "channels_first",
-            },
-            {"source": IMAGES[0], "store": None, "progress": False},
-            aliases={"perspective": "perspective|store"},
-        ),
-        "TileReader.position": Row(reader.position, {}, {"index": 1}),
-        "TileWriter": Row(
-            dv.TileWriter,
-            {**place, "perspective": "local", "data_format": "channels_first"},
-            {"target": picture},
-            aliases={"perspective": "perspective|target"},
-        ),
-        "TileWriter.write": Row(written, {"tiles": tiles[0]}),
-        "TileWriter.close": Row(lambda: dv.TileWriter(picture, (8, 9)).discard()),
-        "TileWriter.discard": Row(lambda: dv.TileWriter(picture, (8, 9)).discard()),
+        **_attached(),
     }
 
 
@@ -338,6 +300,7 @@ def _inf_llava() -> dict[str, Row]:
         InfLlavaImageProcessor,
         InfLlavaModel,
         InfLlavaProcessor,
+        convert_inf_llava,
     )
 
     config = InfLlavaConfig(**CONFIG)
@@ -372,6 +335,21 @@ def _inf_llava() -> dict[str, Row]:
             processor.fetch_images, {"image_url_or_urls": picture}, aliases=OF_FILES
         ),
         "InfLlavaImageProcessor.process_image": Row(processor.process_image, {"image": picture}, aliases=OF_FILES),
+        "InfLlavaConfig.check_model_type": Row(config.check_model_type, {"config_dict": {"model_type": "inf_llava"}}),
+        "InfLlavaConfig.from_dict": Row(InfLlavaConfig.from_dict, fixed={"config_dict": config.to_dict()}),
+        "InfLlavaModel.from_pretrained": Row(lambda: InfLlavaModel.from_pretrained),
+        "InfLlavaForConditionalGeneration.from_pretrained": Row(
+            lambda: InfLlavaForConditionalGeneration.from_pretrained
+        ),
+        "InfLlavaImageProcessor.get_number_of_image_patches": Row(
+            InfLlavaImageProcessor(max_tiles=4).get_number_of_image_patches,
+            {"height": 20, "width": 30, "images_kwargs": {"max_tiles": 5}},
+            aliases={"images_kwargs": "images_kwargs|max_tiles|tile_size"},
+        ),
+        "InfLlavaProcessor.validate_inputs": Row(
+            joined.validate_inputs, fixed={"images": [picture], "text": ["<image>"]}
+        ),
+        "convert_inf_llava": Row(lambda: convert_inf_llava),
         "InfLlavaProcessor": Row(InfLlavaProcessor, both),
         "InfLlavaProcessor.replace_image_token": Row(
             joined.replace_image_token, fixed={"image_inputs": {}, "image_idx": 0}
@@ -395,3 +373,124 @@ def _inf_llava() -> dict[str, Row]:
     )
     found["InfLlavaForConditionalGeneration.get_output_embeddings"] = Row(model.get_output_embeddings)
     return found
+
+
+def elsewhere(call: Callable[..., object]) -> Callable[..., object]:
+    """The same in a folder of its own: what it writes is gone afterwards."""
+
+    def called(**given: object) -> object:
+        with TemporaryDirectory() as folder, chdir(folder):
+            return call(**given)
+
+    return called
+
+
+def _large() -> dict[str, Row]:
+    overlapping = {"x": IMAGES, "tile": TILE, **LARGE, "data_format": "channels_first"}
+    tiles = dv.local_crop(**overlapping)
+    picture = torch.rand(3, 8, 9).numpy()
+    reader = dv.TileReader(picture, tile=TILE, overlap=(2, 1))
+    writer = {"size": (8, 9), "overlap": (2, 1), "window": "hann"}
+
+    def write(tiles: object) -> None:
+        dv.TileWriter(picture.copy(), **writer).write(tiles)  # type: ignore[arg-type]
+
+    return {
+        "local_crop with overlap": Row(dv.local_crop, overlapping),
+        "blend_tiles": Row(
+            dv.blend_tiles,
+            {"tiles": tiles, "size": (8, 9), **LARGE, "window": "hann", "data_format": "channels_first"},
+        ),
+        "predict_tiled": Row(
+            dv.predict_tiled,
+            {**overlapping, "margin": (1, 0), "batch_size": 2, "window": "linear", "device": None, "progress": False},
+            {"model": lambda tiles: tiles.float()},
+        ),
+        "TileReader": Row(
+            elsewhere(dv.TileReader),
+            {"source": picture, "tile": TILE, **LARGE, "perspective": "local", "data_format": None, "progress": False},
+            aliases=OF_STORES,
+        ),
+        "TileReader of strides": Row(
+            elsewhere(dv.TileReader),
+            {"store": "tiles.npy"},
+            {"source": picture, "tile": TILE, "perspective": "global"},
+            OF_STORES,
+        ),
+        "TileReader.position": Row(reader.position, {"index": 1}),
+        "TileWriter": Row(
+            elsewhere(dv.TileWriter),
+            {
+                **writer,
+                "target": picture.copy(),
+                "margin": 0,
+                "border": "shift",
+                "perspective": "local",
+                "data_format": "channels_first",
+            },
+            aliases=OF_STORES,
+        ),
+        "TileWriter.write": Row(write, {"tiles": tiles[0, 0]}, aliases={"tiles": "tiles?"}),
+        "TileWriter.close": Row(lambda: dv.TileWriter.close),
+        "TileWriter.discard": Row(lambda: dv.TileWriter.discard),
+    }
+
+
+def _attached() -> dict[str, Row]:
+    from tokenizers import Tokenizer, models
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    vision, text = CLIPVisionConfig(**TOWER, image_size=28, patch_size=14), LlamaConfig(**WRITER)
+
+    def host() -> LlavaForConditionalGeneration:
+        return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=9))
+
+    bare, changed = host(), dv.attach(host())
+
+    def attach(**given: object) -> None:
+        try:
+            dv.attach(**given)  # type: ignore[arg-type]
+        finally:
+            restore()
+
+    def load(folder: object, **given: object) -> None:
+        dv.save_adapter(changed, "adapter")
+        try:
+            dv.load_adapter(folder=folder, **given)  # type: ignore[arg-type]
+        finally:
+            restore()
+
+    def restore() -> None:
+        if any(name.endswith("dualview") for name, _ in bare.named_modules()):
+            dv.detach(bare)
+
+    def detach(model: object) -> None:
+        dv.detach(model)  # type: ignore[arg-type]
+        dv.attach(model)  # type: ignore[arg-type]
+
+    words = {"<unk>": 0, "<image>": 1, "a": 2}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")), unk_token="<unk>")
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14, vision_feature_select_strategy="default")
+    options = {"grid": (2, 2), "source": "upsample", "dem": {"preset": "paper"}, "layers": [-1]}
+    return {
+        "attach": Row(attach, {"model": bare, **options, "layers": None, "max_tiles_per_pass": 4}),
+        "detach": Row(detach, {"model": changed}),
+        "attached": Row(dv.attached, {"model": changed}),
+        "save_adapter": Row(elsewhere(dv.save_adapter), {"model": changed, "folder": "adapter"}),
+        "load_adapter": Row(
+            elsewhere(load),
+            {"model": bare, "folder": "adapter", "max_tiles_per_pass": None},
+            aliases={"folder": "folder|holds"},
+        ),
+        "adapt_processor": Row(
+            dv.adapt_processor, {"processor": processor, "grid": (2, 2)}, aliases={"processor": "processor|tested"}
+        ),
+    }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dualview.arguments import check_choice, check_flags, check_size, integer_of, shown
+from dualview.arguments import check_choice, check_flags, check_path, check_size, integer_of, shown
 from dualview.blending import planes
 from dualview.geometry import Border, DataFormat, Perspective, Size, SizeLike, TileGrid, check_perspective
 from dualview.large.progress import counted
@@ -93,6 +93,7 @@ class TileReader(Dataset[Tensor]):
             self.positions = TilePositions.of(self.size, tile, overlap, border)
             self.tile, self.grid, self.source = self.positions.tile, self.positions.grid, opened
         else:
+            store = None if store is None else check_path(store, "store")
             self.tile = check_size(tile, "tile")
             grid = stride_grid(self.size, self.tile, overlap, border)
             self.grid, self.stored = (grid.rows, grid.cols), _gathered(opened, grid, self.tile, store, progress)
@@ -133,7 +134,7 @@ class TileReader(Dataset[Tensor]):
         if (number := integer_of(index)) is None:
             raise TypeError(f"index={shown(index)}: must be an integer, the number of a tile.")
         if not -len(self) <= number < len(self):
-            raise IndexError(f"tile {number} of {len(self)}: numbers run from 0 to {len(self) - 1}.")
+            raise IndexError(f"index={number}: tile {number} of {len(self)}: numbers run from 0 to {len(self) - 1}.")
         return number % len(self)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualview.arguments import check_choice
+from dualview.arguments import check_choice, shown
 from dualview.geometry import DATA_FORMATS, DataFormat, Size
+from dualview.tensors import array_of
 
 try:
     import numpy as np
@@ -78,8 +79,8 @@ class Source:
         shape = tuple(int(side) for side in array.shape)
         if len(shape) not in (2, 3) or 0 in shape:
             raise ValueError(
-                f"the source has the shape {shape}: it must be one picture, (H, W), (C, H, W) or (H, W, C). Of a "
-                "stack, pass one picture, or a function that opens it."
+                f"source={shown(given)} has the shape {shape}: it must be one picture, (H, W), (C, H, W) or (H, W, C). "
+                "Of a stack, pass one picture, or a function that opens it."
             )
         self.data_format = check_choice(
             (self.handle.found or "channels_first") if data_format is None else data_format, "data_format", DATA_FORMATS
@@ -143,18 +144,18 @@ def _opened(given: Any) -> tuple[Any, DataFormat | None]:
         return _of_file(Path(given))
     array = given() if _opens_anew(given) else given
     if isinstance(array, Tensor):
-        array = array.detach().numpy()
-    if not (hasattr(array, "shape") and hasattr(array, "__getitem__")):
+        array = array_of(array, "source")
+    if not (isinstance(getattr(array, "shape", None), tuple) and hasattr(array, "__getitem__")):
         raise TypeError(
-            f"the source is a {type(array).__module__}.{type(array).__qualname__}: pass a path, an array with a shape "
-            "and slices, or a function that opens one."
+            f"source={shown(given)}: the source is a {type(array).__module__}.{type(array).__qualname__}: "
+            "pass a path, an array with a shape and slices, or a function that opens one."
         )
     return array, None
 
 
 def _of_file(path: Path) -> tuple[Any, DataFormat | None]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
+    if not os.path.exists(path):  # noqa: PTH110 - Path raises where a name is too long
+        raise FileNotFoundError(f"source={shown(str(path))} does not exist.")
     if path.suffix == ".npy":
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False), None

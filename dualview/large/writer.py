@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualview.arguments import check_choice, check_size, shown
+from dualview.arguments import check_choice, check_path, check_size, shown
 from dualview.blending import WINDOWS, Blender, Window, planes
 from dualview.geometry import DATA_FORMATS, Border, DataFormat, Perspective, Size, SizeLike, check_perspective
 from dualview.large.reader import stride_grid
-from dualview.tensors import check_tensors
+from dualview.tensors import array_of, check_tensors
 from dualview.tile_positions import BORDERS, TilePositions, check_lengths
 
 if TYPE_CHECKING:
@@ -91,11 +91,11 @@ class TileWriter:
             check_perspective(perspective),
             check_choice(data_format, "data_format", DATA_FORMATS),
         )
-        self.target = Path(target) if isinstance(target, str | os.PathLike) else target
+        self.target = Path(check_path(target, "target")) if isinstance(target, str | os.PathLike) else target
         if isinstance(self.target, Path):
             check_new(self.target)
         elif isinstance(target, Tensor):
-            self.target = target.detach().numpy()
+            self.target = array_of(target, "target")
         elif not (hasattr(target, "shape") and hasattr(target, "__setitem__")):
             raise TypeError(
                 f"the target is a {type(target).__module__}.{type(target).__qualname__}: pass a name that ends in "
@@ -127,6 +127,8 @@ class TileWriter:
                 f"tiles={shown(tiles)}: must be (C, h, w) or (T, C, h, w), with the channels "
                 "last under data_format='channels_last'."
             )
+        if 0 in tiles.shape[-3:]:
+            raise ValueError(f"tiles={shown(tiles)}: they must hold at least one pixel.")
         batch = (tiles if tiles.dim() == 4 else tiles[None]).detach().cpu()
         if not self.total:
             try:

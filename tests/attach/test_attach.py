@@ -317,7 +317,7 @@ def test_wrong_arguments():
         ({"layers": [-1]}, "[-1]", "[-2]"),
         ({"layers": []}, "[]", "[-2]"),
         ({"layers": [-2, -2]}, "[-2, -2]", "once"),
-        ({"max_tiles_per_pass": 0}, "0", "at least 1"),
+        ({"max_tiles_per_pass": 0}, "0", "positive integer"),
         ({"dem": {"preset": "other"}}, "other", "released", "paper"),
         ({"dem": {"preset": "paper", "readout": "none"}}, "none"),
         ({"dem": {"heads": 3}}, "heads"),

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 import torch
 from torch import nn
 
+from dualview.arguments import TEXTS, check_choice, check_count, check_indices, check_instance, shown
 from dualview.geometry import GridLike, TileGrid
 from dualview.models.adapter.hosts import HOSTS, REFUSED, Host, Place
 from dualview.models.adapter.idle import after, before, between, owner_of
@@ -111,15 +112,14 @@ def attach(
     if _record(model) is not None:
         raise ValueError("a module is attached to this model already: detach(model) first.")
     tower = _tower(model, host)
-    if source not in get_args(Source):
-        raise ValueError(f"source={source!r}: must be one of {get_args(Source)}.")
+    check_choice(source, "source", get_args(Source))
     if source == "hires" and host.layout != "square":
         raise ValueError(
             f'source="hires": {config.model_type} takes images of their own size, and how its processor would deliver '
             'larger ones beside them is not known. Use source="upsample".'
         )
-    if max_tiles_per_pass is not None and max_tiles_per_pass < 1:
-        raise ValueError(f"max_tiles_per_pass={max_tiles_per_pass}: must be at least 1, or None.")
+    if max_tiles_per_pass is not None:
+        max_tiles_per_pass = check_count(max_tiles_per_pass, "max_tiles_per_pass", why="Or None.")
     places = _places(config, host, layers)
     dems, options = _dems(dem, host.width(config), len(places), tower)
     gated = all(gate_of(one) is None for one in dems) if options is None else options["gate"]
@@ -157,7 +157,7 @@ def detach(model: Model) -> Model:
         >>> from torch import nn
         >>> detach(nn.Identity())
         Traceback (most recent call last):
-        ValueError: nothing is attached to this Identity.
+        ValueError: model: nothing is attached to this Identity.
     """
     found = site_of(model)
     for handle in cast(Attachment, getattr(found, RECORD)).handles:
@@ -183,7 +183,7 @@ def attached(model: nn.Module) -> AttachedEnhance:
         >>> from torch import nn
         >>> attached(nn.Identity())
         Traceback (most recent call last):
-        ValueError: nothing is attached to this Identity.
+        ValueError: model: nothing is attached to this Identity.
     """
     return cast(AttachedEnhance, getattr(site_of(model), NAME))
 
@@ -196,11 +196,12 @@ def site_of(model: nn.Module) -> nn.Module:
     """
     found = _record(model)
     if found is None:
-        raise ValueError(f"nothing is attached to this {type(model).__name__}.")
+        raise ValueError(f"model: nothing is attached to this {type(model).__name__}.")
     return found
 
 
 def _record(model: nn.Module) -> nn.Module | None:
+    check_instance(model, "model", nn.Module, "a model")
     return next((module for module in model.modules() if RECORD in vars(module)), None)
 
 
@@ -208,8 +209,8 @@ def _family(model: nn.Module) -> tuple[Any, Host]:
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
         raise TypeError(
-            f"{type(model).__name__} is no multimodal model of transformers. For a vision tower alone use "
-            "DualViewEncoder with HfEncoder, TimmEncoder, OpenClipEncoder or a function of your own."
+            f"model={shown(model)}: {type(model).__name__} is no multimodal model of transformers. For a vision tower "
+            "alone use DualViewEncoder with HfEncoder, TimmEncoder, OpenClipEncoder or a function of your own."
         )
     family = cast(Any, config).model_type
     if family in REFUSED:
@@ -240,10 +241,11 @@ def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, 
         vision = config.vision_config
         count = cast(int, getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0))
         return dict([max(places.items(), key=lambda item: item[0] % (count + 1))])
+    given, layers = layers, check_indices(layers, "layers")
     unknown = [layer for layer in layers if layer not in places]
     if unknown or not layers or len(set(layers)) != len(layers):
         raise ValueError(
-            f"layers={list(layers)}: must be some of those that this model reads, {list(places)}, each once; what it "
+            f"layers={shown(given)}: must be some of those that this model reads, {list(places)}, each once; what it "
             "does not read would have no effect."
         )
     return {layer: place for layer, place in places.items() if layer in layers}
@@ -254,11 +256,14 @@ def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[li
     if isinstance(dem, Mapping) or dem is None:
         options = {"preset": "released", "gate": True, **(dem or {})}
         return [_made(options, width, _like([], tower)) for _ in range(count)], options
-    dems = [dem] if isinstance(dem, nn.Module) else list(dem)
-    if not all(isinstance(one, nn.Module) for one in dems):
-        raise TypeError(f"dem={dem!r}: must be options, a module, or a module for each of {count} layers.")
+    listed = isinstance(dem, Sequence) and not isinstance(dem, TEXTS)
+    dems = [dem] if isinstance(dem, nn.Module) else list(dem) if listed else []
+    if (not dems and not listed) or not all(isinstance(one, nn.Module) for one in dems):
+        raise TypeError(f"dem={shown(dem)}: must be options, a module, or a module for each of {count} layers.")
     if len(dems) != count or len({id(one) for one in dems}) != count:
-        raise ValueError(f"{len(dems)} modules were given for {count} layers: give each layer one of its own.")
+        raise ValueError(
+            f"dem={shown(dem)}: {len(dems)} modules were given for {count} layers: give each layer one of its own."
+        )
     for one in dems:
         if getattr(one, "dim", width) != width or getattr(one, "readout", "average") == "none":
             raise ValueError(

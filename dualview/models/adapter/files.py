@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dualview.arguments import check_path, shown
 from dualview.models.adapter.attach import RECORD, Attachment, Dem, Model, attach, attached, detach, site_of
 from dualview.models.adapter.module import AttachedEnhance
 from dualview.outputs import replace_file
@@ -35,7 +36,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         >>> from torch import nn
         >>> save_adapter(nn.Identity(), "adapter")
         Traceback (most recent call last):
-        ValueError: nothing is attached to this Identity.
+        ValueError: model: nothing is attached to this Identity.
     """
     from safetensors.torch import save
 
@@ -57,12 +58,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "dem": record.dem,
         "sha256": sha256(content).hexdigest(),
     }
-    folder = Path(folder)
+    folder = Path(check_path(folder, "folder"))
     try:
         text = json.dumps(description, indent=2) + "\n"
     except TypeError as error:
         raise ValueError(f"dem={record.dem} cannot be written as JSON: {error}.") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder={shown(str(folder))} cannot be made: {error.strerror}.") from error
     replace_file(folder / WEIGHTS, memoryview(content))
     replace_file(folder / DESCRIPTION, memoryview(text.encode()))
 
@@ -98,9 +102,9 @@ def load_adapter(
     """
     from safetensors.torch import load
 
-    folder = Path(folder)
+    folder = Path(check_path(folder, "folder"))
     for name in (DESCRIPTION, WEIGHTS):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # noqa: PTH113 - Path raises where a name is too long
             raise FileNotFoundError(f"{folder} holds no {name}: give the folder that save_adapter has written.")
     description = _described(folder / DESCRIPTION)
     content = (folder / WEIGHTS).read_bytes()
@@ -112,8 +116,8 @@ def load_adapter(
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family != description["model_type"]:
         raise ValueError(
-            f"{folder} was attached to a model of model_type={description['model_type']!r}, and this one is "
-            f"{family!r}: load it into a model of that family."
+            f"model={shown(model)}: {folder} was attached to a model of model_type={description['model_type']!r}, and "
+            f"this one is {family!r}: load it into a model of that family."
         )
     if description["dem"] is None and dem is None:
         raise ValueError(f"the modules in {folder} were of the caller's making: give them again as dem=.")

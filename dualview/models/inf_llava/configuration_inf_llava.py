@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from dualview.arguments import check_mapping
 from dualview.geometry import TileGrid
 from dualview.models.inf_llava.enhance_inf_llava import InfLlavaEnhance
 from dualview.models.inf_llava.input_checks import check_fields, named_errors
@@ -117,7 +118,7 @@ class InfLlavaConfig(PreTrainedConfig):
     @classmethod
     def check_model_type(cls, config_dict: dict[str, Any]) -> None:
         """Raise a ValueError if the fields of a configuration are another model's."""
-        kind = config_dict.get("model_type", cls.model_type)
+        kind = check_mapping(config_dict, "config_dict").get("model_type", cls.model_type)
         if kind != cls.model_type:
             remedy = "load it with the class of its own model"
             if kind == "llava_llama":
@@ -125,7 +126,9 @@ class InfLlavaConfig(PreTrainedConfig):
                     "a released INF-LLaVA is converted first: run `dualview convert SRC DST`, or call "
                     "dualview.models.convert_inf_llava(source, target), and load the new directory"
                 )
-            raise ValueError(f"a configuration of model_type={kind!r} is none of {cls.model_type!r}: {remedy}.")
+            raise ValueError(
+                f"config_dict: a configuration of model_type={kind!r} is none of {cls.model_type!r}: {remedy}."
+            )
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336, VISION_FIELDS)

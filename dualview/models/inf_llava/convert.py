@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedTokenizerFast
 
+from dualview.arguments import check_path
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig
 from dualview.models.inf_llava.image_processing_inf_llava import InfLlavaImageProcessor
 from dualview.models.inf_llava.modeling_inf_llava import InfLlavaForConditionalGeneration
@@ -85,7 +86,7 @@ def convert_inf_llava(
     Example:
         ``convert_inf_llava("INF-LLaVA", "inf-llava")``, and afterwards ``AutoProcessor.from_pretrained("inf-llava")``.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(check_path(source, "source")), Path(check_path(target, "target"))
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or directory.")
     config = read_json(source / "config.json") if source.is_dir() else STAGE_ONE

@@ -25,7 +25,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from dualview.arguments import check_numbers, check_size, shown
+from dualview.arguments import check_count, check_mapping, check_numbers, check_size, shown
 from dualview.canvas import centred, fitted_size, middle_part, place
 from dualview.geometry import Size, choose_grid
 from dualview.images import ImageError, load_image
@@ -117,7 +117,9 @@ class InfLlavaImageProcessor(TorchvisionBackend):
             width: Likewise.
             images_kwargs: Arguments of the call, where they differ from those of the processor.
         """
-        given = {"max_tiles": self.max_tiles, "tile_size": self.tile_size} | (images_kwargs or {})
+        height, width = check_count(height, "height"), check_count(width, "width")
+        more = {} if images_kwargs is None else check_mapping(images_kwargs, "images_kwargs")
+        given = {"max_tiles": self.max_tiles, "tile_size": self.tile_size, **more}
         if given["max_tiles"] is None:
             return 1
         tile = self._standardize_kwargs(tile_size=given["tile_size"])["tile_size"]

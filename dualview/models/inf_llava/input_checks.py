@@ -75,10 +75,9 @@ def check_pictures(pixel_values: Tensor, image_grids: Tensor | None, image_sizes
             _check_integers(pairs, name, (None, 2))
             if pairs.is_meta:
                 raise ValueError(f"{name}={shown(pairs)} on meta: must hold numbers.")
-    if image_grids is not None and image_sizes is not None and len(image_grids) != len(image_sizes):
+    if image_sizes is not None and (image_grids is None or len(image_grids) != len(image_sizes)):
         raise ValueError(
-            f"image_grids={shown(image_grids)}, image_sizes={shown(image_sizes)}: give both for every image, or omit "
-            "image_sizes."
+            f"image_grids={shown(image_grids)}, image_sizes={shown(image_sizes)}: give both for every image, or none."
         )
 
 
