@@ -509,9 +509,9 @@ class TestRecords:
             ONE.with_data(local=torch.rand(5, 2, 2, 8))
         with refuses("(6, 4, 8)"):
             ONE.with_data(stride=torch.rand(6, 4, 8))
-        with refuses("tiles must be a torch.Tensor, not NoneType", error=TypeError):
+        with refuses("local must be a torch.Tensor, not NoneType", error=TypeError):
             ONE.with_data()
-        with refuses("global tiles must be a torch.Tensor, not list", error=TypeError):
+        with refuses("stride must be a torch.Tensor, not list", error=TypeError):
             ONE.with_data(stride=[1])
         with refuses("must be a TileBatch", error=TypeError):
             dv.DualPerspectiveTileBatch(ONE.local, None)

@@ -125,7 +125,7 @@ def test_colours_of_tiles_differ(grid):
 
 def test_errors():
     image = Image.new("RGB", (5, 4))
-    with pytest.raises(ValueError, match="cannot be cut into 3 x 5 tiles"):
+    with pytest.raises(ValueError, match="cannot be cut by a grid of 3 x 5 tiles"):
         draw_tiles(image, (3, 5))
     with pytest.raises(ValueError, match="grid of 33x1 cannot be drawn readably: at most 32"):
         draw_tiles(Image.new("RGB", (1, 33)), (33, 1))
