@@ -77,7 +77,8 @@ def check_pictures(pixel_values: Tensor, image_grids: Tensor | None, image_sizes
                 raise ValueError(f"{name}={shown(pairs)} on meta: must hold numbers.")
     if image_sizes is not None and (image_grids is None or len(image_grids) != len(image_sizes)):
         raise ValueError(
-            f"image_grids={shown(image_grids)}, image_sizes={shown(image_sizes)}: give both for every image, or none."
+            f"image_grids={shown(image_grids)}, image_sizes={shown(image_sizes)}: give both for every image; of images "
+            "without grids there is no size, omit it."
         )
 
 
