@@ -258,7 +258,7 @@ def test_mixed_grids_do_not_attend_to_padding():
             tokens(wrong)
     with refuses("image_sizes=", "(1, 2)", "image_grids=", "for every image"):
         tokens([(56, 84)])
-    with refuses("image_sizes", "give both for every image, or none"):
+    with refuses("image_sizes", "omit it"):
         model.get_image_features(torch.randn(1, 3, 56, 84), image_sizes=torch.tensor([[56, 84]]))
 
 
