@@ -98,9 +98,7 @@ def test_figures_that_stand_on_two_pages_agree():
         r"^\| time of the module .* batch 16, .* \| (.*?) ms \| (.*?) ms \|", text_of("choosing.md"), re.MULTILINE
     )
     for preset, time in zip(("released", "paper"), gpu, strict=True):
-        assert re.search(
-            rf"^\| {preset}, forward \| 16 \|.*\| {time} / [\d.]+ \|$", text_of("kernels.md"), re.MULTILINE
-        )
+        assert re.search(rf"^\| {preset}, forward \| 16 \|.* / {time} \|$", text_of("kernels.md"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
