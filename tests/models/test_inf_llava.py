@@ -676,7 +676,7 @@ def test_image_path_compiles_without_graph_breaks():
     pixels = torch.randn(1, 3, 56, 84)
 
     def tokens(x):
-        return torch.stack(model.model.get_image_features(x).pooler_output)
+        return torch.stack(list(model.model.get_image_features(x).pooler_output))
 
     torch._dynamo.reset()
     compiled = torch.compile(tokens, fullgraph=True, backend="eager")
