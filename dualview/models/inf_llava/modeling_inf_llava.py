@@ -221,8 +221,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
             - image_grids, image_sizes: (num_images, 2)
             - last_hidden_state: (num_images, image_seq_length, vision width)
-            - pooler_output: a list of num_images tensors (image_seq_length, text width); one tensor where it is exported
-              or, with torch 2.11, compiled
+            - pooler_output: a list of num_images tensors (image_seq_length, text width); one tensor where it is
+              exported or, with torch 2.11, compiled
             - hidden_states, on request: a tuple of (num_images, prefix and patch tokens, vision width)
             - attentions, on request: a tuple of (num_images, heads, tokens, tokens)
 
