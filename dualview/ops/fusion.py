@@ -47,7 +47,7 @@ def declared(fusion: nn.Module, name: str) -> Any:
 
 
 class _Fusion(nn.Module):
-    """What fusions share: arguments, so that one can be exchanged for another, and checks. Few need the arguments."""
+    """The arguments of every fusion, so that one can be exchanged for another; few need them."""
 
     dim: int | None = None
 
@@ -61,14 +61,6 @@ class _Fusion(nn.Module):
         for layer in list(self.modules())[1:]:
             if callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
-
-    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
-        check_maps(self, v_loc, v_glo)
-        return self._fuse(v_loc, v_glo)
-
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class LinearConcatFusion(_Fusion):
@@ -98,7 +90,9 @@ class LinearConcatFusion(_Fusion):
         self.local_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
         self.global_proj = nn.Linear(dim, dim // 2, bias=False, device=device, dtype=dtype)
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
 
 
@@ -139,7 +133,9 @@ class BottleneckConcatFusion(_Fusion):
         self.local_bottleneck, self.global_bottleneck = bottleneck(), bottleneck()
         self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         halves = [self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)]
         return cast(Tensor, self.norm(torch.cat(halves, dim=-1) + v_glo + v_loc))
 
@@ -162,7 +158,9 @@ class AdditionFusion(_Fusion):
 
     radius, linear = 0, True
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         return v_glo + v_loc
 
 
@@ -194,7 +192,9 @@ class WeightedAdditionFusion(_Fusion):
         """Weigh both maps equally."""
         nn.init.zeros_(self.logit)
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         a = self.logit.sigmoid()
         return a * v_glo + (1 - a) * v_loc
 
@@ -217,7 +217,9 @@ class MultiplicationFusion(_Fusion):
 
     radius, linear = 0, False
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         return v_glo * v_loc
 
 
@@ -239,7 +241,9 @@ class MaxPoolFusion(_Fusion):
 
     radius, linear = 0, False
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (..., D), (..., D) -> (..., D)"""
+        check_maps(self, v_loc, v_glo)
         return torch.maximum(v_glo, v_loc)
 
 
@@ -266,7 +270,9 @@ class Conv3x3Fusion(_Fusion):
         self.dim = dim = check_width(dim, device, dtype)
         self.conv = nn.Conv2d(2 * dim, dim, kernel_size=3, padding=1, device=device, dtype=dtype)
 
-    def _fuse(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+    def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
+        """Fuse two maps. (B, H, W, D), (B, H, W, D) -> (B, H, W, D)"""
+        check_maps(self, v_loc, v_glo)
         return cast(Tensor, self.conv(torch.cat([v_glo, v_loc], dim=-1).movedim(-1, -3))).movedim(-3, -1)
 
 
