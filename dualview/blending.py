@@ -284,34 +284,17 @@ SCHEMA = (
 
 # One operator for torch.compile and vmap, which would otherwise go through every tile.
 @torch.library.custom_op("dualview::overlapping", mutates_args=(), schema=SCHEMA)
-def _overlapping(
-    x: Tensor,
-    kind: Kind,
-    size: Size,
-    tile: Size,
-    overlap: Size,
-    border: Border,
-    window: Window,
-    data_format: DataFormat,
-) -> Tensor:
-    positions = TilePositions.of(size, tile, overlap, border)
-    return MOVES[kind][0](x, positions, window, data_format)
+def _overlapping(x: Tensor, kind: Kind, *given: Any) -> Tensor:
+    *place, window, data_format = given
+    return MOVES[kind][0](x, TilePositions.of(*place), window, data_format)
 
 
 @_overlapping.register_fake
-def _(
-    x: Tensor,
-    kind: Kind,
-    size: Size,
-    tile: Size,
-    overlap: Size,
-    border: Border,
-    window: Window,
-    data_format: DataFormat,
-) -> Tensor:
+def _(x: Tensor, kind: Kind, *given: Any) -> Tensor:
+    *place, _, data_format = given
+    size, tile = place[:2]
     if kind in ("cut", "share"):
-        count = len(TilePositions.of(size, tile, overlap, border))
-        return x.new_empty(_shape(x, (*x.shape[:-3], count), tile, data_format))
+        return x.new_empty(_shape(x, (*x.shape[:-3], len(TilePositions.of(*place))), tile, data_format))
     return x.new_empty(_shape(x, tuple(x.shape[:-4]), size, data_format))
 
 
