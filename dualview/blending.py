@@ -161,9 +161,9 @@ def tiles_at(x: Tensor, positions: TilePositions, numbers: Sequence[int], data_f
     """Some of the tiles of a map."""
     whole = _shape(x, (*x.shape[:-3], len(numbers)), positions.tile, data_format)
     tiles = x.new_empty(whole) if positions.border == "shift" else x.new_zeros(whole)
-    source, targets, corners = planes(x, data_format), planes(tiles, data_format), positions.corners()
+    source, targets, (rows, cols) = planes(x, data_format), planes(tiles, data_format), positions.starts
     for k, number in enumerate(numbers):
-        top, left = corners[number]
+        top, left = rows[number // len(cols)], cols[number % len(cols)]
         part = source[..., top : top + positions.tile[0], left : left + positions.tile[1]]
         targets[..., k, :, : part.shape[-2], : part.shape[-1]].copy_(part)
     return tiles

@@ -171,7 +171,8 @@ def _gathered(
         )
     first = source.data_format == "channels_first"
     shape = (grid.num_tiles, *((source.channels, *tile) if first else (*tile, source.channels)))
-    rows = max(1, max(block.stop - block.start for block, _ in source.blocks()) // grid.rows)  # that one block fills
+    block, _ = next(source.blocks())  # the first one starts at 0, and none is larger
+    rows = max(1, block.stop // grid.rows)  # that one block fills
     chunks = (1, source.channels, rows, tile[1]) if first else (1, rows, tile[1], source.channels)
     new = NewStore(Path(store), shape, source.dtype.newbyteorder("="), chunks)
     try:

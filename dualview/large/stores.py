@@ -64,7 +64,8 @@ def check_new(path: Path) -> None:
     Raises:
         ValueError: The name ends in neither .npy nor .zarr.
         FileNotFoundError: The folder does not exist.
-        FileExistsError: There is a folder of that name. (A file of that name is replaced.)
+        FileExistsError: There is a folder of that name, or a file that a .zarr store would replace. (A .npy file of
+            that name is replaced.)
         ImportError: It ends in .zarr, and zarr is not installed.
     """
     if path.suffix not in (".npy", ".zarr"):
@@ -75,5 +76,5 @@ def check_new(path: Path) -> None:
         need("zarr")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist: make it first.")
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".zarr" and path.exists()):
         raise FileExistsError(f"{path} exists: remove it first, or choose another name.")

@@ -54,7 +54,7 @@ class TileWriter:
             many or too few.
         TypeError: The target is none of these, tiles are no tensors, or of a type that numpy does not have.
         FileNotFoundError: The target's folder does not exist.
-        FileExistsError: The target exists, and is a folder. (A .npy file is replaced.)
+        FileExistsError: The target exists, and is a folder or is to be a .zarr store. (A .npy file is replaced.)
         ImportError: zarr is needed, and not installed.
 
     Example:
@@ -134,6 +134,7 @@ class TileWriter:
             try:
                 self._start(batch)
             except ValueError as error:
+                self.total = 0  # what was refused is not the first tile
                 raise ValueError(f"tiles={shown(tiles)} do not fit: {error}") from error
         if (batch.shape[1:], batch.dtype) != self.kind:
             raise ValueError(f"tiles={shown(tiles)}: the first tile had shape and type {self.kind}, and all must.")

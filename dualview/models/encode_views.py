@@ -111,7 +111,7 @@ def _grid_of(images: Tensor, options: ViewOptions) -> TileGrid:
 
 
 def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> Tensor:
-    chunk = max_tiles_per_pass or (1 if tiles.device.type == "cpu" else 128)
+    chunk = views_per_pass(tiles, max_tiles_per_pass)
     if isinstance(encoder, nn.Module) and any(mixes_tiles(module) for module in encoder.modules()):
         chunk = max(len(tiles), 1)
         if max_tiles_per_pass is not None and max_tiles_per_pass < chunk:
@@ -130,6 +130,11 @@ def _encode(encoder: Encoder, tiles: Tensor, max_tiles_per_pass: int | None) -> 
                 f"({part.shape[0]}, h', w', D). Drop prefix tokens and .unflatten(1, (h', w')) in a small wrapper."
             )
     return torch.cat(features)
+
+
+def views_per_pass(views: Tensor, most: int | None) -> int:
+    """How many sub-images go through an encoder at once: as many as is said, or what suits the device."""
+    return most or (1 if views.device.type == "cpu" else 128)
 
 
 def mixes_tiles(module: nn.Module) -> bool:

@@ -362,3 +362,11 @@ def test_batches_of_several_images():
         trial = Trial(family)
         inputs = inputs_for(trial.bare, family, images=2)
         assert torch.equal(logits(dv.attach(copy.deepcopy(trial.bare)), inputs), logits(trial.bare, inputs))
+
+
+def test_gates_of_some_modules_alone_are_refused() -> None:
+    own = [dv.DualPerspectiveEnhance.released(32, gate=gate) for gate in (True, False)]
+    trial = Trial("vipllava")
+    with refuses("some have none"):
+        dv.attach(trial.bare, layers=[-1, 1], dem=own)
+    assert unharmed(trial)

@@ -136,6 +136,9 @@ def test_zarr_there_and_back(perspective: str, data_format: str, tmp_path: Path)
     assert (zarr.open_array(tmp_path / "out.zarr", mode="r")[:] == x).all()
     with refuses("out.zarr exists", "remove it first", error=FileExistsError):
         dv.TileWriter(tmp_path / "out.zarr", reader.size, **options)
+    (tmp_path / "file.zarr").touch()
+    with refuses("file.zarr exists", error=FileExistsError):
+        dv.TileWriter(tmp_path / "file.zarr", reader.size, **options)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or "tiles.npy" in path.name]
 
 

@@ -349,6 +349,11 @@ class TestWrongArguments:
         for wrong in (np.zeros((10, 15), np.float32), np.zeros((1, 10, 14), np.uint8)):
             with refuses(str(wrong.shape), str(wrong.dtype), "(1, 10, 14) or (10, 14) of float32"):
                 dv.TileWriter(wrong, (10, 14)).write(tiles)
+        with dv.TileWriter(out := np.zeros((1, 10, 14), np.float32), (10, 14)) as writer:
+            with refuses("torch.float64"):
+                writer.write(tiles.double())
+            writer.write(tiles)  # what was refused says nothing of what comes next
+        assert torch.equal(torch.from_numpy(out), dv.blend_tiles(tiles, (10, 14), overlap=0))
         writer = dv.TileWriter(np.zeros((10, 14), np.float32), (10, 14))
         with refuses("(5, 7)", "(T, C, h, w)"):
             writer.write(tiles[0, 0])

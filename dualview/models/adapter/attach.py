@@ -270,6 +270,8 @@ def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[li
                 f"a dem for tokens of width {getattr(one, 'dim', '?')} with readout "
                 f"{getattr(one, 'readout', '?')!r}: this model reads tokens of width {width}, as many as one tile has."
             )
+    if len({gate_of(one) is None for one in dems}) > 1:
+        raise ValueError(f"dem={shown(dem)}: some of these modules have a gate and some have none: all must, or none.")
     return dems, None
 
 

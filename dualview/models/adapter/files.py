@@ -30,7 +30,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: Is made where it does not exist.
 
     Raises:
-        ValueError: Nothing is attached, or a layer of it has been replaced (LoRA: merge it first).
+        ValueError: Nothing is attached, a layer of it has been replaced (LoRA: merge it first), or the folder cannot be
+            made.
+        TypeError: ``folder`` is no path.
+        OSError: A file cannot be written.
 
     Example:
         >>> from torch import nn
@@ -92,6 +95,7 @@ def load_adapter(
     Raises:
         ValueError: The files are not what was written, belong to another model, or something is attached already. The
             model is as it was.
+        TypeError: ``folder`` is no path, or ``dem`` is of the wrong type.
         FileNotFoundError: A file is missing.
 
     Example:

@@ -17,6 +17,7 @@ from dualview.geometry import Size
 from dualview.models.adapter.hosts import Place
 from dualview.models.adapter.outputs import features_at, put_features
 from dualview.models.adapter.patches import from_blocks, from_rows, to_blocks, to_rows
+from dualview.models.encode_views import views_per_pass
 from dualview.models.parts import ViewOptions
 from dualview.models.view_plan import ViewPlan, cut_views, plan_encoder
 from dualview.ops.planned.run import select
@@ -233,7 +234,7 @@ def enhance_packed(
     bases = maps(output, _sizes(images))
     groups = _by_size(images, child, options)
     views = [view for group in groups for image in group.views for view in image]
-    chunk = options.max_tiles_per_pass or (1 if views[0].device.type == "cpu" else 128)
+    chunk = views_per_pass(views[0], options.max_tiles_per_pass)
     features = iter(one for start in range(0, len(views), chunk) for one in encode(views[start : start + chunk]))
     tiles = [_stacked(features, len(group.members), len(group.plan.views)) for group in groups]
     enhanced = child(
