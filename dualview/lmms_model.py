@@ -51,6 +51,7 @@ class InfLlavaLmms(lmms):
             given = {name: options[name] for name in GENERATION if options.get(name) is not None}
             if not given.get("temperature"):  # 0 stands for greedy
                 given |= {"do_sample": False, "temperature": None, "top_p": None}
+            given.setdefault("do_sample", True)  # a temperature alone asks for it; the model's own setting is greedy
             inputs = to_inputs(self.chat, _messages(text, images))
             out = self.chat.model.generate(**inputs, **({"max_new_tokens": self.chat.max_new_tokens} | given))
             answer: str = self.chat.processor.decode(

@@ -102,3 +102,12 @@ def test_what_it_does_not_do(lmms_model, place):
         lmms_model.InfLlavaLmms(str(place), batch_size=4)
     with refuses("single round", error=NotImplementedError):
         model_of(lmms_model, place).generate_until_multi_round([])
+
+
+def test_options_of_a_task_decide_over_the_model_s_own(lmms_model, place, monkeypatch):
+    model = model_of(lmms_model, place)
+    seen, generate = [], model.chat.model.generate
+    monkeypatch.setattr(model.chat.model, "generate", lambda **options: seen.append(options) or generate(**options))
+    for options in ({"temperature": 0.7}, {"temperature": 0.7, "do_sample": False}, {"temperature": 0}):
+        model.generate_until([request("hello", options | {"max_new_tokens": 3}, doc=1)])
+    assert [(one["do_sample"], one["max_new_tokens"]) for one in seen] == [(True, 3), (False, 3), (False, 3)]

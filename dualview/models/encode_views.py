@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,13 @@ def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, val
 def mix(low: Tensor, enhanced: Tensor, dem: nn.Module, low_res: LowRes) -> Tensor:
     """What ``low_res`` says of the features of the low-resolution view and the result of the dem, (B, h', w', D)."""
     gate = gate_of(dem)
-    if gate is not None and low_res != "add":  # low + gate * (mixed - low): at gate 0 the encoder's features
+    if gate is not None and low_res != "add":
+        hook: Any = getattr(dem, "_hf_hook", None)
+        if hook is not None and gate.device != low.device:  # accelerate brings weights for the time of a call alone
+            hook.pre_forward(dem)
+            gate = cast(Tensor, gate_of(dem))
+            hook.post_forward(dem, None)
+        # low + gate * (mixed - low): at gate 0 the encoder's features
         return low + (enhanced - gate * low) * (0.5 if low_res == "mean" else 1.0)
     total = low + enhanced
     return total / 2 if low_res == "mean" else total

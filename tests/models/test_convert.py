@@ -394,3 +394,10 @@ def test_a_damaged_directory_is_not_loaded_in_half(damage, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
         InfLlavaForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert str(tmp_path / "ours") in str(caught.value) or second.name in str(caught.value)
+
+
+def test_rotations_as_transformers_5_writes_them(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 12345.0}
+    write_released(tmp_path / "released", rope_theta=None, rope_scaling=None, rope_parameters=rope)
+    convert_inf_llava(tmp_path / "released", tmp_path / "ours")
+    assert InfLlavaConfig.from_pretrained(tmp_path / "ours").text_config.rope_parameters == rope

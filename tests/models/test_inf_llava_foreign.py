@@ -189,3 +189,13 @@ def test_what_a_server_asks_of_model_and_processor():
     assert out["mm_token_type_ids"][0].count(1) == out["input_ids"][0].count(IMAGE) == 4
     assert hasattr(model, "get_image_features")
     assert model.tp_plan["lm_head"]
+
+
+def test_an_offloaded_gate():
+    """It is read once more where the low-resolution view is mixed in, after the call of its module."""
+    model = tiny_model(dem={"preset": "released", "gate": True})
+    nn.init.constant_(model.model.dem.gate, 0.3)
+    expected = logits_of(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+    assert model.model.dem.gate.is_meta

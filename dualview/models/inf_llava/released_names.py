@@ -86,7 +86,7 @@ def config_of(
         **vocabulary: ``vocab_size``, ``pad_token_id`` and ``image_token_id``.
     """
     image_token_id = vocabulary.pop("image_token_id")
-    text = {name: released[name] for name in LLAMA_FIELDS if released.get(name) is not None}
+    text = {name: released[name] for name in (*LLAMA_FIELDS, "rope_parameters") if released.get(name) is not None}
     return InfLlavaConfig(
         text_config=LlamaConfig(**(text | vocabulary)),
         vision_config=tower_config or _tower_config(tower),
