@@ -128,6 +128,13 @@ class DualPerspectiveTiles(DualTiles):
         """The same images with other contents, of any size and width, such as the features of the tiles.
 
         What is not given is not held any more: pixels and features do not mix.
+
+        Shape:
+            - local, stride: (..., rows*cols, C, h, w) or (..., rows*cols, h, w, D)
+
+        Raises:
+            ValueError: The tiles are not as many as the grid has.
+            TypeError: Neither is given, or one is no tensor.
         """
         return DualPerspectiveTiles(local, stride, self.image)
 
@@ -138,7 +145,7 @@ class DualPerspectiveTiles(DualTiles):
             tokens: Token map (h', w') of one tile.
 
         Raises:
-            ValueError: A tile has fewer pixels than tokens.
+            ValueError: A tile does not split into that many whole patches.
         """
         local, of_global = _key_masks([self.image], tokens, self._first.device)
         return local[0], of_global[0]
@@ -225,6 +232,7 @@ class DualPerspectiveTileBatch(DualTiles):
 
         Raises:
             ValueError: There are none, they are of whole batches, their sizes differ, or some lack a perspective.
+            TypeError: ``tiles`` is no list of `DualPerspectiveTiles`.
         """
         if isinstance(tiles, TEXTS) or not isinstance(tiles, Sequence):
             raise TypeError(f"tiles={shown(tiles)}: must be a list of DualPerspectiveTiles.")

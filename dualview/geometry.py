@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from dualview.arguments import TEXTS, check_choice, check_count, check_size, integer_of, shown
+from dualview.arguments import TEXTS, check_choice, check_count, check_instance, check_size, integer_of, shown
 
 Perspective: TypeAlias = Literal["local", "global"]
 Layout: TypeAlias = Literal["raster", "local", "global"]
@@ -293,7 +293,8 @@ class Placement(NamedTuple):
             tokens: Token map (h', w') of one tile. Pixels beyond whole patches are not seen.
 
         Raises:
-            ValueError: A tile has fewer pixels than tokens.
+            ValueError: A tile does not split into that many whole patches: it has fewer pixels than tokens, or so many
+                pixels beyond whole patches that another would fit.
         """
         tokens = check_size(tokens, "tokens")
         height, width = (
@@ -323,6 +324,24 @@ def check_grids(grids: object, name: str) -> tuple[TileGrid, ...]:
     if isinstance(grids, TEXTS) or not isinstance(grids, Sequence):
         raise ValueError(f"{name}={shown(grids)}: must be a list of grids (rows, cols), one per image.")
     return tuple(TileGrid.of(grid, f"{name}[{i}]") for i, grid in enumerate(grids))
+
+
+def check_placements(images: object, grids: tuple[TileGrid, ...], name: str) -> tuple[Placement, ...]:
+    """A sequence of placements, one per image, on these grids.
+
+    Raises:
+        TypeError: It is none, or one of them is no placement.
+        ValueError: Their grids are others.
+    """
+    given: Any = check_instance(images, name, (tuple, list), "a list of Placements, one per image, or None")
+    for i, image in enumerate(given):
+        check_instance(image, f"{name}[{i}]", Placement, "a Placement, as DualPerspectiveCrop gives it")
+    if tuple(image.grid for image in given) != grids:
+        raise ValueError(
+            f"TileBatch {name} of grids {[str(image.grid) for image in given]} do not fit its grids "
+            f"{[str(grid) for grid in grids]}."
+        )
+    return tuple(given)
 
 
 def check_live(live: object, grid: TileGrid) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -94,7 +94,9 @@ def assert_tile_order(
     expected = crop(images, grid, perspective, data_format=data_format).flatten(0, 1)
     made = _as_tensor(returned := fn(images.clone()))
     if made is None:
-        raise AssertionError(f"fn returned {shown(returned)}: expected tensors or arrays of tiles, or lists of them.")
+        raise AssertionError(
+            f"fn={shown(fn)} returned {shown(returned)}: expected tensors or arrays of tiles, or lists of them."
+        )
     nested = made.dim() == expected.dim() + 1 and made.shape[:2] == (batch, grid.num_tiles)
     found = (made.flatten(0, 1) if nested else made).to(device=expected.device, dtype=expected.dtype)
     if found.shape != expected.shape:

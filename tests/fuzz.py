@@ -186,7 +186,9 @@ def _by_raise(traceback: TracebackType) -> bool:
 
 def _shows(text: str, value: object) -> bool:
     """Whether a value, its type or its shape stands in a text."""
-    marks = {shown(value)[:30], type(value).__name__}
+    marks = {shown(value)[:30]}
+    if re.search(rf"\b{type(value).__name__}\b", text):  # "int" stands in "integer", "list" in "listed"
+        return True
     if isinstance(value, type):
         marks.add(value.__name__)
     if getattr(value, "is_nested", False):  # which has no shape

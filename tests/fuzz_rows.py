@@ -148,10 +148,17 @@ def _batches() -> dict[str, Row]:
     return {
         "TileBatch": Row(
             dv.TileBatch,
-            {"data": BATCH.data, "offsets": (0, 6, 8), "grids": BATCH.grids, "perspective": "local"},
+            {
+                "data": BATCH.data,
+                "offsets": (0, 6, 8),
+                "grids": BATCH.grids,
+                "perspective": "local",
+                "images": packed.images,
+            },
         ),
         "TileBatch.collate": Row(
-            dv.TileBatch.collate, {"tiles": BATCH.split(), "grids": [(2, 3), (1, 2)], "perspective": "local"}
+            dv.TileBatch.collate,
+            {"tiles": BATCH.split(), "grids": [(2, 3), (1, 2)], "perspective": "local", "images": packed.images},
         ),
         "TileBatch.split": Row(BATCH.split),
         "TileBatch.slice": Row(BATCH.slice, {"start": 0, "stop": 1}),

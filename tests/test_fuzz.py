@@ -11,6 +11,7 @@ from torch import nn
 
 import dualview as dv
 import dualview.models
+from dualview.arguments import check_count
 from dualview.ops import functional
 from tests.fuzz import Row, draws, fault_of, try_call
 from tests.fuzz_rows import RECORDS, rows
@@ -64,13 +65,15 @@ def test_wrong_arguments_are_named() -> None:
         (lambda x: nn.Linear(2, 2).forward(x), "raised by"),
         (lambda x: dv.TileGrid(2, x), "names none"),
         (lambda x: dv.TileBatch.collate([torch.zeros(6, 3)] * (x is None), []), "names none"),
+        (lambda x: check_count(0, "x"), "shows the value of none"),
     ],
 )
 def test_errors_that_do_not_help_are_found(call: Any, fault: str) -> None:
     """Of others, without the name, without the value: the fuzz would be worth nothing if it let them pass."""
-    finding = try_call("call", Row(call, {"x": 3}), {"x": "wrong"})
-    assert finding is not None
-    assert fault in str(finding)
+    for wrong in ("wrong", -7):
+        finding = try_call("call", Row(call, {"x": 3}), {"x": wrong})
+        assert finding is not None
+        assert fault in str(finding)
 
 
 def test_what_python_raises_in_the_package_is_no_error_of_it() -> None:

@@ -56,7 +56,7 @@ class DualPerspectiveCrop(nn.Module):
         ValueError: ``remainder`` or a perspective is unknown; an image is no multiple of the tile ("error") or smaller
             than one ("error", "crop"); the list is empty or its images differ in channels; ``pad_value`` has another
             number of channels or does not fit the type of the images; the channels of a single image seem to come last.
-        TypeError: An image is no tensor.
+        TypeError: An image is no tensor, or of a type that cannot be smoothed (``low_pass``) or interpolated.
 
     Example:
         >>> import torch
@@ -111,9 +111,7 @@ class DualPerspectiveCrop(nn.Module):
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
         """The images on a canvas of whole tiles, and the (height, width) of it that is real."""
         (height, width), (h, w) = check_size(tuple(images.shape[-2:]), "images of size"), self.tile
-        if self.remainder == "error":
-            TileGrid.whole((height, width), self.tile)
-        if height % h == 0 and width % w == 0:
+        if self.remainder == "error" or (height % h == 0 and width % w == 0):
             return images, (height, width)
         if self.remainder == "crop":
             rows, cols = TileGrid.for_image((height, width), self.tile)

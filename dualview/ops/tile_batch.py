@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from dualview.arguments import check_choice, check_index, check_indices, shown
-from dualview.geometry import PERSPECTIVES, GridLike, Perspective, Placement, TileGrid, check_grids, check_perspective
+from dualview.geometry import (
+    PERSPECTIVES,
+    GridLike,
+    Perspective,
+    Placement,
+    TileGrid,
+    check_grids,
+    check_perspective,
+    check_placements,
+)
 from dualview.records import Record
 from dualview.tensors import check_list, check_tensors
 from dualview.views import rectangle
@@ -32,6 +41,7 @@ class TileBatch(Record, tensors=("data",)):
 
     Raises:
         ValueError: Offsets, grids, images and the number of tiles do not agree.
+        TypeError: ``data`` is no tensor, or ``images`` are no placements.
 
     Example:
         >>> batch = TileBatch.collate([torch.zeros(6, 3, 4, 4), torch.ones(2, 3, 4, 4)], [(2, 3), (1, 2)])
@@ -61,11 +71,8 @@ class TileBatch(Record, tensors=("data",)):
                 f"TileBatch data of shape {tuple(self.data.shape)} does not fit grids {[str(g) for g in self.grids]}: "
                 f"the first dimension must be {expected[-1]} tiles."
             )
-        if self.images is not None and tuple(image.grid for image in self.images) != self.grids:
-            raise ValueError(
-                f"TileBatch images of grids {[str(image.grid) for image in self.images]} do not fit its grids "
-                f"{[str(g) for g in self.grids]}."
-            )
+        if self.images is not None:
+            object.__setattr__(self, "images", check_placements(self.images, self.grids, "images"))
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -103,7 +110,7 @@ class TileBatch(Record, tensors=("data",)):
                 f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
                 "and the same tile size, type and device throughout."
             )
-        places = None if images is None else tuple(images)
+        places = None if images is None else check_placements(images, grid_tuple, "images")
         return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective, places)
 
     def split(self) -> list[Tensor]:
