@@ -6,7 +6,7 @@ Inside, heads come before queries and keys: queries are (B, T, H, M * G, E), key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -62,12 +62,16 @@ def gradients_by_chunks(
     return of_q, of_k, of_v
 
 
-def _chunks(problem: Problem) -> Iterator[slice]:
-    """The tiles, as many at a time as the scores of one image allow: whatever the batch, to suit an exported graph."""
+def chunks(tiles: int, scores: int, device: torch.device) -> list[slice]:
+    """The tiles, as many at a time as their scores allow, of which each has so many."""
+    step = max(1, SCORES_AT_ONCE.get(device.type, MOST_SCORES) // max(1, scores))
+    return [slice(first, min(first + step, tiles)) for first in range(0, max(1, tiles), step)]
+
+
+def _chunks(problem: Problem) -> list[slice]:
+    """Those of one image, whatever the batch: to suit an exported graph."""
     _, tiles, *rows, _ = problem.q.shape
-    most = SCORES_AT_ONCE.get(problem.q.device.type, MOST_SCORES)
-    step = max(1, most // max(1, torch.Size(rows).numel() * problem.k.shape[2]))
-    return (slice(first, min(first + step, tiles)) for first in range(0, max(1, tiles), step))
+    return chunks(tiles, torch.Size(rows).numel() * problem.k.shape[2], problem.q.device)
 
 
 def by_head(x: Tensor) -> Tensor:

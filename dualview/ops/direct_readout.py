@@ -76,8 +76,8 @@ class DirectReadout(nn.Module):
         }
         planes = []
         for perspective, rows, cols in plan.cuts:
-            taken = take_tiles(given[perspective], rows, cols, perspective, grid)
-            planes.append(put_back(taken, rows, cols, perspective, grid))
+            for taken in take_tiles([given[perspective]], rows, cols, perspective, grid, [slice(None)]):
+                planes.append(put_back(taken, rows, cols, perspective, grid))
         total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
         whole = tuple(total.shape[1:3]) == grid.map_size(size)
         return read_out(total, grid, self.readout) if whole else mean_of_cells(total, size)

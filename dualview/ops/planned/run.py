@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple, cast
 
+import einops
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.arguments import check_size
 from dualview.geometry import Perspective, Size, TileGrid
+from dualview.kernels.chunked_attention import chunks
 from dualview.kernels.retile import retile
 from dualview.kernels.tables import listed, table
 from dualview.kernels.tile_attention import tile_attention
@@ -97,28 +100,57 @@ def enhance_direction(
         (B, live rows, live columns, D), or (B, h, w, D) averaged
     """
     keys_of = KEYS_OF_QUERY[d.query]
-    query = _take_sum(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
-    key = _take_sum(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid)
     mask = masks[keys_of]
     if mask is not None:
         live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
         cut = crop(mask.unsqueeze(-1), grid, d.cut, data_format="channels_last", backend="torch").flatten(2)
         mask = select(cut, 1, live)
+    groups = tiles_at_a_time(d, a, attention, maps[d.query][0].tiles)
+    queries = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid, groups)
+    keys = take_tiles(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid, groups)
     if a == Arrangement():
-        return put_back(attention(query, key, mask), d.query_rows, d.query_cols, d.cut, grid)
+        return put_back(attention(next(queries), next(keys), mask), d.query_rows, d.query_cols, d.cut, grid)
 
-    cells = Cells(plan, d, grid, a)
-    query = cells.group(query)
-    collected = attend_arranged(attention, a, query, key, mask, members=cells.members, folded=folded)
-    collected = cells.average(collected.flatten(3), inside=True).unflatten(-1, collected.shape[3:])
-    if a.absorb and project:
-        attended = None
-        if mask is not None:
-            any_key = mask.any(-1)[:, :, None, None].to(query.dtype)
-            attended = cells.average(any_key.expand(-1, -1, query.shape[2], -1))
-        collected = project_values(attention, collected, attended)
-    tokens = attention.finish(collected.flatten(3), cells.average(query) if attention.residual else query)
-    return cells.map_of(tokens)
+    r, s = plan.cell if a.pool == "cells" else (1, 1)
+    rows = d.query_rows.per_tile // r
+
+    def attended() -> Iterator[dict[str, Tensor]]:
+        """What the queries of each group collect, and what of them has to be averaged with it, for `finished`."""
+        for tiles, query, key in zip(groups, queries, keys, strict=True):
+            by_cell = rearrange(query, "b t (i r j s) d -> b t (r s i j) d", i=rows, r=r, s=s)
+            key_mask = None if mask is None else mask[:, tiles]
+            found = attend_arranged(attention, a, by_cell, key, key_mask, members=r * s, folded=folded)
+            part = {"found": found.flatten(3)}
+            if attention.residual:
+                part["query"] = by_cell.unflatten(2, (r * s, -1)).mean(2) if r * s > 1 else query
+            if key_mask is not None:
+                part["any_key"] = key_mask.any(-1)[:, :, None, None].to(query.dtype).expand(-1, -1, found.shape[2], 1)
+            yield part
+
+    def finished(found: Tensor, query: Tensor | None = None, any_key: Tensor | None = None) -> Tensor:
+        if a.absorb and project:
+            found = project_values(attention, found.unflatten(-1, (attention.num_heads, -1)), any_key).flatten(3)
+        return attention.finish(found, cast(Tensor, query))
+
+    if a.pool == "map":
+        means = mean_across_tiles(attended(), plan, d, grid)
+        return cast(Tensor, finished(**means).squeeze(1).unflatten(1, plan.tokens))
+    parts = [finished(**part) for part in attended()]
+    tokens = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if a.pool is None:
+        return put_back(tokens, d.query_rows, d.query_cols, d.cut, grid)
+    return recombine(tokens.unflatten(2, grid.tile_size(plan.tokens)), grid, "local", data_format="channels_last")
+
+
+def tiles_at_a_time(d: DirectionPlan, a: Arrangement, attention: TileAttention, like: Tensor) -> list[slice]:
+    """The tiles, as many at a time as the scores of one image allow; all at once where gradients are recorded.
+
+    A backward pass would need all that is made for all tiles, and would bring their gradients together one by one.
+    """
+    spans_tiles = a.pool == "map" and d.cut == "local"  # a cell has tokens of several tiles
+    if a == Arrangement() or spans_tiles or torch.is_grad_enabled():
+        return [slice(0, d.num_tiles)]
+    return chunks(d.num_tiles, d.queries * attention.num_heads * d.keys, like.device)
 
 
 # --- The products in another order ------------------------------------------------------------------------------------
@@ -215,73 +247,36 @@ def fuse_with_values(fusion: LinearConcatFusion, collected: list[Tensor], attent
     return torch.cat(list(halves), dim=-1)
 
 
-# --- The average over cells -------------------------------------------------------------------------------------------
-
-
-class Cells:
-    """Where one direction takes the average of the readout's cells.
-
-    Queries that are averaged inside a tile are put in order first, those of one cell ``members`` apart.
-    """
-
-    def __init__(self, plan: EnhancePlan, d: DirectionPlan, grid: TileGrid, a: Arrangement) -> None:
-        self.plan, self.d, self.grid, self.pool = plan, d, grid, a.pool
-        self.members = plan.cell[0] * plan.cell[1] if a.pool == "cells" else 1
-
-    def group(self, query: Tensor) -> Tensor:
-        """Queries of one cell of a tile ``members`` apart. (B, T, Q, D), unchanged"""
-        if self.pool != "cells":
-            return query
-        rows, (r, s) = self.d.query_rows.per_tile // self.plan.cell[0], self.plan.cell
-        return rearrange(query, "b t (i r j s) d -> b t (r s i j) d", i=rows, r=r, s=s)
-
-    def average(self, x: Tensor, *, inside: bool = False) -> Tensor:
-        """The mean over each cell; ``inside``: of what the attention has already averaged inside. (B, T, Q, C)"""
-        d = self.d
-        if self.pool is None or (self.pool == "cells" and inside):
-            return x
-        if self.pool == "cells":
-            return cast(Tensor, x.unflatten(2, (self.members, -1)).mean(2))
-        if d.cut == "global":  # a cell has one token in every tile, at the same place
-            return x.mean(1, keepdim=True)
-        whole = put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
-        return mean_of_cells(whole, self.plan.tokens).flatten(1, 2).unsqueeze(1)
-
-    def map_of(self, x: Tensor) -> Tensor:
-        """The tokens of all tiles as one map. (B, T, Q, C) -> (B, rows, columns, C)"""
-        d = self.d
-        if self.pool is None:
-            return put_back(x, d.query_rows, d.query_cols, d.cut, self.grid)
-        if self.pool == "cells":
-            h, w = self.grid.tile_size(self.plan.tokens)
-            return recombine(x.unflatten(2, (h, w)), self.grid, "local", data_format="channels_last")
-        return cast(Tensor, x.squeeze(1).unflatten(1, self.plan.tokens))
-
-
 # --- Tokens to tiles and back -----------------------------------------------------------------------------------------
 
 
-def take_tiles(source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
-    """The tokens at ``rows`` x ``cols`` as tiles of perspective ``cut``.
+def take_tiles(
+    maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid, groups: Sequence[slice]
+) -> Iterator[Tensor]:
+    """The tokens at ``rows`` x ``cols`` of the sum of maps as tiles of perspective ``cut``, one group after the other.
 
     Shape:
-        (B, present tiles, h, w, D) -> (B, tiles, tokens per tile, D)
+        (B, present tiles, h, w, D) -> (B, tiles of a group, tokens per tile, D)
     """
+    for parts in zip(*(_take_tiles(tile_map, rows, cols, cut, grid, groups) for tile_map in maps), strict=True):
+        yield reduce(torch.add, parts)
+
+
+def _take_tiles(
+    source: TileMap, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid, groups: Sequence[slice]
+) -> Iterator[Tensor]:
     wanted = [i * grid.cols + j for i in rows.tiles for j in cols.tiles]
-    if rows.whole and cols.whole:
-        if source.perspective == cut:
-            held = select(source.tiles, 1, [source.present.index(tile) for tile in wanted])
-            return held.flatten(2, 3).contiguous()  # which every projection of it would make anew
-        if len(source.present) == len(wanted) == grid.num_tiles:
-            whole: Tensor = retile(source.tiles, source.perspective, cut, grid)
-            return whole.flatten(2, 3)
-    index = token_index(source, rows, cols, grid)
-    return cast(Tensor, source.tiles.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape))
-
-
-def _take_sum(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
-    taken = [take_tiles(tile_map, rows, cols, cut, grid) for tile_map in maps]
-    return taken[0] if len(taken) == 1 else taken[0] + taken[1]
+    whole = rows.whole and cols.whole
+    if whole and source.perspective == cut:
+        held = select(source.tiles, 1, [source.present.index(tile) for tile in wanted]).flatten(2, 3)
+        for some in groups:
+            yield held[:, some].contiguous()  # which every projection of it would make anew
+    elif whole and len(groups) == 1 and len(source.present) == len(wanted) == grid.num_tiles:
+        yield retile(source.tiles, source.perspective, cut, grid).flatten(2, 3)
+    else:
+        index, tokens = token_index(source, rows, cols, grid), source.tiles.flatten(1, 3)
+        for some in groups:
+            yield tokens.index_select(1, index[some].flatten()).unflatten(1, index[some].shape)
 
 
 def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
@@ -333,7 +328,23 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
     """The mean of the tokens read of each cell. (..., h * r, w * c, D) -> (..., h, w, D)"""
     if tuple(plane.shape[-3:-1]) == size:
         return plane
-    return reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
+    return einops.reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
+
+
+def mean_across_tiles(
+    parts: Iterable[dict[str, Tensor]], plan: EnhancePlan, d: DirectionPlan, grid: TileGrid
+) -> dict[str, Tensor]:
+    """The mean over each cell, which has tokens in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)"""
+    means: dict[str, Tensor] = {}
+    for part in parts:
+        for name, x in part.items():
+            if d.cut == "local":  # all tiles are one group
+                whole = put_back(x, d.query_rows, d.query_cols, d.cut, grid)
+                means[name] = mean_of_cells(whole, plan.tokens).flatten(1, 2).unsqueeze(1)
+            else:  # a cell has one token in every tile, at the same place
+                share = x.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) / d.num_tiles
+                means[name] = share if name not in means else means[name] + share
+    return {name: mean.to(part[name].dtype) for name, mean in means.items()}
 
 
 def select(x: Tensor, dim: int, wanted: list[int] | tuple[int, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """The live tokens with their products in any order: the results of the equations, nothing for dead tiles."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dualview as dv
+from benchmarks.measure import peak_bytes
+from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.switches import planning
 from tests.ops.planned.rates import MACHINES, machine
 
@@ -70,6 +73,11 @@ def run(dem, tiles, grid, mask, direction, *, autocast=False):
     return out.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(targets, grads, strict=True)]
 
 
+def at_most(scores):
+    """Within the block so many scores of an image are held at a time."""
+    return patch.dict(SCORES_AT_ONCE, cpu=scores)
+
+
 def mask_of(kind, size):
     """No key mask, one for both maps, or one for each."""
     if kind is None:
@@ -110,9 +118,12 @@ seeds = st.integers(0, 999)
     token_maps,
     masks,
     machines,
+    st.sampled_from([1, 500, 2**19]),
     seeds,
 )
-def test_planned_equals_the_equations_in_outputs_and_gradients(chosen, fusion, grid, tokens, masked, fastest, seed):
+def test_planned_equals_the_equations_in_outputs_and_gradients(
+    chosen, fusion, grid, tokens, masked, fastest, few, seed
+):
     torch.manual_seed(seed)
     if chosen["enhance"] == "both":
         chosen = chosen | {"fusion": OWN.get(fusion, fusion)}
@@ -127,8 +138,11 @@ def test_planned_equals_the_equations_in_outputs_and_gradients(chosen, fusion, g
     with machine(fastest):
         got = run(dem, tiles, grid, mask, direction)
         alone = dem(tiles[0][:, list(live.local)], tiles[1][:, list(live.stride)], grid, mask, live=live)
+        with torch.no_grad(), at_most(few):
+            not_recorded = dem(*tiles, grid, mask)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(alone, got[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(not_recorded, got[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -146,6 +160,8 @@ def test_planned_equals_the_equations_in_outputs_and_gradients(chosen, fusion, g
 def test_planned_errs_as_full_does(arithmetic, preset, chosen, fusion, grid, tokens, masked, fastest, seed):
     """Against float64, outputs and gradients err at most twice as much, and a few roundings more.
 
+    The outputs do so tile by tile, too, where no gradient is recorded.
+
     Both make about as many roundings, but not the same: matrices are multiplied with each other, averages are taken
     sooner, sums have more terms or fewer. So the errors are of one size, and it is chance which is the larger. What is
     allowed beside is relative to the output or the largest gradient, for in what nearly cancels the roundings of the
@@ -162,6 +178,8 @@ def test_planned_errs_as_full_does(arithmetic, preset, chosen, fusion, grid, tok
     mask, direction = mask_of(masked, size), torch.randn(*size, DIM, dtype=dtype)
     with machine(fastest):
         planned = run(dem, tiles, grid, mask, direction, autocast=autocast)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), at_most(1):
+            by_tiles = dem(*tiles, grid, mask)
     with dv.full_computation():
         full = run(dem, tiles, grid, mask, direction, autocast=autocast)
         wide = [x.detach().double().requires_grad_() for x in tiles]
@@ -174,7 +192,9 @@ def test_planned_errs_as_full_does(arithmetic, preset, chosen, fusion, grid, tok
         error, allowed = (float((x.double() - exact).norm()) for x in (planned, full))
         assert error <= 2 * allowed + roundings * scale, f"{name}: {error:.2e}, in full {allowed:.2e}"
 
-    assert_errs_as_full_does("output", planned[0], full[0], exact[0], float(exact[0].norm()))
+    assert by_tiles.dtype == full[0].dtype
+    for name, out in {"output": planned[0], "output tile by tile": by_tiles}.items():
+        assert_errs_as_full_does(name, out, full[0], exact[0], float(exact[0].norm()))
     if isinstance(dem.fusion, dv.MaxPoolFusion):
         return  # its gradient jumps from one map to the other where they cross, and rounding moves that place
     largest = max(float(x.norm()) for x in exact[1])
@@ -293,3 +313,13 @@ def test_only_live_keys_are_projected():
     with dv.full_computation():
         dem(local, stride, (3, 3))
     assert [x.shape[:-1].numel() for x in (*planned, *seen)] == [36, 9 * 36, 324, 324]
+
+
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_tiles_are_gathered_a_few_at_a_time(preset):
+    """Where no gradient is recorded, no copy of all queries, keys or results is ever held."""
+    dem, tiles = getattr(dv.DualPerspectiveEnhance, preset)(128), torch.randn(2, 1, 25, 20, 20, 128)
+    with torch.no_grad(), machine("attention is free"), at_most(1):
+        dem(*tiles, (5, 5))
+        peak = peak_bytes(lambda: dem(*tiles, (5, 5)), "cpu")
+    assert peak < 0.6 * tiles[0].nbytes
