@@ -112,6 +112,9 @@ class DirectionPlan:
         query_cols: Live query columns.
         key_rows: Rows of the keys: the whole tiles that hold queries.
         key_cols: Columns of the keys.
+        num_tiles: Tiles that hold a live query.
+        queries: Queries computed per tile.
+        keys: Keys per tile.
     """
 
     query: Perspective
@@ -120,21 +123,9 @@ class DirectionPlan:
     query_cols: AxisCut
     key_rows: AxisCut
     key_cols: AxisCut
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles that hold a live query."""
-        return len(self.query_rows.tiles) * len(self.query_cols.tiles)
-
-    @property
-    def queries(self) -> int:
-        """Queries computed per tile."""
-        return self.query_rows.per_tile * self.query_cols.per_tile
-
-    @property
-    def keys(self) -> int:
-        """Keys per tile."""
-        return self.key_rows.per_tile * self.key_cols.per_tile
+    num_tiles: int
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -200,7 +191,8 @@ def plan_enhance(
         cut = CROP_OF_QUERY[pairing][query]
         queries = _both(partial(AxisCut.of, cut), fused, grid, tokens)
         keys = _both(partial(AxisCut.widened, perspective=cut), queries, grid, tokens)
-        directions.append(DirectionPlan(query, cut, *queries, *keys))
+        counts = len(queries[0].tiles) * len(queries[1].tiles), *(r.per_tile * c.per_tile for r, c in (queries, keys))
+        directions.append(DirectionPlan(query, cut, *queries, *keys, *counts))
         for perspective in MAPS_OF_ROLE[source][query]:
             needed[perspective].append(fused)
         for perspective in MAPS_OF_ROLE[source][key]:

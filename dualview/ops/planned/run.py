@@ -150,7 +150,7 @@ def tiles_at_a_time(d: DirectionPlan, a: Arrangement, attention: TileAttention, 
     spans_tiles = a.pool == "map" and d.cut == "local"  # a cell has tokens of several tiles
     if a == Arrangement() or spans_tiles or torch.is_grad_enabled():
         return [slice(0, d.num_tiles)]
-    return chunks(d.num_tiles, d.queries * attention.num_heads * d.keys, like.device)
+    return chunks(d.num_tiles, attention.num_heads * d.queries * d.keys, like.device)
 
 
 # --- The products in another order ------------------------------------------------------------------------------------
