@@ -1,12 +1,15 @@
 """`torch.export` with a dynamic batch, for every option of the module and every way to arrange its products."""
 
+import warnings
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dualview as dv
+from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from tests.checks import assert_exports
 from tests.ops.planned.rates import machine
 
@@ -71,3 +74,15 @@ def test_the_equations(preset: str) -> None:
 @pytest.mark.parametrize("source", ["local", "global", "sum"])
 def test_a_readout_alone(source: str) -> None:
     exports(dv.DirectReadout(source), (2, 3), (4, 6))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_a_strict_exporter_has_nothing_to_warn_of(preset: str, recorded: bool) -> None:
+    """No side effects; without gradients the tiles are taken one at a time."""
+    dem, inputs = getattr(dv.DualPerspectiveEnhance, preset)(16), tuple(torch.randn(2, 1, 9, 6, 6, 16))
+    with torch.set_grad_enabled(recorded), patch.dict(SCORES_AT_ONCE, cpu=1), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        program = torch.export.export(OnAGrid(dem, (3, 3), masked=False), inputs, strict=True)
+    torch.testing.assert_close(program.module()(*inputs), dem(*inputs, (3, 3)))
