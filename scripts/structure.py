@@ -24,6 +24,37 @@ PACKAGE = Path(dv.__file__).parent
 CHECKS = ("arguments.py", "tensors.py", "models/inf_llava/input_checks.py")
 GROUND = ("__init__.py", *CHECKS, "geometry.py", "views.py", "switches.py", "kernels")
 
+# Commit 513480e had 2,069 statements in ops and kernels. What stood there and stands elsewhere now counts as if it had
+# stayed: by the name that it has now, with the statements that did the same then, or those of now where they are fewer.
+# So what has grown since counts with what it was: records of tiles remember their images, a switch belongs to a thread,
+# one check serves the whole package, and those are new features. Overlap, blending, prediction by tiles and placements
+# were never there, and do not count at all.
+MOVED: dict[str, dict[str, int]] = {
+    "geometry.py": {"LiveTiles": 3, "Readout": 1, "readout_support": 6, "Layout": 1, "DataFormat": 1},
+    "switches.py": {"FULL": 1, "planning": 2, "full_computation": 6, "Switch": 9},  # the two `with` blocks
+    "dual_tiles.py": {"DualPerspectiveTiles": 5, "DualPerspectiveTileBatch": 5},
+    "interpolation.py": {"resized": 7},
+    "padding.py": {"pad_to": 7},
+    "arguments.py": {"check_choice": 22, "check_count": 4},  # check_backend, check_data_format, check_readout, loops
+    "tensors.py": {"check_attention": 8, "check_queries": 2, "check_mask": 2, "check_width": 3, "misfit": 1},
+    "views.py": {
+        "check_map": 4,  # check_rank
+        "tile_size": 4,
+        "check_result_size": 5,
+        "check_tile_pair": 5,
+        "shape_in": 4,
+        "view_in": 7,  # what `_plain` of kernels/retile.py did where tiles hold whole cells
+    },
+}
+ADDED = (
+    ("ops/tile_batch.py", "TileBatch.valid"),
+    ("ops/tile_batch.py", "TileBatch.images"),
+    ("ops/dual_crop.py", "_without_padding"),
+    ("ops/enhance.py", "EnhancedMaps.__repr__"),
+    ("ops/normalized_crop.py", "NormalizedTiles.__repr__"),
+)
+"""Definitions inside that are new features since: results that remember their images, and show them."""
+
 
 def passed_through(call: Callable[[], object], *, ground: bool = False) -> tuple[set[str], set[CodeType]]:
     """Files of the package, and functions in them, that a call enters."""
@@ -48,20 +79,47 @@ def passed_through(call: Callable[[], object], *, ground: bool = False) -> tuple
     return set(ours.values()), {code for code in ours if not code.co_name.startswith("<")}
 
 
-def statements(*folders: str) -> int:
-    """Statements of all files below folders of the package, docstrings aside."""
-    count = 0
-    for folder in folders:
-        for path in (PACKAGE / folder).rglob("*.py"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            count += sum(isinstance(node, ast.stmt) for node in ast.walk(tree))
-            count -= sum(
-                isinstance(node, ast.Expr)
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, str)
-                for node in ast.walk(tree)
-            )
-    return count
+def statements(tree: ast.AST) -> int:
+    """Statements of a file or of a definition, docstrings aside."""
+    nodes = list(ast.walk(tree))
+    docstrings = (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for node in nodes
+    )
+    return sum(isinstance(node, ast.stmt) for node in nodes) - sum(docstrings)
+
+
+def parsed(name: str) -> ast.Module:
+    """A file of the package."""
+    return ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+
+
+def defined(name: str, definition: str) -> int:
+    """Statements of a function, a class, a method (``Class.method``) or a constant of a file."""
+    body: list[ast.stmt] = parsed(name).body
+    for part in definition.split("."):
+        (found,) = [node for node in body if part in _names(node)]
+        body = getattr(found, "body", [])
+    return statements(found)
+
+
+def _names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def core() -> int:
+    """Statements of ``ops`` and ``kernels`` with what has moved out of them, without what was added since."""
+    inside = (
+        path.relative_to(PACKAGE).as_posix() for of in ("ops", "kernels") for path in (PACKAGE / of).rglob("*.py")
+    )
+    moved = sum(
+        min(then, defined(name, definition)) for name, found in MOVED.items() for definition, then in found.items()
+    )
+    added = sum(defined(name, definition) for name, definition in ADDED)
+    return inside + moved - added
 
 
 def paper_dem() -> Callable[[], object]:
@@ -112,7 +170,7 @@ def figures() -> dict[str, int]:
         "DEM planned: files": len(planned[0]),
         "which backend runs: files": len(backend[0]),
         "pixels to tokens: files": len(passed_through(pixels_to_tokens())[0]),
-        "statements of ops and kernels": statements("ops", "kernels"),
+        "statements of ops and kernels": core(),
     }
 
 
