@@ -182,7 +182,7 @@ def run_demo(
         watch.lap("language model", tuple(logits.shape), logits.shape[1])
 
     say("")
-    say(table(watch.stages, device))
+    say(aligned(watch.stages, device))
     say("")
     say(f"The language model read {image_tokens.shape[1]} image tokens and the {text.shape[1]} bytes of {QUESTION!r}.")
     say(f"Wrote {output}: the image under its grid, its local tiles, its stride tiles.")
@@ -191,7 +191,7 @@ def run_demo(
     return DemoReport(watch.stages, image_tokens, logits)
 
 
-def table(stages: list[Stage], device: torch.device) -> str:
+def aligned(stages: list[Stage], device: torch.device) -> str:
     """The stages, aligned, with a last row for the whole."""
     rows = [("stage", "shape", "tokens", "seconds", "peak memory")]
     for stage in stages:

@@ -17,7 +17,7 @@ from dualview.tensors import check_tensors
 from dualview.views import check_tile_pair, rectangle
 
 Group: TypeAlias = tuple[Sequence[int], tuple[Tensor, Tensor, TileGrid, tuple[Tensor, Tensor] | None]]
-"""Images of one grid: their places in the batch where there are others; local tiles, stride tiles, grid and masks."""
+"""Images of one grid: their indices in the batch where there are others; local tiles, stride tiles, grid and masks."""
 
 
 NAMES: dict[Perspective, str] = {"local": "local", "global": "stride"}

@@ -19,7 +19,7 @@ from dualview.kernels.tile_attention import too_wide
 from dualview.models.parts import DualView
 from dualview.models.view_plan import method_of
 from dualview.ops.planned.products import rates_of
-from dualview.stages import DEFAULT_TOKENS, Features, Stage, encoder_stages, enhances, products_of, stages_of
+from dualview.stages import DEFAULT_TOKENS, Features, Stage, arranged_products, encoder_stages, enhances, stages_of
 from dualview.switches import planning
 
 GAP = "  "  # between the columns of the table
@@ -167,7 +167,7 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
     """How the products of a dem are arranged, or why they are not."""
     if not enhances(dem):
         return ""
-    weight, products = _weight_of(dem), products_of(dem, grid, tokens)
+    weight, products = _weight_of(dem), arranged_products(dem, grid, tokens)
     if products.seconds is not None:
         return f"arranged for {weight.device}: {1000 * products.seconds:.1f} ms estimated for one image"
     if not planning():

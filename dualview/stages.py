@@ -62,7 +62,7 @@ def enhances(dem: Any) -> bool:
     return all(hasattr(dem, name) for name in names)
 
 
-def products_of(dem: Any, grid: TileGrid, tokens: Size) -> Products:
+def arranged_products(dem: Any, grid: TileGrid, tokens: Size) -> Products:
     """How the products of a dem are arranged where its weights are or may come to be."""
     return run_without_contents(lambda it: it.products(grid, tokens, next(it.parameters())), dem)[1]  # type: ignore[no-any-return]  # the protocol of the dem
 
@@ -141,10 +141,10 @@ def stages_of(dem: Any, grid: TileGrid, features: Features) -> list[Stage]:
 
 
 def _enhance_stages(dem: Any, grid: TileGrid, tokens: Size) -> list[Stage]:
-    planned, arranged = dem.plan(grid, tokens), products_of(dem, grid, tokens)
+    planned, arranged = dem.plan(grid, tokens), arranged_products(dem, grid, tokens)
     *cost, rest = _costs(dem, grid, planned, arranged)
     with FULL.holding(True, traced=False):
-        full, as_written = dem.plan(grid, tokens), products_of(dem, grid, tokens)
+        full, as_written = dem.plan(grid, tokens), arranged_products(dem, grid, tokens)
         *full_cost, full_rest = _costs(dem, grid, full, as_written)
     pairs = zip(planned.directions, arranged.directions, full.directions, as_written.directions, strict=True)
     texts = [(_direction(d, a), _direction(f, w)) for d, a, f, w in pairs]

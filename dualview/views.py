@@ -130,7 +130,7 @@ def rectangle(inner: Size, outer: Size, device: torch.device) -> Tensor:
 
 
 def in_order(groups: Sequence[Sequence[int]], grids: Sequence[TileGrid], results: Sequence[Tensor]) -> Tensor:
-    """Results of groups of images as one batch, given the places of the images of each group and their grid.
+    """Results of groups of images as one batch, given the indices of the images of each group and their grid.
 
     Raises:
         ValueError: The results are full maps of different grids.
@@ -142,8 +142,8 @@ def in_order(groups: Sequence[Sequence[int]], grids: Sequence[TileGrid], results
         )
     if len(results) == 1:
         return results[0]
-    rows = dict(zip((place for group in groups for place in group), torch.cat(list(results)), strict=True))
-    return torch.stack([rows[place] for place in range(len(rows))])
+    rows = dict(zip((index for group in groups for index in group), torch.cat(list(results)), strict=True))
+    return torch.stack([rows[index] for index in range(len(rows))])
 
 
 def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat, name: str = "x") -> Size:

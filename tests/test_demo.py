@@ -120,7 +120,7 @@ def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):
         ("b", (4, 3), 10, 5.0),
         ("c", (2, 3), 5, 4.0),
     ]
-    lines = demo.table(watch.stages, watch.device).splitlines()
+    lines = demo.aligned(watch.stages, watch.device).splitlines()
     assert lines[3].split()[:6] == ["b", "4", "x", "3", "10", "5.00"]
     assert lines[-2].split() == ["total", "10.00"]
 

@@ -27,10 +27,10 @@ def move(x: Tensor, source: Layout, target: Layout, grid: TileGrid, tile: Size) 
         return out
     *_, stride_h, stride_w, stride_d = x.stride()
     stride_tile = 0 if source == "raster" else x.stride(1)
-    tile_rows, h, *row_steps = _writing(target, grid.rows, tile[0])
-    tile_cols, w, *col_steps = _writing(target, grid.cols, tile[1])
-    of_rows = _reading(source, grid.rows, tile[0], grid.cols * stride_tile, stride_h)
-    of_cols = _reading(source, grid.cols, tile[1], stride_tile, stride_w)
+    tile_rows, h, *row_steps = _result_steps(target, grid.rows, tile[0])
+    tile_cols, w, *col_steps = _result_steps(target, grid.cols, tile[1])
+    of_rows = _source_strides(source, grid.rows, tile[0], grid.cols * stride_tile, stride_h)
+    of_cols = _source_strides(source, grid.cols, tile[1], stride_tile, stride_w)
     dim, bits = x.shape[-1], BITS[x.element_size()]
     block_d = min(triton.next_power_of_2(dim), 128)
     block_v = min(triton.next_power_of_2(w), ELEMENTS // block_d)
@@ -45,7 +45,7 @@ def move(x: Tensor, source: Layout, target: Layout, grid: TileGrid, tile: Size) 
     return out
 
 
-def _writing(layout: Layout, tiles: int, size: int) -> tuple[int, int, int, int]:
+def _result_steps(layout: Layout, tiles: int, size: int) -> tuple[int, int, int, int]:
     """Tiles along an axis, positions of one, and the steps from tile to tile and from position to position."""
     if layout == "raster":
         return 1, tiles * size, 0, 1
@@ -53,7 +53,7 @@ def _writing(layout: Layout, tiles: int, size: int) -> tuple[int, int, int, int]
     return (tiles, size, inner, 1) if tile_factor == 0 else (tiles, size, 1, inner)
 
 
-def _reading(layout: Layout, tiles: int, size: int, stride_tile: int, stride: int) -> tuple[int, int, int]:
+def _source_strides(layout: Layout, tiles: int, size: int, stride_tile: int, stride: int) -> tuple[int, int, int]:
     """The inner factor by which a position on an axis splits, and the strides of its quotient and its remainder."""
     if layout == "raster":
         return tiles * size, 0, stride

@@ -24,7 +24,7 @@ def table(make: Callable[[torch.device, *Ts], Tensor], *args: *Ts, like: Tensor)
     Where the call is traced, or ``like`` is a fake tensor, the table is made for this call alone.
 
     Example:
-        >>> table(listed, (2, 0, 1), like=torch.zeros(1))
+        >>> table(index_tensor, (2, 0, 1), like=torch.zeros(1))
         tensor([2, 0, 1])
     """
     if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
@@ -39,6 +39,6 @@ def table(make: Callable[[torch.device, *Ts], Tensor], *args: *Ts, like: Tensor)
     return _kept.setdefault(key, made) if ordinary else made  # of two threads that miss, both get the same table
 
 
-def listed(device: torch.device, indices: tuple[int, ...]) -> Tensor:
+def index_tensor(device: torch.device, indices: tuple[int, ...]) -> Tensor:
     """Indices one by one."""
     return torch.tensor(indices, dtype=torch.long, device=device)

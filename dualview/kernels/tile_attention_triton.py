@@ -97,12 +97,12 @@ SIZES = ("stride_mask", "T", "G", "K", "H")
 
 
 @triton.jit
-def _place(count, H, T, BLOCK: tl.constexpr):
+def _block(count, H, T, BLOCK: tl.constexpr):
     """The first of its queries or keys, head, tile and image of a program; those of a tile side by side."""
     blocks = tl.cdiv(count, BLOCK)
-    place = tl.program_id(0)
-    rest = (place // blocks).to(tl.int64)
-    return place % blocks * BLOCK, rest % H, rest // H % T, rest // H // T
+    program = tl.program_id(0)
+    rest = (program // blocks).to(tl.int64)
+    return program % blocks * BLOCK, rest % H, rest // H % T, rest // H // T
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _attend(
     BLOCK: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One pass over the keys, with the softmax's maximum so far."""
-    start, h, t, b = _place(G, H, T, BLOCK)
+    start, h, t, b = _block(G, H, T, BLOCK)
     row = start + tl.arange(0, BLOCK)
     ok = row < G
     q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
@@ -186,9 +186,9 @@ def _attend(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    place = ((b * T + t) * G + row) * H + h
-    tl.store(lse + place, tl.where(empty, float("inf"), highest + tl.log2(total)), mask=ok)
-    _put(out, place, ok, collected / total[:, None], E, WHOLE)
+    index = ((b * T + t) * G + row) * H + h
+    tl.store(lse + index, tl.where(empty, float("inf"), highest + tl.log2(total)), mask=ok)
+    _put(out, index, ok, collected / total[:, None], E, WHOLE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -200,14 +200,14 @@ def _query_gradients(
     BLOCK: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``dq`` of the queries of a block, from all keys of their tile."""
-    start, h, t, b = _place(G, H, T, BLOCK)
+    start, h, t, b = _block(G, H, T, BLOCK)
     row = start + tl.arange(0, BLOCK)
     ok = row < G
     q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
     g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row.to(tl.int64) * stride_gg
-    place = ((b * T + t) * G + row) * H + h
-    denominator = tl.load(lse + place, mask=ok, other=float("inf"))
-    mean = tl.load(delta + place, mask=ok, other=0.0)
+    index = ((b * T + t) * G + row) * H + h
+    denominator = tl.load(lse + index, mask=ok, other=float("inf"))
+    mean = tl.load(delta + index, mask=ok, other=0.0)
 
     total = tl.zeros((BLOCK, WHOLE), tl.float32)
     for first in range(0, K, BLOCK):
@@ -220,7 +220,7 @@ def _query_gradients(
         slope = _products(grad, g_rows, ok, v, v_rows, allowed, E, STEP, UPCAST, PRECISION)
         slope = _rounded(weights * (slope - mean[:, None]), k, UPCAST)
         total = tl.dot(slope, _take(k, k_rows, allowed, 0, E, WHOLE, UPCAST), total, input_precision=PRECISION)
-    _put(dq, place, ok, total * scale, E, WHOLE)
+    _put(dq, index, ok, total * scale, E, WHOLE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -232,7 +232,7 @@ def _key_gradients(
     BLOCK: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of the keys of a block, from all queries of their tile."""
-    start, h, t, b = _place(K, H, T, BLOCK)
+    start, h, t, b = _block(K, H, T, BLOCK)
     key = start + tl.arange(0, BLOCK)
     allowed = _allowed(mask, b * stride_mask + t * K, key, K, MASKED)
     k_rows = b * stride_kb + t * stride_kt + h * stride_kh + key.to(tl.int64) * stride_kn
@@ -245,9 +245,9 @@ def _key_gradients(
         ok = row < G
         q_rows = b * stride_qb + t * stride_qt + h * stride_qh + row.to(tl.int64) * stride_qg
         g_rows = b * stride_gb + t * stride_gt + h * stride_gh + row.to(tl.int64) * stride_gg
-        place = ((b * T + t) * G + row) * H + h
-        denominator = tl.load(lse + place, mask=ok, other=float("inf"))
-        mean = tl.load(delta + place, mask=ok, other=0.0)
+        index = ((b * T + t) * G + row) * H + h
+        denominator = tl.load(lse + index, mask=ok, other=float("inf"))
+        mean = tl.load(delta + index, mask=ok, other=0.0)
         scores = _products(k, k_rows, allowed, q, q_rows, ok, E, STEP, UPCAST, PRECISION)
         weights = tl.where(allowed[:, None], tl.exp2(scores * (scale * LOG2_E) - denominator[None, :]), 0.0)
         slopes = _take(grad, g_rows, ok, 0, E, WHOLE, UPCAST)
@@ -255,6 +255,6 @@ def _key_gradients(
         slope = _products(v, v_rows, allowed, grad, g_rows, ok, E, STEP, UPCAST, PRECISION)
         slope = _rounded(weights * (slope - mean[None, :]), q, UPCAST)
         total_k = tl.dot(slope, _take(q, q_rows, ok, 0, E, WHOLE, UPCAST), total_k, input_precision=PRECISION)
-    place = ((b * T + t) * K + key) * H + h
-    _put(dk, place, key < K, total_k * scale, E, WHOLE)
-    _put(dv, place, key < K, total_v, E, WHOLE)
+    index = ((b * T + t) * K + key) * H + h
+    _put(dk, index, key < K, total_k * scale, E, WHOLE)
+    _put(dv, index, key < K, total_v, E, WHOLE)

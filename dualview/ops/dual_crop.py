@@ -105,8 +105,8 @@ class DualPerspectiveCrop(nn.Module):
             crop(x, grid, perspective) if perspective in self.perspectives else None
             for x, perspective in ((canvas, "local"), (smooth, "global"))
         )
-        place = Placement(grid, self.tile, (images.shape[-2], images.shape[-1]), real)
-        return DualPerspectiveTiles(local, stride, place, self.low_pass)
+        placement = Placement(grid, self.tile, (images.shape[-2], images.shape[-1]), real)
+        return DualPerspectiveTiles(local, stride, placement, self.low_pass)
 
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
         """The images on a canvas of whole tiles, and the (height, width) of it that is real."""

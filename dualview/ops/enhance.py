@@ -272,8 +272,8 @@ class DualPerspectiveEnhance(nn.Module):
             with use_backend(backend):
                 return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
         if isinstance(local_tiles, Record) or not isinstance(stride_tiles, Tensor):
-            places, tiles = zip(*groups_of(local_tiles, stride_tiles, grid, key_mask), strict=True)
-            return in_order(places, [of[2] for of in tiles], [self.forward(*of, live=live) for of in tiles])
+            images, tiles = zip(*groups_of(local_tiles, stride_tiles, grid, key_mask), strict=True)
+            return in_order(images, [of[2] for of in tiles], [self.forward(*of, live=live) for of in tiles])
         grid = TileGrid.of(grid)  # type: ignore[arg-type]  # None is refused
         present = check_live(live, grid)
         if planning() or present != check_live(None, grid):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import dualview as dv
 from dualview.cost import cost_of
 from dualview.kernels import tables
-from dualview.kernels.tables import listed, table
+from dualview.kernels.tables import index_tensor, table
 
 GRID, TOKENS, DIM = (2, 3), (2, 3), 16
 PRESETS = {
@@ -131,12 +131,12 @@ def test_is_made_once_for_a_device() -> None:
 def test_what_is_kept_is_an_ordinary_tensor(mode: Callable[[], Any]) -> None:
     like = torch.zeros(1)
     with mode():
-        found = table(listed, (2, 0), like=like)
+        found = table(index_tensor, (2, 0), like=like)
     assert type(found) is Tensor
     assert not found.is_inference()
     assert (found.device.type, found.dtype, found.tolist()) == ("cpu", torch.int64, [2, 0])
     with FakeTensorMode():
-        assert isinstance(table(listed, (2, 0), like=torch.zeros(1)), FakeTensor)
+        assert isinstance(table(index_tensor, (2, 0), like=torch.zeros(1)), FakeTensor)
 
 
 def test_modules_hold_no_tables() -> None:

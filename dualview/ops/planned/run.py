@@ -16,7 +16,7 @@ from dualview.arguments import check_size
 from dualview.geometry import Perspective, Size, TileGrid
 from dualview.kernels.chunked_attention import chunks
 from dualview.kernels.retile import retile
-from dualview.kernels.tables import listed, table
+from dualview.kernels.tables import index_tensor, table
 from dualview.kernels.tile_attention import tile_attention
 from dualview.ops.fusion import LinearConcatFusion
 from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan
@@ -318,7 +318,7 @@ def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:
     """The live tokens on a map of zeros. (B, fused rows, fused columns, D) -> (B, H, W, D)"""
     if plane.shape[1:3] == size:
         return plane
-    rows, cols = (table(listed, positions, like=plane) for positions in plan.fused)
+    rows, cols = (table(index_tensor, positions, like=plane) for positions in plan.fused)
     full = plane.new_zeros(plane.shape[0], *size, plane.shape[-1])
     full[:, rows[:, None], cols] = plane
     return full
@@ -341,7 +341,7 @@ def mean_across_tiles(
             if d.cut == "local":  # all tiles are one group
                 whole = put_back(x, d.query_rows, d.query_cols, d.cut, grid)
                 means[name] = mean_of_cells(whole, plan.tokens).flatten(1, 2).unsqueeze(1)
-            else:  # a cell has one token in every tile, at the same place
+            else:  # a cell has one token in every tile, at the same index
                 share = x.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) / d.num_tiles
                 means[name] = share if name not in means else means[name] + share
     return {name: mean.to(part[name].dtype) for name, mean in means.items()}
@@ -352,4 +352,4 @@ def select(x: Tensor, dim: int, wanted: list[int] | tuple[int, ...]) -> Tensor:
     first = wanted[0] if wanted else 0
     if list(wanted) == list(range(first, first + len(wanted))):
         return x if len(wanted) == x.shape[dim] else x.narrow(dim, first, len(wanted))
-    return x.index_select(dim, table(listed, tuple(wanted), like=x))
+    return x.index_select(dim, table(index_tensor, tuple(wanted), like=x))
