@@ -63,7 +63,7 @@ def gradients_by_chunks(
 
 
 def chunks(tiles: int, scores: int, device: torch.device) -> list[slice]:
-    """The tiles, as many at a time as their scores allow, of which each has so many."""
+    """The tiles, as many at a time as `SCORES_AT_ONCE` allows; each has so many scores."""
     step = max(1, SCORES_AT_ONCE.get(device.type, MOST_SCORES) // max(1, scores))
     return [slice(first, min(first + step, tiles)) for first in range(0, max(1, tiles), step)]
 
@@ -112,8 +112,8 @@ def _mean_over_members(weights: Tensor) -> Tensor:
 def _wide(a: Tensor, b: Tensor) -> Tensor:
     """The product with sums and result in at least float32.
 
-    On a GPU the operands keep their half type, for the matrix units; not where a second derivative is recorded, which
-    that product of torch has none for.
+    On a GPU the operands keep their half type, for the matrix units. That product of torch has no second derivative:
+    where one is recorded, the operands become float32.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     if not a.is_cuda or a.dtype == wide or torch.is_grad_enabled():
@@ -123,7 +123,7 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
-    """(B, T, H, R, C) times (B, T, H or 1, C, D): what all heads share is met by the rows of all at once."""
+    """(B, T, H, R, C) times (B, T, H or 1, C, D). The rows of all heads meet a shared operand in one product."""
     if rows.shape[2] == b.shape[2]:
         return multiply(rows, b)
     product: Tensor = multiply(rows.flatten(2, 3).unsqueeze(2), b).squeeze(2).unflatten(2, rows.shape[2:4])

@@ -76,7 +76,7 @@ def _by_torch(
     stride: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The copy that cuts converts, too; then the tiles are normalised where they are."""
+    """One copy cuts and converts; then the tiles are normalised in place."""
     wide = torch.promote_types(dtype, torch.float32)
     factor, offset = table(_scales, tuple(factors), tuple(offsets), wide, like=images)[..., None, None]
     images = images.contiguous()  # of bytes, far cheaper than to gather them from (H, W, C) twice

@@ -1,7 +1,7 @@
 """Which implementation runs, a Triton kernel or plain torch, and why.
 
-The backend is that of the argument of the call; else that of `use_backend`; else that of the environment variable
-DUALVIEW_BACKEND, which is read when this module is imported; else "auto". Only "auto" falls back: "triton" raises where
+The backend is the first that is given of these: the argument of the call, `use_backend`, the environment variable
+DUALVIEW_BACKEND (read when this module is imported), "auto". Only "auto" falls back: "triton" raises where
 the kernel cannot run. Nothing here imports triton; a kernel imports it when it is launched.
 """
 
@@ -26,7 +26,7 @@ BACKENDS = get_args(Backend)
 MEASURED: dict[str, str] = {
     "crop_normalize": "measured on an H100: 8 photographs in 0.05 ms within a CUDA graph, and 0.37 ms by torch",
 }
-"""Kernels that "auto" may choose: the GPU and the figure with which each was seen to beat the best of torch."""
+"""Kernels that "auto" may choose, each with the GPU and the figure by which it beats the best of torch."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -38,11 +38,11 @@ KERNEL_TYPES: dict[str, tuple[torch.dtype, ...]] = {
 """The kernels, and the types of the tensors that each takes."""
 
 OLDEST = (8, 0)
-"""Compute capability from which on the kernels are taken: the first whose matrix units know bfloat16."""
+"""Least compute capability for the kernels: the first with bfloat16 in its matrix units."""
 
 
 class Choice(NamedTuple):
-    """The implementation that runs, and why it does or why the other one does not."""
+    """The implementation that runs, and why."""
 
     name: Literal["torch", "triton"]
     reasons: tuple[str, ...]
@@ -62,8 +62,8 @@ _triton_installed = find_spec("triton") is not None
 def use_backend(backend: Backend) -> AbstractContextManager[None]:
     """Within the context, calls that are not told otherwise use this backend.
 
-    In eager code it holds for the thread or the asyncio task that entered the context, in what `torch.compile` compiles
-    for the whole process.
+    In eager code it holds for the thread or the asyncio task that entered the context. In what `torch.compile` compiles
+    it holds for the whole process.
 
     Args:
         backend: "torch"; "triton", which raises where a kernel cannot run; or "auto", which takes a kernel where it can
@@ -119,7 +119,7 @@ def interpreting() -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a GPU; None for what is none."""
+    """The compute capability of a GPU; None for another device."""
     return _capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
@@ -127,7 +127,7 @@ _capability = cache(torch.cuda.get_device_capability)  # asking torch takes long
 
 
 def is_new(device: torch.device) -> bool:
-    """Whether a device is a GPU of the `OLDEST` capability or newer, from which on there is flash attention, too."""
+    """Whether a device is a GPU of at least the capability `OLDEST`. All of these have flash attention, too."""
     found = capability(device)
     return found is not None and found >= OLDEST
 

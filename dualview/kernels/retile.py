@@ -17,7 +17,7 @@ from dualview.kernels import dispatch
 from dualview.views import batch_of, shape_in, tile_size, view_in
 
 TOKENS = "it moves tokens, and these channels come first: pass data_format='channels_last'"
-"""Why the kernel cannot run on images. It refuses what a call asks of it; `use_backend` asks it for token maps only."""
+"""Why the kernel cannot run on images. A call that asks for it is refused; `use_backend` means token maps only."""
 
 
 def retile(

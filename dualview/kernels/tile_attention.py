@@ -31,7 +31,7 @@ from dualview.kernels.chunked_attention import (
 from dualview.tensors import check_attention
 
 WIDEST_HEAD = 256
-"""Of flash attention, torch's and that of the Triton kernel."""
+"""The widest head of flash attention: of torch's and of the Triton kernel."""
 
 
 def tile_attention(
@@ -97,7 +97,7 @@ def too_wide(width: int) -> list[str]:
 
 
 def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All of the type that autocast wants, as for torch's own attention; ``v is k`` is kept."""
+    """All three in autocast's type, as for torch's own attention. If ``v`` is ``k``, it stays so."""
     device = q.device.type
     if q.is_meta or q.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return q, k, v

@@ -132,7 +132,7 @@ def _put(x, rows, ok, values, E: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _rounded(values, like, UPCAST: tl.constexpr):
-    """``values`` in the type of what ``like`` points to, as a product needs them; with UPCAST rounded to it only."""
+    """``values`` rounded to the type of ``like``, in which a product takes them; with UPCAST float32 again."""
     return values.to(like.dtype.element_ty).to(tl.float32 if UPCAST else like.dtype.element_ty)
 
 

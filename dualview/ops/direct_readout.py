@@ -63,7 +63,7 @@ class DirectReadout(nn.Module):
     ) -> Tensor:
         """Recombine, add and read out; arguments, shapes and errors as for the call of a `DualPerspectiveEnhance`.
 
-        ``key_mask`` is part of the call that it stands in for: where nothing is attended to, there is no key to mask.
+        ``key_mask`` is taken and not used: a readout attends to nothing.
         """
         grid = TileGrid.of(grid)
         present = check_live(live, grid)

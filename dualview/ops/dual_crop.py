@@ -109,7 +109,7 @@ class DualPerspectiveCrop(nn.Module):
         return DualPerspectiveTiles(local, stride, placement, self.low_pass)
 
     def _fit(self, images: Tensor) -> tuple[Tensor, Size]:
-        """The images on a canvas of whole tiles, and the (height, width) of it that is real."""
+        """The images on a canvas of whole tiles, and the (height, width) of the canvas that they fill."""
         (height, width), (h, w) = check_size(tuple(images.shape[-2:]), "images of size"), self.tile
         if self.remainder == "error" or (height % h == 0 and width % w == 0):
             return images, (height, width)
@@ -139,11 +139,11 @@ class DualPerspectiveCrop(nn.Module):
         *,
         data_format: DataFormat = "channels_first",
     ) -> Tensor | list[Tensor]:
-        """The images that the tiles were cut from, or maps of what became of the tiles, padding removed.
+        """The images that the tiles were cut from, or maps of features of the tiles; padding is removed.
 
-        What "crop" dropped is gone, and "resize" gives the resized image. Tiles that have another size than those that
-        were cut, such as predictions at a quarter of it, give the map of the image at that size: a cell that is partly
-        image counts, so an image of H x W has ceil(H / 4) x ceil(W / 4) predictions.
+        What "crop" dropped is gone, and "resize" gives the resized image. Tiles may have another resolution than those
+        that were cut, such as predictions at a quarter of it, and give a map of that resolution. A prediction for a
+        part of the image counts: an image of H x W has ceil(H / 4) x ceil(W / 4) of them.
 
         Args:
             tiles: What the crop made, or the same ``with_data``.
@@ -187,7 +187,7 @@ class DualPerspectiveCrop(nn.Module):
 
 
 def _without_padding(x: Tensor, image: Placement, data_format: DataFormat) -> Tensor:
-    """The part of a map of any resolution that the image fills."""
+    """The part of a map that the image fills, whatever the resolution of the map."""
     axis = x.dim() - (2 if data_format == "channels_first" else 3)
     tile = image.grid.tile_size((x.shape[axis], x.shape[axis + 1]))
     height, width = image.real_at(tile)

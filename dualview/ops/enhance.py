@@ -50,7 +50,7 @@ from dualview.tensors import check_mask, check_tensors
 from dualview.views import check_tile_pair, in_order
 
 KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
-"""True for cells that may be attended to; of one map or, as a pair, of the local and the global map."""
+"""True for tokens that may be attended to; of both maps or, as a pair, of the local and of the global map."""
 
 
 class EnhancedMaps(NamedTuple):
@@ -106,9 +106,9 @@ class DualPerspectiveEnhance(nn.Module):
         - local_tiles, stride_tiles: (B, rows*cols, h, w, D), the encoded sub-images of either perspective; or, in place
           of both and of the grid and the mask, the result of [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop]
           ``with_data``
-        - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w), True for cells that may be attended to; or a pair of them,
+        - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w), True for tokens that may be attended to; or a pair of them,
           for keys from the local and from the global map (a key that is a sum of both counts if either does). What a
-          masked cell holds must still be finite
+          masked token holds must still be finite
         - result: (B, h, w, D), or (B, rows*h, cols*w, D) with readout "none"
 
     Raises:
@@ -244,16 +244,16 @@ class DualPerspectiveEnhance(nn.Module):
     ) -> Tensor:
         """Enhance two sets of encoded tiles by each other, fuse them, and read the result out.
 
-        Plain tensors cannot show that they were exchanged, or that they are of another grid of as many tiles. Records
-        of tiles, as [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes them, are refused then, and what was
-        padded is not attended to.
+        Plain tensors cannot show that they were exchanged, or that they belong to another grid with as many tiles.
+        Records of tiles, as [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] makes them, can: both mistakes are
+        errors then, and padding is not attended to.
 
         Args:
             local_tiles: Encoded tiles of the local perspective. Or those of both in one record, alone: the result of
                 [`DualPerspectiveCrop`][dualview.DualPerspectiveCrop] ``with_data``. Or a `TileBatch`.
             stride_tiles: Encoded tiles of the global perspective; a `TileBatch` beside one.
             grid: Rows and columns of tiles; records know it.
-            key_mask: True for cells that may be attended to, of both maps or, as a pair, of the local and the global
+            key_mask: True for tokens that may be attended to, of both maps or, as a pair, of the local and the global
                 map; records know it.
             live: Which tiles are given, where not all are: those of ``plan(grid, (h, w)).live`` are enough.
             backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
@@ -283,7 +283,7 @@ class DualPerspectiveEnhance(nn.Module):
         return out if self.gate is None else out * self.gate
 
     def _as_written(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, key_mask: KeyMask) -> Tensor:
-        """The equations, on all tokens: what everything faster is held to."""
+        """The equations, on all tokens. Everything faster must give the same."""
         maps = self.enhanced_maps(local_tiles, stride_tiles, grid, key_mask)
         fused = self.fusion(*(v for v in maps if v is not None))  # Eq. 26-27
         return read_out(fused, grid, self.readout)  # Eq. 7
@@ -324,7 +324,7 @@ class DualPerspectiveEnhance(nn.Module):
         key_mask: KeyMask,
         present: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> Tensor:
-        """The same from the tokens that the readout looks at, with the products arranged as the device likes them."""
+        """The same from the live tokens alone, with the products arranged for the device."""
         tokens = check_tile_pair(local_tiles, stride_tiles, grid, present, self, self.dim)
         spec = self._spec(grid, tokens, self.readout)
         plan = plan_enhance(*spec)
@@ -377,11 +377,11 @@ class DualPerspectiveEnhance(nn.Module):
         return cast(TileAttention, self.attentions[0 if asks == "global" else -1])
 
     def _masks(self, key_mask: KeyMask, like: Tensor, size: Size) -> dict[Perspective, Tensor | None]:
-        """The mask of the map in each role, (B or 1, H, W): of a sum, what counts in either map."""
+        """The mask of the map in each role, (B or 1, H, W). A token of a sum counts if it counts in either map."""
         if key_mask is None:
             return {"local": None, "global": None}
         pair = key_mask if isinstance(key_mask, tuple) and len(key_mask) == 2 else (key_mask, key_mask)
-        shapes, means = ((like.shape[0], *size), size), "real cells"
+        shapes, means = ((like.shape[0], *size), size), "real tokens"
         local, of_global = (check_mask(mask, "key_mask", shapes, like, means) for mask in pair)
         of_map = {"local": local.reshape(-1, *size), "global": of_global.reshape(-1, *size)}
         masks: dict[Perspective, Tensor | None] = {}

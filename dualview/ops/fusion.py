@@ -22,9 +22,9 @@ class DeclaresReach(Protocol):
 
     Attributes:
         radius: How many tokens around a token it looks; 0 if it works token by token.
-        linear: Whether it is linear, or affine, in both maps together, so that an average may be taken before it. Its
-            word is taken as long as nothing is hooked on it and every module inside is a plain layer of torch, or says
-            ``linear`` itself.
+        linear: Whether it is linear, or affine, in both maps together, so that an average may be taken before it. It
+            counts only if nothing is hooked on and every module inside is a plain layer of torch or declares ``linear``
+            itself.
     """
 
     radius: int
@@ -34,7 +34,7 @@ class DeclaresReach(Protocol):
 def declared(fusion: nn.Module, name: str) -> Any:
     """What a fusion declares under a name, or None.
 
-    A class that has a ``forward`` of its own does not inherit what was said of another one.
+    A class with a ``forward`` of its own does not inherit declarations: they were made for another ``forward``.
     """
     if name in vars(fusion):
         return getattr(fusion, name)
@@ -47,7 +47,7 @@ def declared(fusion: nn.Module, name: str) -> Any:
 
 
 class _Fusion(nn.Module):
-    """The arguments of every fusion, so that one can be exchanged for another; few need them."""
+    """What all fusions share: the same arguments, whether needed or not, so that one can replace another."""
 
     dim: int | None = None
 

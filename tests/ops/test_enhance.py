@@ -433,7 +433,7 @@ class TestKeyMask:
     def test_refuses(self, mask: Tensor) -> None:
         local, stride = tiles(1, (2, 3), (2, 2))
         dem = dv.DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
-        with refuses(str(tuple(mask.shape)), str(mask.dtype), "boolean", "True for real cells", "(1, 4, 6) or (4, 6)"):
+        with refuses(str(tuple(mask.shape)), str(mask.dtype), "boolean", "True for real tokens", "(1, 4, 6) or (4, 6)"):
             dem(local, stride, (2, 3), mask)
 
 

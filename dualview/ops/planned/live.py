@@ -209,7 +209,7 @@ class DirectPlan:
 
     Attributes:
         live: The encoded tiles that are needed.
-        cuts: The rows and columns that are read of each map that takes part, by its tiles.
+        cuts: Of each map that is read: its perspective, and the rows and columns that are read.
     """
 
     live: LiveTiles
@@ -246,7 +246,7 @@ def plan_layers(needed: int, total: int, *, norm: bool, full: bool, has_norm: bo
     """The layers before what is read, or all.
 
     Args:
-        needed: Layers that what is read comes after.
+        needed: Layers before what is read.
         total: Layers that there are.
         norm: Whether what is read is normed.
         full: Run everything.

@@ -130,7 +130,7 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
     """How the directions are computed by these layers, for tokens of the type and on the device of ``like``.
 
     Args:
-        spec: What decides which tokens live.
+        spec: What decides which tokens are live.
         attentions: The attention of each direction of the plan.
         fusion: What merges the directions.
         like: A tensor of tokens.
@@ -182,7 +182,7 @@ def choose_products(
     """The arrangement with the least estimated time for one image; none without rates.
 
     Args:
-        spec: What decides which tokens live.
+        spec: What decides which tokens are live.
         sizes: Those of the layers of each direction.
         device: Where they are.
         dtype: Type of the operands.
@@ -264,7 +264,7 @@ def _rate_of_width(rates: Rates, width: int) -> float:
 
 
 def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
-    """Whether calling a layer does what its class says, with parameters of its own on the device of ``like``.
+    """Whether a call of a layer is that of its class, with parameters of its own on the device of ``like``.
 
     False for layers with hooks (but those made in the module ``but_of``), parametrisations, a forward of the instance,
     hooks of accelerate, and for weights that are offloaded, sharded, quantised or replaced by other tensors.
@@ -281,7 +281,7 @@ def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
 
 
 def _global_hook() -> bool:
-    """Whether there is a hook on all modules, other than those by which torch's own tools count and trace."""
+    """Whether there is a hook on all modules. Those of torch's own tools, which count and trace, are none."""
     names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
     hooks = [hook for name in names for hook in getattr(module_hooks, f"_global_{name}").values()]
     return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
@@ -317,7 +317,7 @@ LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList
 
 
 def as_declared(fusion: nn.Module, like: Tensor) -> bool:
-    """Whether a fusion that says it is linear still is: nothing hooked on, no layer inside replaced."""
+    """Whether a fusion that declares itself linear still is: nothing is hooked on, and no layer inside is replaced."""
     return nn.Linear.forward is LINEAR_FORWARD and all(
         untouched(layer, like) and (type(layer) in LINEAR_LAYERS or bool(declared(layer, "linear")))
         for layer in fusion.modules()

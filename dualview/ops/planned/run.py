@@ -26,7 +26,7 @@ from dualview.ops.tiling import crop, recombine
 
 
 class TileMap(NamedTuple):
-    """A token map as tiles of one perspective, of which some may be absent.
+    """A token map as tiles of one perspective; some may be absent.
 
     Attributes:
         tiles: (B, present tiles, h, w, D).
@@ -94,7 +94,7 @@ def enhance_direction(
     *,
     project: bool = True,
 ) -> Tensor:
-    """One enhanced map: its tokens that the fusion reads, or the average of each cell; without W_v unless ``project``.
+    """One enhanced map: the tokens that the fusion reads, or the average of each cell; without W_v unless ``project``.
 
     Shape:
         (B, live rows, live columns, D), or (B, h, w, D) averaged
@@ -115,7 +115,7 @@ def enhance_direction(
     rows = d.query_rows.per_tile // r
 
     def attended() -> Iterator[dict[str, Tensor]]:
-        """What the queries of each group collect, and what of them has to be averaged with it, for `finished`."""
+        """Of each group, what its queries collect and what is averaged together with it: arguments of `finished`."""
         for tiles, query, key in zip(groups, queries, keys, strict=True):
             by_cell = rearrange(query, "b t (i r j s) d -> b t (r s i j) d", i=rows, r=r, s=s)
             key_mask = None if mask is None else mask[:, tiles]
@@ -145,7 +145,7 @@ def enhance_direction(
 def tiles_at_a_time(d: DirectionPlan, a: Arrangement, attention: TileAttention, like: Tensor) -> list[slice]:
     """The tiles, as many at a time as the scores of one image allow; all at once where gradients are recorded.
 
-    A backward pass would need all that is made for all tiles, and would bring their gradients together one by one.
+    A backward pass keeps the operands of all tiles anyway, and adds up gradients of whole maps for every group.
     """
     spans_tiles = a.pool == "map" and d.cut == "local"  # a cell has tokens of several tiles
     if a == Arrangement() or spans_tiles or torch.is_grad_enabled():
@@ -216,7 +216,7 @@ def _absorbed_queries(attention: TileAttention, query: Tensor, folded: Tensor | 
 
 
 def project_values(attention: TileAttention, collected: Tensor, attended: Tensor | None) -> Tensor:
-    """(P y) W_v + b_v per head, for keys that were collected unprojected.
+    """(P y) W_v + b_v per head, where P y was collected of unprojected keys.
 
     The rows of P sum to one; ``attended`` is their sum, where some have no key and sum to zero.
 
@@ -235,7 +235,7 @@ def project_values(attention: TileAttention, collected: Tensor, attended: Tensor
 
 
 def fuse_with_values(fusion: LinearConcatFusion, collected: list[Tensor], attentions: list[TileAttention]) -> Tensor:
-    """Linear concatenation of what was collected of keys, W_v folded into its layers; local first. (..., D)"""
+    """The linear concatenation with W_v folded into its layers, of what was collected; local first. (..., D)"""
     (local, of_global), (v_loc, v_glo) = attentions, collected
     halves = (
         F.linear(collected_keys, half.weight @ attention.v_proj.weight, half.bias)
@@ -253,7 +253,7 @@ def fuse_with_values(fusion: LinearConcatFusion, collected: list[Tensor], attent
 def take_tiles(
     maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid, groups: Sequence[slice]
 ) -> Iterator[Tensor]:
-    """The tokens at ``rows`` x ``cols`` of the sum of maps as tiles of perspective ``cut``, one group after the other.
+    """The sum of maps at ``rows`` x ``cols``, as tiles of perspective ``cut``, group after group.
 
     Shape:
         (B, present tiles, h, w, D) -> (B, tiles of a group, tokens per tile, D)
@@ -334,14 +334,16 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
 def mean_across_tiles(
     parts: Iterable[dict[str, Tensor]], plan: EnhancePlan, d: DirectionPlan, grid: TileGrid
 ) -> dict[str, Tensor]:
-    """The mean over each cell, which has tokens in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)"""
+    """The mean of each cell, whose tokens lie in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)"""
     means: dict[str, Tensor] = {}
     for part in parts:
         for name, x in part.items():
             if d.cut == "local":  # all tiles are one group
                 whole = put_back(x, d.query_rows, d.query_cols, d.cut, grid)
                 means[name] = mean_of_cells(whole, plan.tokens).flatten(1, 2).unsqueeze(1)
-            else:  # a cell has one token in every tile, at the same index
+            elif x.shape[1] == d.num_tiles:  # a cell has one token in every tile, at the same index
+                means[name] = x.mean(1, keepdim=True)
+            else:
                 share = x.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) / d.num_tiles
                 means[name] = share if name not in means else means[name] + share
     return {name: mean.to(part[name].dtype) for name, mean in means.items()}
