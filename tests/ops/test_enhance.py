@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,15 @@ class TestKeyMask:
         dem = dv.DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
         with refuses(str(tuple(mask.shape)), str(mask.dtype), "boolean", "True for real tokens", "(1, 4, 6) or (4, 6)"):
             dem(local, stride, (2, 3), mask)
+
+
+def test_the_error_for_wrong_tiles_is_the_same_whatever_is_computed() -> None:
+    local, stride = tiles(1, (2, 3), (2, 2))
+    dem = dv.DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
+    given = f"got local_tiles {tuple(local[:, 1:].shape)} and stride_tiles {tuple(stride.shape)}"
+    for switch in (nullcontext(), dv.full_computation()):
+        with switch, refuses(given, "grid of 2x3"):
+            dem(local[:, 1:], stride, (2, 3))
 
 
 class TestGate:
