@@ -146,6 +146,18 @@ def in_order(groups: Sequence[Sequence[int]], grids: Sequence[TileGrid], results
     return torch.stack([rows[index] for index in range(len(rows))])
 
 
+def per_token(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer that works token by token, given at most three dimensions: others than torch's own take no more.
+
+    The batch stays the first of them, for adapters of each row.
+
+    Shape:
+        x: (B, ..., D) -> (B, ..., D')
+    """
+    out: Tensor = layer(x if x.dim() <= 3 else x.flatten(1, -2))
+    return out if x.dim() <= 3 else out.unflatten(1, x.shape[1:-1])
+
+
 def tile_size(x: Tensor, layout: Layout, grid: TileGrid, data_format: DataFormat, name: str = "x") -> Size:
     """The size (h, w) of the tiles of a map in this layout; arguments as for `check_map`.
 

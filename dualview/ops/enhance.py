@@ -25,7 +25,7 @@ from dualview.geometry import (
     check_tokens,
 )
 from dualview.kernels.dispatch import Backend, use_backend
-from dualview.ops.fusion import FUSIONS, declared
+from dualview.ops.fusion import FUSIONS, declared, fuse
 from dualview.ops.planned.live import (
     CROP_OF_QUERY,
     KEYS_OF_QUERY,
@@ -285,7 +285,7 @@ class DualPerspectiveEnhance(nn.Module):
     def _as_written(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, key_mask: KeyMask) -> Tensor:
         """The equations, on all tokens. Everything faster must give the same."""
         maps = self.enhanced_maps(local_tiles, stride_tiles, grid, key_mask)
-        fused = self.fusion(*(v for v in maps if v is not None))  # Eq. 26-27
+        fused = fuse(self.fusion, *(v for v in maps if v is not None))  # Eq. 26-27
         return read_out(fused, grid, self.readout)  # Eq. 7
 
     def enhanced_maps(

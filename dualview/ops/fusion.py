@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dualview.tensors import check_maps, check_width
+from dualview.views import per_token
 
 
 class DeclaresReach(Protocol):
@@ -44,6 +45,11 @@ def declared(fusion: nn.Module, name: str) -> Any:
         if "forward" in vars(cls):
             return None
     return None
+
+
+def fuse(fusion: nn.Module, *maps: Tensor) -> Tensor:
+    """What a fusion makes of two maps, or the linear layer that stands in its place of one. (..., H, W, D)"""
+    return per_token(fusion, maps[0]) if len(maps) == 1 else cast(Tensor, fusion(*maps))
 
 
 class _Fusion(nn.Module):
@@ -93,7 +99,7 @@ class LinearConcatFusion(_Fusion):
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         check_maps(self, v_loc, v_glo)
-        return torch.cat([self.global_proj(v_glo), self.local_proj(v_loc)], dim=-1)
+        return torch.cat([per_token(self.global_proj, v_glo), per_token(self.local_proj, v_loc)], dim=-1)
 
 
 class BottleneckConcatFusion(_Fusion):
@@ -136,7 +142,7 @@ class BottleneckConcatFusion(_Fusion):
     def forward(self, v_loc: Tensor, v_glo: Tensor) -> Tensor:
         """Fuse two maps. (..., D), (..., D) -> (..., D)"""
         check_maps(self, v_loc, v_glo)
-        halves = [self.local_bottleneck(v_loc), self.global_bottleneck(v_glo)]
+        halves = [per_token(self.local_bottleneck, v_loc), per_token(self.global_bottleneck, v_glo)]
         return cast(Tensor, self.norm(torch.cat(halves, dim=-1) + v_glo + v_loc))
 
 

@@ -11,6 +11,7 @@ from dualview.arguments import check_choice, check_count, check_flags
 from dualview.kernels import tile_attention as kernel
 from dualview.kernels.dispatch import Backend
 from dualview.tensors import check_mask, check_queries, check_width
+from dualview.views import per_token
 
 Init: TypeAlias = Literal["xavier", "identical"]
 
@@ -146,13 +147,13 @@ class TileAttention(nn.Module):
             ValueError: The widths or leading dimensions do not fit each other.
         """
         check_queries(self, self.dim, query=query, key=key)
-        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(key)
+        q, k, v = per_token(self.q_proj, query), per_token(self.k_proj, key), per_token(self.v_proj, key)
         return self.finish(tile_attention(q, k, v, num_heads=self.num_heads, key_mask=key_mask), query)
 
     def finish(self, attended: Tensor, query: Tensor) -> Tensor:
         """What follows the attention: output projection, residual and norm, as far as there are any. (..., Q, D)"""
         if self.out_proj is not None:
-            attended = self.out_proj(attended)
+            attended = per_token(self.out_proj, attended)
         if self.residual:
             attended = attended + query
         return attended if self.norm is None else self.norm(attended)

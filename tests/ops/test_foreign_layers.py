@@ -625,20 +625,27 @@ class TestQuantisedLayers:
         self.check_against_weights(dem, name, {place: layer.weight.dequantize() for place, layer in layers.items()})
 
     @every_case
+    @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.filterwarnings("ignore::FutureWarning")
-    def test_bitsandbytes_4_bits(self, name: str) -> None:
+    def test_bitsandbytes_4_bits(self, name: str, training: bool) -> None:
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Linear4bit
 
         dem = self.exchanged(make(name, torch.float32), Linear4bit, quant_type="nf4", compute_dtype=torch.float32)
+        dem.train(training)
         weights = [(place, dem.get_submodule(place).weight) for place in places_of(name, nn.Linear)]
         self.check_against_weights(dem, name, {place: dequantize_4bit(w.data, w.quant_state) for place, w in weights})
 
     @every_case
-    def test_bitsandbytes_8_bits(self, name: str) -> None:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_bitsandbytes_8_bits(self, name: str, training: bool) -> None:
+        """Out of training its layers take no more than three dimensions."""
         from bitsandbytes.nn import Linear8bitLt
 
-        self.check_against_full(lambda dem: self.exchanged(dem, Linear8bitLt, has_fp16_weights=False), name)
+        def quantise(dem: nn.Module) -> nn.Module:
+            return self.exchanged(dem, Linear8bitLt, has_fp16_weights=False).train(training)
+
+        self.check_against_full(quantise, name)
 
     def exchanged(self, dem: nn.Module, kind: type[nn.Linear], **options: Any) -> nn.Module:
         """The module with its linear layers exchanged for another kind; moving that to a device quantises it."""

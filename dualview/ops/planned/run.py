@@ -18,7 +18,7 @@ from dualview.kernels.chunked_attention import chunks
 from dualview.kernels.retile import retile
 from dualview.kernels.tables import index_tensor, table
 from dualview.kernels.tile_attention import tile_attention
-from dualview.ops.fusion import LinearConcatFusion
+from dualview.ops.fusion import LinearConcatFusion, fuse
 from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan
 from dualview.ops.planned.products import Arrangement, Products
 from dualview.ops.tile_attention import TileAttention
@@ -75,10 +75,10 @@ def enhance_live(
     if plan.looks_around:  # the fusion looks around, so it gets whole maps, with zeros where nothing is read
         size = grid.map_size(plan.tokens)
         fused = select(
-            select(fusion(*(on_full_map(x, plan, size) for x in enhanced)), 1, plan.read[0]), 2, plan.read[1]
+            select(fuse(fusion, *(on_full_map(x, plan, size) for x in enhanced)), 1, plan.read[0]), 2, plan.read[1]
         )
     else:
-        fused = fusion(*enhanced)
+        fused = fuse(fusion, *enhanced)
     return mean_of_cells(fused, plan.tokens) if plan.averages else fused
 
 
