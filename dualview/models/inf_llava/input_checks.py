@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.image_utils import SizeDict
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dualview.arguments import check_choice, check_count, check_flags, check_number, check_size, integer_of, shown
 from dualview.tensors import check_floats, check_tensors
@@ -19,7 +21,9 @@ from dualview.tensors import check_floats, check_tensors
 Config = TypeVar("Config", bound=type[PreTrainedConfig])
 
 INTEGERS = (torch.int64, torch.int32)
-PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""The name of a language model's keys and values, as argument and in outputs: transformers 5.24 gave it another."""
+PASSED_ON = ("attention_mask", "position_ids", CACHE, "inputs_embeds")
 """What a language model must take."""
 SIZES, SIDES = ("size", "crop_size", "tile_size"), {"height", "width", "shortest_edge", "longest_edge"}
 MOST_SIDE = 65_536

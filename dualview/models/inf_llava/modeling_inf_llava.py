@@ -11,7 +11,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -20,7 +24,13 @@ from dualview.geometry import GridLike, TileGrid
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
-from dualview.models.inf_llava.input_checks import check_features, check_language_model, check_pictures, check_tokens
+from dualview.models.inf_llava.input_checks import (
+    CACHE,
+    check_features,
+    check_language_model,
+    check_pictures,
+    check_tokens,
+)
 from dualview.models.inf_llava.language_head import build_head, finish_logits
 from dualview.models.inf_llava.shards import INDEX, entries_of
 from dualview.models.inf_llava.tower_layers import TowerLayers
@@ -44,23 +54,13 @@ class InfLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class InfLlavaCausalLMOutputWithPast(ModelOutput):
-    """Output with logits.
+class InfLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output with logits: loss, logits, the language model's cache, its hidden states and attentions, and the images.
 
     Attributes:
-        loss: Next-token loss, a scalar, where labels were given.
-        logits: Scores before the softmax, (batch, sequence, vocabulary).
-        past_key_values: The language model's cache.
-        hidden_states: Of the language model, on request.
-        attentions: Of the language model, on request.
         image_hidden_states: Projected image tokens, (num_images, image_seq_length, text hidden size).
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -90,7 +90,7 @@ class InfLlavaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["InfLlavaEnhance"]  # noqa: RUF012 - transformers' own form
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -322,6 +322,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         image_sizes: Tensor | None = None,
         vision_feature_layer: Layers | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaModelOutputWithPast:
         """Run the language model on text tokens with the image tokens put in their places.
@@ -337,6 +338,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             image_sizes: As for `get_image_features`.
             vision_feature_layer: As for `get_image_features`.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
+            cache: The newer name of ``past_key_values``.
             **kwargs: Passed to the language model.
 
         Shape:
@@ -375,16 +377,16 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return InfLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -481,6 +483,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaCausalLMOutputWithPast:
         """As [`InfLlavaModel.forward`][dualview.models.InfLlavaModel.forward], with logits and a loss.
@@ -498,6 +501,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             labels: Token ids to predict, shifted inside. -100 is ignored: give it to image tokens, questions, padding.
             logits_to_keep: How many of the last positions get logits (0: all), or their indices.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
+            cache: The newer name of ``past_key_values``.
             **kwargs: Passed to the language model and to the loss.
 
         Shape:
@@ -513,13 +517,13 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_grids=image_grids,
             image_sizes=image_sizes,
             vision_feature_layer=vision_feature_layer,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -532,8 +536,8 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         return InfLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
