@@ -238,6 +238,22 @@ def misfit(tensor: object, own: Tensor) -> str:
     return ""
 
 
+def check_base(base: Tensor, result: Tensor) -> Tensor:
+    """Features of a host that a result is compared with; their type may differ, as under autocast.
+
+    Raises:
+        TypeError: They are no floating-point tensor.
+        ValueError: They are of another shape, or on another device.
+    """
+    check_floats(base=base)
+    if base.shape != result.shape or base.device != result.device:
+        raise ValueError(
+            f"base of shape {tuple(base.shape)} on {base.device}: must have the shape of the result, "
+            f"{tuple(result.shape)}, and be on {result.device}."
+        )
+    return base
+
+
 def check_maps(fusion: nn.Module, v_loc: Tensor, v_glo: Tensor) -> None:
     """Raise an error unless a fusion can merge these maps, of its width ``dim`` if it has one.
 

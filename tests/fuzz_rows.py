@@ -126,7 +126,7 @@ def _enhancement() -> dict[str, Row]:
         "DualPerspectiveEnhance": Row(dv.DualPerspectiveEnhance, {"dim": DIM, **DEM, **MADE}),
         "DualPerspectiveEnhance.paper": Row(dv.DualPerspectiveEnhance.paper, {"dim": DIM, **DEM}),
         "DualPerspectiveEnhance.released": Row(dv.DualPerspectiveEnhance.released, {"dim": DIM, **DEM}),
-        "DualPerspectiveEnhance.forward": Row(dem, {**call, "backend": None}),
+        "DualPerspectiveEnhance.forward": Row(dem, {**call, "base": torch.ones(1, 2, 3, DIM), "backend": None}),
         "DualPerspectiveEnhance.enhanced_maps": Row(dem.enhanced_maps, {**PAIR, "key_mask": call["key_mask"]}),
         "DualPerspectiveEnhance.plan": Row(dem.plan, plan),
         "DualPerspectiveEnhance.products": Row(dem.products, {**plan, "like": LOCAL}),

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dualview.arguments import shown
 from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
-from dualview.geometry import Perspective, Size, TileGrid
+from dualview.geometry import LiveTiles, Perspective, Size, TileGrid
 from dualview.models.parts import DualView, Encoder, LowRes, Pixels, ViewOptions
 from dualview.models.view_plan import ViewPlan, cut_views, gate_of, method_of, plan_encoder
 from dualview.ops.planned.run import select
@@ -154,21 +154,32 @@ def _fuse(features: Tensor, grid: TileGrid, plan: ViewPlan, parts: DualView, val
         options["live"] = plan.live
     if valid is not None:
         options["key_mask"] = _token_masks(valid, grid, parts.options.tile, (features.shape[2], features.shape[3]))
-    enhanced: Tensor = dem(select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
-    return enhanced if low is None else mix(low, enhanced, dem, low_res)
+    return mixed(dem, low, low_res, select(features, 1, plan.local), select(features, 1, plan.stride), grid, **options)
 
 
-def mix(low: Tensor, enhanced: Tensor, dem: nn.Module, low_res: LowRes) -> Tensor:
-    """What ``low_res`` says of the features of the low-resolution view and the result of the dem, (B, h', w', D)."""
-    gate = gate_of(dem)
-    if gate is not None and low_res != "add":
-        hook: Any = getattr(dem, "_hf_hook", None)
-        if hook is not None and gate.device != low.device:  # accelerate brings weights for the time of a call alone
-            hook.pre_forward(dem)
-            gate = cast(Tensor, gate_of(dem))
-            hook.post_forward(dem, None)
-        # low + gate * (mixed - low): at gate 0 the encoder's features
-        return low + (enhanced - gate * low) * (0.5 if low_res == "mean" else 1.0)
+def mixed(
+    dem: nn.Module,
+    low: Tensor | None,
+    low_res: LowRes,
+    local_tiles: Tensor,
+    stride_tiles: Tensor,
+    grid: TileGrid,
+    *,
+    key_mask: tuple[Tensor, Tensor] | None = None,
+    **live: LiveTiles,
+) -> Tensor:
+    """The result of a dem, mixed with the features of the low-resolution view as ``low_res`` says, (B, h', w', D).
+
+    A gate is used within the call of its dem alone: elsewhere it may be sharded or offloaded.
+    """
+    options: dict[str, Any] = dict(live) if key_mask is None else {**live, "key_mask": key_mask}
+    if low is not None and low_res != "add" and gate_of(dem) is not None:
+        # low + gate * (mix - low): at gate 0 the encoder's features. By position, for checkpointing sees no others.
+        moved: Tensor = dem(local_tiles, stride_tiles, grid, key_mask, low, **live)
+        return low + (moved * 0.5 if low_res == "mean" else moved)
+    enhanced: Tensor = dem(local_tiles, stride_tiles, grid, **options)
+    if low is None:
+        return enhanced
     total = low + enhanced
     return total / 2 if low_res == "mean" else total
 

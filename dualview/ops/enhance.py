@@ -46,7 +46,7 @@ from dualview.ops.tile_batch import TileBatch
 from dualview.ops.tiling import crop, recombine
 from dualview.records import Record, short_repr
 from dualview.switches import planning
-from dualview.tensors import check_mask, check_tensors
+from dualview.tensors import check_base, check_mask, check_tensors
 from dualview.views import check_tile_pair, in_order
 
 KeyMask: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
@@ -238,6 +238,7 @@ class DualPerspectiveEnhance(nn.Module):
         stride_tiles: Tensor | TileBatch | None = None,
         grid: GridLike | Sequence[GridLike] | None = None,
         key_mask: KeyMask = None,
+        base: Tensor | None = None,
         *,
         live: LiveTiles | None = None,
         backend: Backend | None = None,
@@ -255,12 +256,15 @@ class DualPerspectiveEnhance(nn.Module):
             grid: Rows and columns of tiles; records know it.
             key_mask: True for tokens that may be attended to, of both maps or, as a pair, of the local and the global
                 map; records know it.
+            base: What is subtracted from the result before the gate, beside plain tensors: of features of a host, so
+                that to add the result leads from them (gate 0) to the enhanced ones (gate 1).
             live: Which tiles are given, where not all are: those of ``plan(grid, (h, w)).live`` are enough.
             backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
 
         Shape:
             - local_tiles, stride_tiles: (B, rows*cols, h, w, D), or as many tiles as ``live`` names
             - key_mask: (B, rows*h, cols*w) or (rows*h, cols*w)
+            - base: as the result
             - result: (B, h, w, D), or (B, rows*h, cols*w, D) with readout "none"
 
         Raises:
@@ -270,8 +274,10 @@ class DualPerspectiveEnhance(nn.Module):
         """
         if backend is not None:
             with use_backend(backend):
-                return self.forward(local_tiles, stride_tiles, grid, key_mask, live=live)
+                return self.forward(local_tiles, stride_tiles, grid, key_mask, base, live=live)
         if isinstance(local_tiles, Record) or not isinstance(stride_tiles, Tensor):
+            if base is not None:
+                raise ValueError("base goes with plain tensors of tiles: subtract it from the result of records.")
             images, tiles = zip(*groups_of(local_tiles, stride_tiles, grid, key_mask), strict=True)
             return in_order(images, [of[2] for of in tiles], [self.forward(*of, live=live) for of in tiles])
         grid = TileGrid.of(grid)  # type: ignore[arg-type]  # None is refused
@@ -280,6 +286,8 @@ class DualPerspectiveEnhance(nn.Module):
             out = self._planned(local_tiles, stride_tiles, grid, key_mask, present)
         else:
             out = self._as_written(local_tiles, stride_tiles, grid, key_mask)
+        if base is not None:
+            out = out - check_base(base, out)
         return out if self.gate is None else out * self.gate
 
     def _as_written(self, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, key_mask: KeyMask) -> Tensor:

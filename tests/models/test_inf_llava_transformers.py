@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import torch
 from jinja2 import TemplateError
+from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, pipeline
 
 import dualview as dv
@@ -122,14 +123,17 @@ def test_options_of_transformers_are_declared():
             assert {"output_attentions", "output_hidden_states"} <= set(options.__annotations__)
 
 
-@pytest.mark.parametrize("preset", ["released", "paper"])
-def test_checkpointing_computes_the_enhancement_module_again(preset):
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dem", [{"preset": "released"}, {"preset": "paper"}, {"preset": "released", "gate": True}])
+def test_checkpointing_computes_the_enhancement_module_again(dem, reentrant):
     """It runs a second time in the backward pass, and the gradients are those of a run that keeps everything."""
     pixels, ids, runs, grads = torch.randn(2, 3, 56, 84), prompt(2), [], []
     for checkpointing in (False, True):
-        model = tiny_model(dem={"preset": preset}).train()
+        model = tiny_model(dem=dem).train()
+        if "gate" in dem:
+            nn.init.constant_(model.model.dem.gate, 0.3)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         calls = []
         # The fusion is a part that is called in every run of the module; nothing hangs on the module itself.
         model.model.dem.fusion.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))

@@ -482,6 +482,21 @@ class TestGate:
         dem.reset_parameters()
         assert (dem.gate == 0).all()
 
+    @pytest.mark.parametrize("gate", [True, False])
+    def test_leads_away_from_a_base(self, gate: bool) -> None:
+        dem = dv.DualPerspectiveEnhance.released(16, gate=gate, dtype=torch.float64)
+        local, stride = (t[..., :16] for t in tiles(2, (2, 3), (2, 2), dim=16))
+        base = torch.randn(2, 2, 2, 16, dtype=torch.float64)
+        if gate:
+            nn.init.ones_(dem.gate)
+        enhanced = dem(local, stride, (2, 3))
+        if gate:
+            nn.init.constant_(dem.gate, 0.3)
+        scale = 0.3 if gate else 1.0
+        torch.testing.assert_close(dem(local, stride, (2, 3), None, base), scale * (enhanced - base))
+        with pytest.raises(ValueError, match="base of shape"):
+            dem(local, stride, (2, 3), None, base[:1])
+
 
 class TestLoadReleased:
     def weights(self, dim: int = DIM) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualview.geometry import LiveTiles, Size, TileGrid
-from dualview.models.encode_views import mix
+from dualview.models.encode_views import mixed
 from dualview.models.parts import LowRes, NamesTiles, all_tiles
 from dualview.models.view_plan import method_of
 
@@ -69,13 +69,13 @@ class AttachedEnhance(nn.Module):
         self, base: Tensor, local_tiles: Tensor, stride_tiles: Tensor, grid: TileGrid, live: LiveTiles
     ) -> Tensor:
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), base.dtype)
-        count, mixed = len(self.dems), []
+        count, found = len(self.dems), []
         for dem, low, local, stride in zip(
             self.dems, *(x.to(dtype).chunk(count, -1) for x in (base, local_tiles, stride_tiles)), strict=True
         ):
             options = {} if method_of(dem, "plan") is None else {"live": live}
-            mixed.append(mix(low, dem(local, stride, grid, **options), dem, self.low_res))
-        out = torch.cat(mixed, -1)
+            found.append(mixed(dem, low, self.low_res, local, stride, grid, **options))
+        out = torch.cat(found, -1)
         return (out if self.gate is None else base + self.gate * (out - base)).to(base.dtype)
 
     def extra_repr(self) -> str:
