@@ -53,10 +53,11 @@ docs: $(STAMP)
 ci:
 	.ci/run
 
-# lmms-eval pins much: it gets an environment of its own, beside .venv, and is no part of ci.
+# lmms-eval pins much: it gets an environment of its own, beside .venv, and is no part of ci. It imports a module that
+# filelock 4 has no more, and does not say so to pip.
 eval:
 	$(PYTHON) -m venv --system-site-packages .venv-eval
-	.venv-eval/bin/pip install -qq --editable '.[hf]' lmms-eval
+	.venv-eval/bin/pip install -qq --editable '.[hf]' 'lmms-eval>=0.7.3' 'filelock<4'
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 .venv-eval/bin/python tests/evaluation/run.py
 
 clean:

@@ -31,8 +31,9 @@ def main() -> None:
              "--output_path", str(folder / "out"), "--log_samples"],
             check=True,
         )  # fmt: skip
-        (samples,) = (folder / "out").rglob("*samples*.jsonl")
-        assert len(samples.read_text().splitlines()) == 3, "each question is answered"
+        found = list((folder / "out").rglob("*samples*.jsonl"))
+        assert len(found) == 1, "lmms-eval failed, and ended as if it had not: its error stands above"
+        assert len(found[0].read_text().splitlines()) == 3, "each question is answered"
         (results,) = (folder / "out").rglob("*results*.json")
         assert "dualview_colours" in json.loads(results.read_text())["results"]
         print("lmms-eval ran dualview on 3 questions")
