@@ -3,18 +3,23 @@
 The truth is `full_computation` of the same model, which calls every layer, and the tower whole.
 """
 
+import importlib
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, TorchAoConfig
 from transformers.exporters.utils import decompose_multimodal
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dualview as dv
-from dualview.models import InfLlavaForConditionalGeneration
-from tests.tiny import IMAGE, TINY_LLM, TINY_TOWER, photograph, prompt, tiny_model, tiny_processor
+from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration, InfLlavaModel
+from tests.tiny import IMAGE, TINY_LLM, TINY_TOWER, photograph, prompt, tiny_config, tiny_model, tiny_processor
 
 PRESETS = pytest.mark.parametrize("preset", ["released", "paper"])
 WIDE = {"vision_config": TINY_TOWER | {"hidden_size": 1024}, "text_config": TINY_LLM | {"hidden_size": 64}}
@@ -167,26 +172,75 @@ def test_exporters_find_the_enhancement_module():
     assert {"local_tiles", "stride_tiles"} <= set(inputs)
 
 
-def test_what_a_server_asks_of_model_and_processor():
+def test_what_a_server_asks_of_a_model():
     """The requirements of vLLM's transformers backend that can be checked without it; docs/inf-llava.md lists them."""
-    model, processor = tiny_model(), tiny_processor()
+    with torch.device("meta"):  # it is built without weights, by the Auto class of base models
+        assert type(AutoModel.from_config(tiny_config())) is InfLlavaModel
+    model = tiny_model()
     assert model._supports_attention_backend
     assert model.is_backend_compatible()
     for part in (model.model.language_model, model.model.vision_tower):  # attention through one switch
         assert part.config._attn_implementation in {"eager", *ALL_ATTENTION_FUNCTIONS}
-    model.set_attn_implementation("eager")
-    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.get_encoder(modality="image") is model.model.vision_tower
     assert model.base_model_prefix == "model"
     assert {"model.vision_tower", "model.multi_modal_projector", "model.language_model"} <= {
         name for name, _ in model.named_modules()
     }
-    assert processor.image_token_id == model.config.image_token_id == IMAGE
-    largest = processor._get_num_multimodal_tokens(image_sizes=[(10_000, 10_000)])
-    assert largest["num_image_tokens"] == [model.config.image_seq_length]
-    out = processor(text="<image>a", images=photograph(), return_mm_token_type_ids=True)
-    assert out["mm_token_type_ids"][0].count(1) == out["input_ids"][0].count(IMAGE) == 4
-    assert hasattr(model, "get_image_features")
+    features = model.model.get_image_features(torch.randn(2, 3, 56, 84), return_dict=True).pooler_output
+    assert [tuple(one.shape) for one in features] == [(4, 48), (4, 48)]
     assert model.tp_plan["lm_head"]
+    assert model.model.config.text_config.base_model_pp_plan
+
+
+def test_a_server_s_attention_gets_what_it_hands_down(monkeypatch):
+    """It calls the base model with embeddings, and keeps the cache in its own attention, layer by layer."""
+    model, instances, seen = tiny_model(), {0: "first", 1: "second"}, []
+    ids = prompt()
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    def attention(module, query, key, value, attention_mask, attention_instances=None, **options):
+        seen.append(attention_instances[module.layer_idx])
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "served", attention)
+    model.model.language_model.config._attn_implementation = "served"
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        found = model.model(
+            inputs_embeds=embeds, use_cache=False, position_ids=positions, attention_instances=instances, return_dict=False
+        )[0]
+    assert seen == ["first", "second"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_a_server_asks_of_a_processor():
+    processor = tiny_processor()
+    assert processor.image_token_id == IMAGE
+    assert processor.image_token == "<image>"
+    largest = processor._get_num_multimodal_tokens(image_sizes=[(10_000, 10_000)])
+    assert largest["num_image_tokens"] == [4]
+    images = [photograph(), photograph(20, 30)]
+    asked = {"return_mm_token_type_ids": True, "return_text_replacement_offsets": True, "return_tensors": "pt"}
+    out = processor(text="<image>a<image>", images=images, **asked)
+    assert (out["mm_token_type_ids"] == 1).sum() == (out["input_ids"] == IMAGE).sum() == 8
+    (places,) = out["text_replacement_offsets"]
+    assert [place["type"] for place in places] == ["image", "image"]
+    for place in places:
+        assert processor.tokenizer.encode(place["replacement"], add_special_tokens=False) == [IMAGE] * 4
+    rows = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])["num_image_patches"]
+    for name in processor.image_processor.model_input_names:  # each image has its rows of every field
+        assert name not in out or len(out[name]) == sum(rows)
+
+
+def test_every_process_of_a_server_knows_the_model():
+    """By an entry point, which may be called more than once."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["dualview"].partition(":")
+    for _ in range(2):
+        getattr(importlib.import_module(module), name)()
+    assert type(AutoConfig.for_model("inf_llava")) is InfLlavaConfig
 
 
 def test_an_offloaded_gate():

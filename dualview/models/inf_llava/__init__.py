@@ -24,9 +24,16 @@ __all__ = [
     "convert_inf_llava",
 ]
 
-AutoConfig.register(InfLlavaConfig.model_type, InfLlavaConfig)
-AutoModel.register(InfLlavaConfig, InfLlavaModel)
-AutoModelForImageTextToText.register(InfLlavaConfig, InfLlavaForConditionalGeneration)
-AutoModelForMultimodalLM.register(InfLlavaConfig, InfLlavaForConditionalGeneration)
-AutoImageProcessor.register(InfLlavaConfig, image_processor_classes={"torchvision": InfLlavaImageProcessor})
-AutoProcessor.register(InfLlavaConfig, InfLlavaProcessor)
+
+def register() -> None:
+    """Make the model known to the Auto classes, as importing does: an entry point of servers, called more than once."""
+    AutoConfig.register(InfLlavaConfig.model_type, InfLlavaConfig, exist_ok=True)
+    AutoModel.register(InfLlavaConfig, InfLlavaModel, exist_ok=True)
+    AutoModelForImageTextToText.register(InfLlavaConfig, InfLlavaForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(InfLlavaConfig, InfLlavaForConditionalGeneration, exist_ok=True)
+    processors = {"torchvision": InfLlavaImageProcessor}
+    AutoImageProcessor.register(InfLlavaConfig, image_processor_classes=processors, exist_ok=True)
+    AutoProcessor.register(InfLlavaConfig, InfLlavaProcessor, exist_ok=True)
+
+
+register()
