@@ -28,7 +28,8 @@ class Chat:
 
     Raises:
         ImageError: The picture cannot be read.
-        ValueError: The directory holds no model that takes pictures and chats.
+        ValueError: The directory holds no model that takes pictures and chats, or weights that are not those of its
+            configuration.
         OSError: There is no such directory.
     """
 
@@ -44,7 +45,7 @@ class Chat:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        from dualview.models.inf_llava import InfLlavaConfig
+        from dualview.models.inf_llava import InfLlavaConfig, InfLlavaForConditionalGeneration
 
         kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
         if kind == "llava_llama":  # released weights that are not converted; the Auto classes know no such model
@@ -54,7 +55,17 @@ class Chat:
         self.options = {} if size is None else {"size": {"shortest_edge": size}}
         self.max_new_tokens = max_new_tokens
         self.processor = AutoProcessor.from_pretrained(model)
-        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype or "auto").to(self.device).eval()
+        loaded, report = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=dtype or "auto", output_loading_info=True
+        )
+        lacking = [sorted(report[name]) for name in ("missing_keys", "unexpected_keys")]
+        if lacking[0] or (lacking[1] and isinstance(loaded, InfLlavaForConditionalGeneration)):
+            raise ValueError(
+                f"{model}: weights and config.json do not belong together, so that answers would be of random numbers. "
+                f"Without weights: {shortened(lacking[0])}; without a place: {shortened(lacking[1])}. Make the "
+                "directory again."
+            )
+        self.model = loaded.to(self.device).eval()
         self.messages: Messages = []
 
     def ask(self, question: str, say: Callable[[str], None]) -> str:
@@ -85,6 +96,11 @@ class Chat:
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
+
+
+def shortened(names: list[str]) -> str:
+    """The first of many names, and how many there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
 def to_inputs(chat: Chat, messages: Messages) -> dict[str, Any]:

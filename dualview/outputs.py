@@ -69,6 +69,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).absolute()
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "exists already, and is not replaced: give another name", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder, in which a new one could be made", str(path.parent))
     beside = path.with_name(f".dualview-{secrets.token_hex(8)}")
     beside.mkdir()
     try:

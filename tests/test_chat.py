@@ -1,6 +1,8 @@
 """From released weights to an answer, as typed: convert, ask, chat."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dualview import cli
 from dualview.chat import Chat
 from dualview.images import load_image
+from tests.checks import refuses
 from tests.released import write_released
 from tests.tiny import photograph
 
@@ -123,3 +126,16 @@ def test_loading_shows_its_progress(place):
     assert "100%" in done.stderr
     assert "Loading" not in done.stdout
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_weights_of_another_configuration_do_not_answer(place, tmp_path, layers):
+    """With layers left out, or with random ones."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    file.write_text(json.dumps(config))
+    name = "model.language_model.layers."
+    with refuses("weights and config.json do not belong together", name, "more", "Make the directory again"):
+        Chat(str(tmp_path / "model"))

@@ -35,9 +35,9 @@ class DeclaresTiles(Protocol):
     """A dem that needs few of the tiles says so by a `plan`, and is called with the tiles that it named.
 
     It may also declare ``low_res``, "mean" or "add": how ``low_res="auto"`` mixes its result with the low-resolution
-    view ("mean" if it does not). A dem with a tensor ``gate`` multiplies its result by it; unless the mix is "add" it is
-    called with a mask (or None) and the features of that view as fourth and fifth argument, and subtracts the features
-    before the gate.
+    view ("mean" if it does not). A dem with a tensor ``gate`` multiplies its result by it. Unless the mix is "add" it
+    is called with a mask (or None) and the features of that view as fourth and fifth argument, and subtracts the
+    features before the gate.
     """
 
     def plan(self, grid: TileGrid, tokens: Size, /) -> NamesTiles:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -401,3 +403,21 @@ def test_rotations_as_transformers_5_writes_them(tmp_path):
     write_released(tmp_path / "released", rope_theta=None, rope_scaling=None, rope_parameters=rope)
     convert_inf_llava(tmp_path / "released", tmp_path / "ours")
     assert InfLlavaConfig.from_pretrained(tmp_path / "ours").text_config.rope_parameters == rope
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+    """Its ids would name other words."""
+    write_released(tmp_path / "released")
+    released_tokenizer().save_pretrained(tmp_path / "words")
+    few = type(released_tokenizer())(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    few.save_pretrained(tmp_path / "few")
+    with refuses("the tokenizer has", "model.embed_tokens.weight", "another model's", "--tokenizer"):
+        convert_inf_llava(tmp_path / "released", tmp_path / "ours", tokenizer=tmp_path / "few")
+    config = json.loads((tmp_path / "released" / "config.json").read_text())
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"bos_token_id": 1}))
+    with refuses("begins texts with token", "config.json says 1", "another model's"):
+        convert_inf_llava(tmp_path / "released", tmp_path / "ours", tokenizer=tmp_path / "words")
+    assert not (tmp_path / "ours").exists()
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config))
+    with refuses("no such folder", error=FileNotFoundError):
+        convert_inf_llava(tmp_path / "released", tmp_path / "nowhere" / "ours")

@@ -16,12 +16,10 @@ def test_two_processes_share_a_model(how, tmp_path):
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.models.two_processes", how, str(tmp_path)]
+    environments = [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     runs = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in "01"
-    ]  # fmt: skip
+        subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for own in environments
+    ]
     for rank, run in zip("01", runs, strict=True):
         output = run.communicate(timeout=300)[0].decode()
         assert run.returncode == 0, output[-3000:]

@@ -13,7 +13,8 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, TorchAoConfig
-from transformers.exporters.utils import decompose_multimodal
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import cast_leaf_tensors, decompose_multimodal
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -170,6 +171,14 @@ def test_exporters_find_the_enhancement_module():
     dem, inputs = parts["connector"]
     assert dem is model.model.dem
     assert {"local_tiles", "stride_tiles"} <= set(inputs)
+    inputs = cast_leaf_tensors(inputs, dtype=torch.float32, device=torch.device("cpu"))  # what it is called with, too
+    exported = DynamoExporter().export(dem, dict(inputs), config=DynamoConfig(dynamic=True))
+    torch.testing.assert_close(program_of(exported)(**inputs), dem(**inputs))
+
+
+def program_of(exported):
+    """A torch.export program as a callable; newer versions of transformers wrap it."""
+    return exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported
 
 
 def test_what_a_server_asks_of_a_model():
@@ -209,7 +218,11 @@ def test_a_server_s_attention_gets_what_it_hands_down(monkeypatch):
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         found = model.model(
-            inputs_embeds=embeds, use_cache=False, position_ids=positions, attention_instances=instances, return_dict=False
+            inputs_embeds=embeds,
+            use_cache=False,
+            position_ids=positions,
+            attention_instances=instances,
+            return_dict=False,
         )[0]
     assert seen == ["first", "second"]
     torch.testing.assert_close(found, expected)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, pipeline
 
 import dualview as dv
 from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration, InfLlavaModel
+from dualview.models.inf_llava.input_checks import CACHE
 from dualview.models.view_plan import interpolate
 from tests.checks import refuses
 from tests.tiny import IMAGE, TINY_TOWER, photograph, prompt, tiny_config, tiny_model, tiny_processor
@@ -234,3 +235,30 @@ def test_counts_for_a_server_are_those_of_the_call():
 def test_defaults_of_the_configuration_are_kept():
     config = InfLlavaConfig()
     assert (config.vision_feature_layer, config.vision_width, config.tie_word_embeddings) == (-2, 1024, False)
+
+
+def test_features_computed_before_are_those_of_images():
+    model, ids = tiny_model(), prompt()
+    features = model.get_image_features(torch.randn(1, 3, 56, 84))
+    assert model(input_ids=ids, mm_encoder_outputs={"image": features}).logits.shape == (1, 8, 64)
+    for wrong in ({"images": features}, {"image": features.last_hidden_state}, {"image": features, "video": features}):
+        with refuses("mm_encoder_outputs has [", '{"image": model.get_image_features(...)}'):
+            model(input_ids=ids, mm_encoder_outputs=wrong)
+
+
+def test_no_training_on_places_without_an_image():
+    model, ids, text = tiny_model(), prompt(), torch.tensor([[1, 5, 6]])
+    assert model(input_ids=text, labels=text).loss.isfinite()
+    with refuses("4 tokens with id 63", "there is no image", "Give pixel_values"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_both_names_of_the_cache():
+    """transformers 5.24 has a new one; outputs have that of the version that is installed."""
+    model, ids = tiny_model(), torch.tensor([[1, 5, 6, 7]])
+    expected = model(input_ids=ids).logits[:, -1:]
+    for name in ("past_key_values", "cache"):
+        first = model(input_ids=ids[:, :3], use_cache=True)
+        held = getattr(first, CACHE)
+        assert held.get_seq_length() == 3
+        torch.testing.assert_close(model(input_ids=ids[:, 3:], **{name: held}).logits, expected)

@@ -65,10 +65,10 @@ class Prefill(nn.Module):
         self.model = model
 
     def forward(self, input_ids, attention_mask, pixel_values):
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
-        )
-        return out.logits * attention_mask[..., None]  # what padding itself attends to is nothing, which engines differ in
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False)
+        return (
+            out.logits * attention_mask[..., None]
+        )  # what padding itself attends to is nothing, which engines differ in
 
 
 def images(count):

@@ -48,7 +48,9 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict
 
 def by_tensors(folder: Path, expected: nn.Module) -> None:
     """Tensor parallelism: every process sees the same batch, and has its part of the language model."""
-    model = InfLlavaForConditionalGeneration.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto"))
+    model = InfLlavaForConditionalGeneration.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_plan="auto")
+    )
     parts = {name for name, p in model.named_parameters() if hasattr(p, "placements") and not whole_here(p)}
     assert any("language_model.layers.1.mlp" in name for name in parts), parts
     assert "lm_head.weight" in parts

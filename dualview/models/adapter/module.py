@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class AttachedEnhance(nn.Module):
         for dem, low, local, stride in zip(
             self.dems, *(x.to(dtype).chunk(count, -1) for x in (base, local_tiles, stride_tiles)), strict=True
         ):
-            options = {} if method_of(dem, "plan") is None else {"live": live}
+            options: dict[str, Any] = {} if method_of(dem, "plan") is None else {"live": live}
             found.append(mixed(dem, low, self.low_res, local, stride, grid, **options))
         out = torch.cat(found, -1)
         return (out if self.gate is None else base + self.gate * (out - base)).to(base.dtype)

@@ -123,6 +123,7 @@ def _from_released(
     entries = {name: entry for name, entry in entries.items() if not COMPUTED.search(name)}
     tokenizer = _tokenizer(tokenizer_at or llm_at or (source if source.is_dir() else source.parent))
     embeddings = entries.get("model.embed_tokens.weight")
+    _check_words(tokenizer, released, embeddings)
     rows = max(len(tokenizer), embeddings.shape[0] if embeddings else 0)
     known = tower_at is not None and (tower_at / "config.json").is_file()
     tower_config = CLIPVisionConfig.from_pretrained(tower_at) if known else None
@@ -217,6 +218,22 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     return tokenizer
+
+
+def _check_words(tokenizer: PreTrainedTokenizerFast, released: dict[str, Any], embeddings: Entry | None) -> None:
+    """Raise a CheckpointError where the tokenizer is another model's: its ids would name other words."""
+    words = len(tokenizer) - 1  # but the image token
+    if embeddings is not None and abs(words - embeddings.shape[0]) > 64:
+        raise CheckpointError(
+            f"the tokenizer has {words} tokens, and model.embed_tokens.weight {embeddings.shape[0]} rows: it is "
+            "another model's. Give that of the checkpoint by tokenizer (--tokenizer)."
+        )
+    first = released.get("bos_token_id")
+    if None not in (first, tokenizer.bos_token_id) and first != tokenizer.bos_token_id:
+        raise CheckpointError(
+            f"the tokenizer begins texts with token {tokenizer.bos_token_id}, and config.json says {first}: it is "
+            "another model's. Give that of the checkpoint by tokenizer (--tokenizer)."
+        )
 
 
 def _without_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

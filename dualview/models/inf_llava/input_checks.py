@@ -154,6 +154,34 @@ def check_features(tokens: Tensor, image_features: Tensor, config: Any) -> None:
         )
 
 
+def check_encoded(outputs: Mapping[str, Any] | None) -> Any:
+    """The image features among outputs that were computed before, None where there are none.
+
+    Raises:
+        ValueError: They are of something else than images, or no features.
+    """
+    if not outputs:
+        return None
+    images = outputs.get("image")
+    if set(outputs) != {"image"} or getattr(images, "pooler_output", None) is None:
+        raise ValueError(
+            f"mm_encoder_outputs has {sorted(outputs)}, {type(images).__name__} by the name 'image': must be "
+            '{"image": model.get_image_features(...)}.'
+        )
+    return images
+
+
+def check_places(input_ids: Tensor | None, config: Any) -> None:
+    """Raise a ValueError if a model is to be trained on places for images without one; not while a compiler traces."""
+    if torch.compiler.is_compiling() or input_ids is None or input_ids.is_meta:
+        return
+    if places := int((input_ids == config.image_token_id).sum()):
+        raise ValueError(
+            f"Image features and image tokens do not match: input_ids have {places} tokens with id "
+            f"{config.image_token_id}, and there is no image. Give pixel_values, as the processor makes them."
+        )
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise a ValueError for the first option of an image processor that cannot be what it says."""
     for name, value in options.items():

@@ -26,9 +26,11 @@ from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
 from dualview.models.inf_llava.input_checks import (
     CACHE,
+    check_encoded,
     check_features,
     check_language_model,
     check_pictures,
+    check_places,
     check_tokens,
 )
 from dualview.models.inf_llava.language_head import build_head, finish_logits
@@ -354,7 +356,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        images = (mm_encoder_outputs or {}).get("image")
+        images = check_encoded(mm_encoder_outputs)
         if images is None and pixel_values is not None:
             images = self.get_image_features(
                 pixel_values,
@@ -512,6 +514,8 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             - logits: (batch, kept positions, vocabulary)
         """
         check_tokens(self.get_input_embeddings(), input_ids, inputs_embeds, attention_mask, position_ids, labels)
+        if labels is not None and pixel_values is None and not mm_encoder_outputs:
+            check_places(input_ids, self.config)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
