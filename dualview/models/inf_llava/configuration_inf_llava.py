@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from dualview.arguments import check_mapping
 from dualview.geometry import TileGrid
-from dualview.models.inf_llava.enhance_inf_llava import InfLlavaEnhance
 from dualview.models.inf_llava.input_checks import check_fields, named_errors
 from dualview.models.parts import low_res_of
 from dualview.ops.direct_readout import DirectReadout
+from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.tensors import check_factory
 
 LLAMA_3_8B: dict[str, Any] = {
@@ -175,8 +175,14 @@ class InfLlavaConfig(PreTrainedConfig):
         width: int = self.vision_config.hidden_size
         return width * len(listed(self.vision_feature_layer))
 
-    def build_dem(self, device: torch.device | str | None = None) -> nn.Module | None:
+    def build_dem(
+        self, kind: type[DualPerspectiveEnhance] = DualPerspectiveEnhance, *, device: torch.device | str | None = None
+    ) -> nn.Module | None:
         """The module that ``dem`` describes, for the vision tower's width.
+
+        Args:
+            kind: Class of the enhancement module.
+            device: Where its weights are.
 
         Raises:
             ValueError: The preset or an option is unknown, or the readout would not give one tile's token count.
@@ -196,7 +202,7 @@ class InfLlavaConfig(PreTrainedConfig):
                 return None
             if preset == "direct":
                 return DirectReadout(**options)
-            build = InfLlavaEnhance.released if preset == "released" else InfLlavaEnhance.paper
+            build = kind.released if preset == "released" else kind.paper
             return build(self.vision_width, device=device, **options)
         except TypeError as error:
             raise ValueError(f"dem={self.dem}: {error}. Options are the arguments of the preset's module.") from error

@@ -11,6 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -20,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from dualview.arguments import check_instance
-from dualview.geometry import GridLike, TileGrid
+from dualview.geometry import GridLike, LiveTiles, TileGrid
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
@@ -38,6 +39,7 @@ from dualview.models.inf_llava.shards import INDEX, entries_of
 from dualview.models.inf_llava.tower_layers import TowerLayers
 from dualview.models.parts import DualView, Encoder, LowRes, ViewOptions
 from dualview.models.view_plan import interpolate
+from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.tiling import recombine
 
 RELEASED_STARTS = ("model.layers.", "model.mm_projector.", "model.spatial_embed.", "model.vision_tower.vision_tower.")
@@ -78,6 +80,22 @@ class InfLlavaMultiModalProjector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         projected: Tensor = self.linear_2(self.act(self.linear_1(features)))
         return projected
+
+
+class InfLlavaEnhance(GradientCheckpointingLayer, DualPerspectiveEnhance):
+    """A [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] that gradient checkpointing takes for a layer.
+
+    After ``model.gradient_checkpointing_enable()`` its maps are not kept for the backward pass, but computed again.
+    Grids and tile indices reach `forward` as plain tuples: transformers' exporters look into what a part is called
+    with, and can follow these alone.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (TileGrid, LiveTiles)) else value
 
 
 class InfLlavaPreTrainedModel(PreTrainedModel):
@@ -183,7 +201,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         for layer in listed(config.vision_feature_layer):
             check_tower(self.vision_tower, layer)
-        self.dem = config.build_dem()
+        self.dem = config.build_dem(InfLlavaEnhance)
         self.language_model = AutoModel.from_config(config.text_config)
         check_language_model(self.language_model)
         # The width of the embeddings, which need not be that of the layers.
