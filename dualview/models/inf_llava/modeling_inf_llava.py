@@ -95,7 +95,9 @@ class InfLlavaEnhance(GradientCheckpointingLayer, DualPerspectiveEnhance):
 
 
 def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (TileGrid, LiveTiles)) else value
+    if isinstance(value, TileGrid):
+        return value.rows, value.cols
+    return (value[0], value[1]) if isinstance(value, LiveTiles) else value  # torch.compile (2.11) does not unpack it
 
 
 class InfLlavaPreTrainedModel(PreTrainedModel):
