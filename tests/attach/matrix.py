@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dualview.models import attach, detach, load_adapter, save_adapter
-from dualview.models.adapter.hosts import HOSTS
+from dualview.models.adapter.hosts import HOSTS, SOURCES, Source
 from tests.attach.hosts import IMAGE, PACKED, SQUARE, built, inputs_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
@@ -292,7 +292,8 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 def described(family: str) -> tuple[str, str]:
     model_type = "mistral3" if family == "llava_pixtral" else family
     layout = HOSTS[model_type].layout
-    return KINDS[layout], "upsample, hires" if family in ENLARGED else "upsample"
+    refused = {*SOURCES[layout], *(() if family in ENLARGED or layout == "flat" else ("hires",))}
+    return KINDS[layout], ", ".join(source for source in get_args(Source) if source not in refused)
 
 
 KINDS = {

@@ -31,7 +31,12 @@ def calls_of(module: nn.Module, run: object) -> list[tuple[tuple, dict, object]]
 def views_of(image: Tensor, grid: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
     """Local and stride tiles of (C, H, W), each of that size."""
     size = (image.shape[1] * grid[0], image.shape[2] * grid[1])
-    planes = F.interpolate(image[None], size, mode="bicubic", align_corners=False)[0].movedim(0, -1)
+    return tiles_of(F.interpolate(image[None], size, mode="bicubic", align_corners=False)[0], grid)
+
+
+def tiles_of(image: Tensor, grid: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Local and stride tiles of (C, H, W)."""
+    planes = image.movedim(0, -1)
     return tuple([tile.movedim(-1, 0) for tile in reference.cut(planes, grid, kind)] for kind in ("local", "global"))
 
 
@@ -213,6 +218,87 @@ def test_packed_towers_against_one_call_for_each_view(family):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
+NATIVE = {"mistral3": (2, 2), "llava_pixtral": (2, 2), "lfm2_vl": (2, 2)}
+"""Grids that the pictures of 16 x 24 and 24 x 16 pixels suit: a token of the others is 8 pixels."""
+
+
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_tiles_of_the_picture_itself_against_one_call_for_each_view(family):
+    arguments, read, stride = PACKED_FAMILIES[family]
+    trial, grid = Trial(family), NATIVE.get(family, (2, 1))
+    model = trial.model(True, grid=grid, source="native")
+    tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
+    pictures = [torch.randn(6 if stride == 8 and family != "gemma4" else 3, 16, side) for side in (16, 16, 24)]
+    if family == "gemma4":
+        pictures = [picture.sigmoid() for picture in pictures]
+
+    def encode(view: Tensor, by: nn.Module = plain) -> Tensor:
+        with torch.no_grad():
+            return read(by(**arguments(view))).unflatten(0, (view.shape[1] // stride, view.shape[2] // stride))
+
+    for picture in pictures:
+        local, strided = ([encode(view) for view in views] for views in tiles_of(picture, grid))
+        expected = enhanced(tower.dualview, encode(picture), local, strided, grid)
+        torch.testing.assert_close(encode(picture, tower), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_packed_pictures_with_larger_ones_behind_each(family):
+    trial = Trial(family)
+    model = trial.model(True, grid=GRID, source="hires")
+    tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
+    sizes = (16, 24), (24, 16), (16, 24)
+    small = [torch.randn(6, *size) for size in sizes]
+    large = [torch.randn(6, size[0] * GRID[0], size[1] * GRID[1]) for size in sizes]
+    rows = [flat_arguments(one) for both in zip(small, large, strict=True) for one in both]
+    given = {
+        "hidden_states": torch.cat([one["hidden_states"] for one in rows]),
+        "grid_thw": torch.cat([one["grid_thw"] for one in rows[::2]]),
+    }
+
+    def encode(view: Tensor) -> Tensor:
+        with torch.no_grad():
+            return plain(**flat_arguments(view)).pooler_output.unflatten(0, (view.shape[1] // 8, view.shape[2] // 8))
+
+    with torch.no_grad():
+        found = tower(**given).pooler_output.split([6, 6, 6])
+    for low, high, tokens in zip(small, large, found, strict=True):
+        local, strided = ([encode(view) for view in views] for views in tiles_of(high, GRID))
+        expected = enhanced(tower.dualview, encode(low), local, strided, GRID).flatten(0, 1)
+        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+    with refuses("24 patches", "7 times", "adapt_processor"), torch.no_grad():
+        tower(**flat_arguments(small[0]))
+
+
+@pytest.mark.parametrize("family", ["llava", "mistral3", "qwen2_vl"])
+def test_no_view_is_encoded_that_nobody_needs(family):
+    trial = Trial(family)
+    model = trial.model(True, max_tiles_per_pass=1)
+    tower, seen = model.get_encoder(modality="image"), []
+    block = next(m for name, m in tower.named_modules() if name.endswith(("layers.0", "blocks.0")))
+    block.register_forward_hook(lambda *_: seen.append(1))
+    logits(model, trial.inputs)
+    assert len(seen) == 1 + 2 * 8  # two pictures, four local and four stride tiles each
+
+
+def test_pictures_that_do_not_suit_the_grid():
+    trial = Trial("qwen2_vl")
+    model = trial.model(True, source="native")
+    with refuses("16 x 24", "16 x 16", "adapt_processor", "upsample"):
+        logits(model, trial.inputs)
+    for family, source, *parts in (
+        ("llava", "native", "one size", "hires"),
+        ("mistral3", "hires", "pads", "upsample", "native"),
+        ("gemma4", "hires", "fixed number", "native"),
+    ):
+        with refuses(source, family, *parts):
+            dv.attach(built(family), source=source)
+    for dem in ({"readout": "average"}, dv.DualPerspectiveEnhance.paper(32)):
+        with refuses("readout", "native"):
+            dv.attach(trial.bare, source="native", dem=dem)
+    assert unharmed(trial)
+
+
 def test_frames_of_a_video_are_enhanced_as_pictures_are():
     trial = Trial("qwen2_5_vl")
     tower = trial.model(True).get_encoder(modality="image")
@@ -338,8 +424,6 @@ def test_hosts_that_are_refused():
     with refuses("Linear", "DualViewEncoder", error=TypeError):
         dv.attach(nn.Linear(2, 2))
     host = built("qwen2_vl")
-    with refuses("hires", "qwen2_vl", "upsample"):
-        dv.attach(host, source="hires")
     host.config.model_type = "hunyuan_vl"
     with refuses("hunyuan_vl", "order"):
         dv.attach(host)

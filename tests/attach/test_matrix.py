@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from dualview.models.adapter.hosts import HOSTS, REFUSED
+from dualview.models.adapter.processors import PACKED as PACKED_PROCESSORS
 from dualview.models.adapter.processors import RECIPES
 from tests.attach.hosts import PACKED, SQUARE
 from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, described, on_page, tried
@@ -40,7 +41,7 @@ def test_the_page_has_a_row_for_every_family():
     for family in FAMILIES:
         assert f"| `{family}` | {' | '.join(described(family))} |" in page
     assert all(f"`{family}`" in page for family in REFUSED)
-    assert len(ENLARGED) == len(RECIPES)
+    assert len(ENLARGED) + len(PACKED_PROCESSORS) == len(RECIPES["hires"])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dualview as dv
 from dualview.interpolation import bicubic
+from dualview.models.adapter.patches import from_blocks
 from tests.attach.hosts import IMAGE, PINPOINTS, built
 from tests.attach.matrix import gradients, logits, open_gates, ours
 from tests.checks import refuses
@@ -174,10 +175,100 @@ def test_what_is_saved_is_the_processor_of_before(tmp_path):
     assert torch.equal(processed(unpickled, image)["pixel_values"], processed(adapted, image)["pixel_values"])
 
 
+PACKED = ("glm4v", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+def packed_processor_of(family: str) -> object:
+    T, words = transformers, tokenizer()  # noqa: N806
+    size = {"size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, "patch_size": 4}
+    if family == "glm4v":
+        return T.Glm4vProcessor(T.Glm4vImageProcessor(**size), words, T.Glm4vVideoProcessor())
+    name = {"qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}[family]
+    video = T.Qwen3VLVideoProcessor() if family == "qwen3_vl" else T.Qwen2VLVideoProcessor()
+    return getattr(T, f"{name}Processor")(T.Qwen2VLImageProcessor(**size), words, video)
+
+
+def frames(patches: Tensor, rows: int, cols: int) -> Tensor:
+    return from_blocks(patches, (1, rows, cols), patch=4, merge=2)[0]
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_larger_pictures_behind_each(family):
+    before = packed_processor_of(family)
+    adapted = dv.adapt_processor(before, (2, 3))
+    pictures = [picture(40, 70), picture(33, 18)]
+    given = {"images": pictures, "text": ["<image> see", "<image>"], "padding": True, "return_tensors": "pt"}
+    plain, large = dict(before(**given)), dict(adapted(**given))
+    for name in set(plain) - {"pixel_values"}:
+        assert torch.equal(plain[name], large[name]), name
+    grids = [grid[1:] for grid in plain["image_grid_thw"].tolist()]
+    counts = [rows * cols for rows, cols in grids]
+    pieces = large["pixel_values"].split([n for count in counts for n in (count, 6 * count)])
+    for small, high, grid, stock in zip(
+        pieces[::2], pieces[1::2], grids, plain["pixel_values"].split(counts), strict=True
+    ):
+        assert torch.equal(small, stock)
+        reduced = bicubic(frames(high, 2 * grid[0], 3 * grid[1])[None], (4 * grid[0], 4 * grid[1]))[0]
+        assert (reduced - frames(stock, *grid)).abs().max() < 0.25
+    assert adapted._get_num_multimodal_tokens([(40, 70)]) == before._get_num_multimodal_tokens([(40, 70)])
+    again = pickle.loads(pickle.dumps(adapted))
+    assert torch.equal(again(**given)["pixel_values"], large["pixel_values"])
+
+
+@pytest.mark.parametrize("family", PACKED)
+@given(height=st.integers(8, 90), width=st.integers(8, 90), n=st.integers(2, 3))
+@settings(max_examples=8)
+def test_pictures_of_whole_tiles(family, height, width, n):
+    adapted = dv.adapt_processor(packed_processor_of(family), (n, n), "native")
+    found = dict(adapted(images=[picture(height, width)], text=["<image> see"], return_tensors="pt"))
+    ((_, rows, cols),) = found["image_grid_thw"].tolist()
+    assert rows % (2 * n) == cols % (2 * n) == 0
+    assert 16 * rows * cols <= 64 * 64
+    tokens = (found["input_ids"] == IMAGE).sum().item()
+    assert [tokens] == adapted._get_num_multimodal_tokens([(height, width)]).num_image_tokens == [rows * cols // 4]
+
+
+@pytest.mark.parametrize("source", ["hires", "native"])
+@pytest.mark.parametrize("family", PACKED)
+def test_a_packed_host_with_larger_pictures_or_whole_tiles(family, source):
+    model = built(family)
+    adapted = dv.adapt_processor(packed_processor_of(family), (2, 2), source)
+    given = {"images": [picture(40, 70)], "text": ["<image> see"]}
+    inputs = dict(adapted(**given, return_tensors="pt", return_mm_token_type_ids=True))
+    count = inputs["image_grid_thw"].prod().item()
+    small = {**inputs, "pixel_values": inputs["pixel_values"][:count]}
+    plain = logits(model, small)
+    dv.attach(model, (2, 2), source)
+    at_start = logits(model, inputs)
+    assert torch.equal(at_start, plain)
+    open_gates(model)
+    assert not torch.allclose(logits(model, inputs), at_start, rtol=1e-3)
+    found = gradients(model, inputs)
+    assert all(found[name].abs().sum() > 0 for name in ours(model))
+    assert model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2).shape[0] == 2
+    if source == "hires":
+        with refuses(f"{count} patches", "adapt_processor"):
+            logits(model, small)
+    model.train()
+    words = {"input_ids": torch.tensor([[1, 5, 6]]), "mm_token_type_ids": torch.zeros(1, 3, dtype=torch.long)}
+    found = gradients(model, words)
+    assert all((found[name] == 0).all() for name in ours(model))
+
+
 def test_what_is_refused():
     llava = processor_of("llava")
     with refuses("2x3", "equal", "(2, 2)"):
         dv.adapt_processor(llava, (2, 3))
+    qwen = packed_processor_of("qwen2_vl")
+    with refuses("2x3", "equal", "(2, 2)"):
+        dv.adapt_processor(qwen, (2, 3), "native")
+    with refuses("LlavaProcessor", "native", "Qwen3VLProcessor"):
+        dv.adapt_processor(llava, (2, 2), "native")
+    with refuses("upsample", "hires"):
+        dv.adapt_processor(llava, (2, 2), "upsample")
+    qwen.image_processor = transformers.Qwen2VLImageProcessorPil()
+    with refuses("Qwen2VLImageProcessorPil", "Qwen2VLProcessor"):
+        dv.adapt_processor(qwen)
     with refuses("adapted", "already"):
         dv.adapt_processor(dv.adapt_processor(llava))
     llava.image_processor = transformers.PixtralImageProcessor()

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
 from dualview.arguments import TEXTS, check_choice, check_count, check_indices, check_instance, shown
 from dualview.geometry import GridLike, TileGrid
-from dualview.models.adapter.hosts import HOSTS, REFUSED, Host, Place
+from dualview.models.adapter.hosts import HOSTS, REFUSED, SOURCES, Host, Place, Source
 from dualview.models.adapter.idle import after, before, between, owner_of
 from dualview.models.adapter.module import AttachedEnhance, Bound
-from dualview.models.adapter.packed import enhance_packed, packing_of
+from dualview.models.adapter.packed import enhance_packed, without_large
+from dualview.models.adapter.packings import Flat, packing_of
 from dualview.models.adapter.square import enhance_square, reduced
 from dualview.models.encode_views import mixes_tiles
 from dualview.models.parts import ViewOptions, low_res_of
 from dualview.models.view_plan import gate_of
 from dualview.ops.enhance import DualPerspectiveEnhance
 
-Source: TypeAlias = Literal["upsample", "hires"]
 Dem: TypeAlias = Mapping[str, Any] | nn.Module | Sequence[nn.Module]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,7 +75,8 @@ def attach(
         grid: Rows and columns of tiles.
         source: Where the views' pixels come from. "upsample": the images as they reach the tower are interpolated to
             the size of the grid; the processor stays as it is. "hires": the processor delivers images of grid times
-            the tower's size, see [`adapt_processor`][dualview.adapt_processor].
+            the tower's size, see [`adapt_processor`][dualview.adapt_processor]. "native", for towers that take images
+            of any size: the views are the tiles of the image itself, whose sides are whole tiles.
         dem: Options of the enhancement modules: ``{"preset": "released" | "paper"}`` and any argument of
             [`DualPerspectiveEnhance`][dualview.DualPerspectiveEnhance] in place of the preset's, and ``"gate": False``
             for none. None for the released preset. Or a module of your own for each layer, without a gate or each with
@@ -113,27 +114,26 @@ def attach(
         raise ValueError("a module is attached to this model already: detach(model) first.")
     tower = _tower(model, host)
     check_choice(source, "source", get_args(Source))
-    if source == "hires" and host.layout != "square":
-        raise ValueError(
-            f'source="hires": {config.model_type} takes images of their own size, and how its processor would deliver '
-            'larger ones beside them is not known. Use source="upsample".'
-        )
+    if (reason := SOURCES[host.layout].get(source)) is not None:
+        kinds = [kind for kind in get_args(Source) if kind not in SOURCES[host.layout]]
+        raise ValueError(f"source={source!r} is not possible in {config.model_type}: {reason}. Possible are {kinds}.")
     if max_tiles_per_pass is not None:
         max_tiles_per_pass = check_count(max_tiles_per_pass, "max_tiles_per_pass", why="Or None.")
     places = _places(config, host, layers)
-    dems, options = _dems(dem, host.width(config), len(places), tower)
+    dems, options = _dems(dem, host.width(config), len(places), tower, source)
     gated = all(gate_of(one) is None for one in dems) if options is None else options["gate"]
     gate = nn.Parameter(torch.zeros(host.width(config) * len(places), **_like(dems, tower))) if gated else None
     child = AttachedEnhance(dems, low_res_of(dems[0]), gate)
     child.train(tower.training)
 
-    views = ViewOptions((1, 1), grid, None, resize=True, max_tiles_per_pass=max_tiles_per_pass)
+    resize = source != "native"
+    views = ViewOptions((1, 1), grid, None, resize=resize, max_tiles_per_pass=max_tiles_per_pass)
     hook = partial(_enhance, host.layout, tuple(places.values()), views)
     handles: list[Any] = [tower.register_forward_hook(hook, with_kwargs=True)]
     if source == "hires":
-        handles.append(tower.register_forward_pre_hook(partial(_reduce, grid), with_kwargs=True))
-    owner, large = owner_of(model), grid if source == "hires" else TileGrid(1, 1)
-    handles.append(owner.register_forward_pre_hook(partial(before, host, tower, large), with_kwargs=True))
+        handles.append(tower.register_forward_pre_hook(partial(_reduce, host.layout, grid), with_kwargs=True))
+    owner, idle = owner_of(model), partial(before, host, tower, grid, source)
+    handles.append(owner.register_forward_pre_hook(idle, with_kwargs=True))
     handles.append(cast(Any, model).get_decoder().register_forward_pre_hook(partial(between, owner), with_kwargs=True))
     handles.append(owner.register_forward_hook(after))
     setattr(tower, NAME, child)
@@ -251,11 +251,13 @@ def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, 
     return {layer: place for layer, place in places.items() if layer in layers}
 
 
-def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[list[nn.Module], dict[str, Any] | None]:
+def _dems(
+    dem: Dem | None, width: int, count: int, tower: nn.Module, source: Source
+) -> tuple[list[nn.Module], dict[str, Any] | None]:
     """The modules, and the options that they were made of."""
     if isinstance(dem, Mapping) or dem is None:
         options = {"preset": "released", "gate": True, **(dem or {})}
-        return [_made(options, width, _like([], tower)) for _ in range(count)], options
+        return [_made(options, width, _like([], tower), source) for _ in range(count)], options
     listed = isinstance(dem, Sequence) and not isinstance(dem, TEXTS)
     dems = [dem] if isinstance(dem, nn.Module) else list(dem) if listed else []
     if (not dems and not listed) or not all(isinstance(one, nn.Module) for one in dems):
@@ -265,11 +267,10 @@ def _dems(dem: Dem | None, width: int, count: int, tower: nn.Module) -> tuple[li
             f"dem={shown(dem)}: {len(dems)} modules were given for {count} layers: give each layer one of its own."
         )
     for one in dems:
-        if getattr(one, "dim", width) != width or getattr(one, "readout", "average") == "none":
-            raise ValueError(
-                f"a dem for tokens of width {getattr(one, 'dim', '?')} with readout "
-                f"{getattr(one, 'readout', '?')!r}: this model reads tokens of width {width}, as many as one tile has."
-            )
+        if getattr(one, "dim", width) != width:
+            raise ValueError(f"a dem for tokens of width {shown(one.dim)}: this model reads tokens of width {width}.")
+        if (readout := getattr(one, "readout", None)) is not None:
+            _check_readout(readout, source)
     if len({gate_of(one) is None for one in dems}) > 1:
         raise ValueError(f"dem={shown(dem)}: some of these modules have a gate and some have none: all must, or none.")
     return dems, None
@@ -284,23 +285,33 @@ def _like(dems: Sequence[nn.Module], tower: nn.Module) -> dict[str, Any]:
     return {"device": devices[0] if devices else like.device, "dtype": like.dtype}
 
 
-def _made(options: Mapping[str, Any], width: int, like: dict[str, Any]) -> DualPerspectiveEnhance:
+def _made(options: Mapping[str, Any], width: int, like: dict[str, Any], source: Source) -> DualPerspectiveEnhance:
     rest = {name: value for name, value in options.items() if name != "gate"}
     presets = {"released": DualPerspectiveEnhance.released, "paper": DualPerspectiveEnhance.paper}
     preset = rest.pop("preset")
-    if preset not in presets or rest.get("readout") == "none":
-        raise ValueError(
-            f"dem={dict(options)}: needs a preset of {tuple(presets)}, and a readout that gives the token count of one "
-            'tile (not "none").'
-        )
+    if preset not in presets:
+        raise ValueError(f"dem={dict(options)}: needs a preset of {tuple(presets)}.")
+    if source == "native":
+        rest.setdefault("readout", "none")
+    if "readout" in rest:
+        _check_readout(rest["readout"], source)
     try:
         return presets[preset](width, **{**like, **rest})
     except TypeError as error:
         raise ValueError(f"dem={dict(options)}: {error}. Options are the arguments of the preset's module.") from error
 
 
-def _reduce(grid: TileGrid, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return reduced(args, kwargs, grid, tower)
+def _check_readout(readout: object, source: Source) -> None:
+    if (readout == "none") != (source == "native"):
+        wanted = '"none", a token for each of the image\'s' if source == "native" else "one with the tokens of one tile"
+        raise ValueError(f"dem with readout={shown(readout)}: with source={source!r} it must be {wanted}.")
+
+
+def _reduce(layout: str, grid: TileGrid, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward pre-hook of "hires": the tower itself gets the small images."""
+    if layout == "square":
+        return reduced(args, kwargs, grid, tower)
+    return without_large(cast(Flat, packing_of(layout, tower)), args, kwargs, grid)
 
 
 def _enhance(

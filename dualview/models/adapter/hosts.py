@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 Layout: TypeAlias = Literal["square", "flat", "pixtral", "naflex", "gemma4"]
+Source: TypeAlias = Literal["upsample", "native", "hires"]
+SOURCES: dict[Layout, dict[Source, str]] = {
+    "square": {"native": "its tower takes images of one size, and tiles of an image are smaller"},
+    "flat": {},
+    "pixtral": {"hires": "its processor pads all images of a batch to one size, which the large ones would decide"},
+    "naflex": {"hires": "its processor fills a fixed number of patches for each image, with no room for larger ones"},
+    "gemma4": {"hires": "its processor fills a fixed number of patches for each image, with no room for larger ones"},
+}
+"""Where the pixels of views cannot come from, with the reason."""
 
 
 class Place(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dualview.geometry import Size, TileGrid
-from dualview.models.adapter.hosts import Host
-from dualview.models.adapter.packed import Flat, packing_of
+from dualview.models.adapter.hosts import Host, Source
+from dualview.models.adapter.packings import Flat, packing_of
 
 IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 """Arguments of a model that hold images, or what was made of them."""
@@ -34,12 +34,14 @@ def owner_of(model: nn.Module) -> nn.Module:
     return inner if hasattr(inner, "get_image_features") else model
 
 
-def before(host: Host, tower: nn.Module, grid: TileGrid, owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def before(
+    host: Host, tower: nn.Module, grid: TileGrid, source: Source, owner: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of the owner: in training, an image where there is none."""
     images = len(args) > 1 or any(kwargs.get(name) is not None for name in IMAGES)
     if images or not owner.training or not torch.is_grad_enabled():
         return
-    made = cast(Any, owner).get_image_features(**example(host, tower, grid, cast(Any, owner).config))
+    made = cast(Any, owner).get_image_features(**example(host, tower, grid, source, cast(Any, owner).config))
     read = [tensor for field in READ for tensor in _tensors(getattr(made, field, None))]
     used = [tensor for tensor in read or _tensors(made.last_hidden_state) if tensor.requires_grad]
     sums = [tensor.float().sum() for tensor in used]
@@ -65,12 +67,12 @@ def after(owner: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def example(host: Host, tower: nn.Module, grid: TileGrid, config: Any) -> dict[str, Any]:
-    """Arguments of ``get_image_features`` for the smallest image, of grid times its size."""
+def example(host: Host, tower: nn.Module, grid: TileGrid, source: Source, config: Any) -> dict[str, Any]:
+    """Arguments of ``get_image_features`` for the smallest image that suits the grid and the source."""
     like = next(p for p in tower.parameters() if p.is_floating_point())
     options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if host.layout == "square":
-        height, width = grid.map_size(_side(tower))
+        height, width = (grid if source == "hires" else TileGrid(1, 1)).map_size(_side(tower))
         pixels = torch.full((1, 3, height, width), 0.5, **options)  # zeros would be taken for padding
         if host.images == "choices":  # one image, of which the model takes as many tiles as its resolution has
             side = config.vision_config.image_size
@@ -80,9 +82,14 @@ def example(host: Host, tower: nn.Module, grid: TileGrid, config: Any) -> dict[s
         return {"pixel_values": pixels[None] if host.images == "sets" else pixels}
     merge = getattr(config, "spatial_merge_size", getattr(config, "downsample_factor", 1))
     packing = packing_of(host.layout, tower, merge)
-    side = 2 * packing.unit  # Mistral 3 takes no image of one token
+    size = 2 * packing.unit, 2 * packing.unit  # Mistral 3 takes no image of one token
+    size = grid.map_size(size) if source == "native" else size
     channels = 3 * config.vision_config.temporal_patch_size if isinstance(packing, Flat) else 3
-    arguments = packing.arguments([torch.full((channels, side, side), 0.5, **options)])
+    image = torch.full((channels, *size), 0.5, **options)
+    arguments = packing.arguments([image])
+    if source == "hires":
+        large = packing.arguments([image.new_full((channels, *grid.map_size(size)), 0.5)])
+        arguments["hidden_states"] = torch.cat([arguments["hidden_states"], large["hidden_states"]])
     names = {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw", "pixel_position_ids": "image_position_ids"}
     return {names.get(name, name): value for name, value in arguments.items()}
 

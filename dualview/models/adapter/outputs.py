@@ -8,6 +8,9 @@ from torch import Tensor
 
 from dualview.models.adapter.hosts import Place
 
+LARGE = "_dualview_large"
+"""The attribute by which a reduced image carries the one that it was reduced from, from one hook to the other."""
+
 
 def features_at(output: Any, place: Place) -> Tensor:
     """The features that stand at a place.

@@ -1,213 +1,23 @@
-"""Towers that take images of their own size, packed: a second call of the tower with the views of all images.
-
-What enters a tower and what leaves it differs between four kinds of towers, each described by one class: images from
-the arguments of a call, arguments from images, and the token maps of images in a tensor of features.
-"""
+"""Towers that take images of their own size, packed: a second call of the tower with the views of all images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from dualview.geometry import Size
+from dualview.geometry import Size, TileGrid
 from dualview.models.adapter.hosts import Place
-from dualview.models.adapter.outputs import features_at, put_features
-from dualview.models.adapter.patches import from_blocks, from_rows, to_blocks, to_rows
+from dualview.models.adapter.module import Bound
+from dualview.models.adapter.outputs import LARGE, features_at, put_features
+from dualview.models.adapter.packings import Flat, Packing, given
 from dualview.models.encode_views import views_per_pass
 from dualview.models.parts import ViewOptions
 from dualview.models.view_plan import ViewPlan, cut_views, plan_encoder
 from dualview.ops.planned.run import select
 from dualview.switches import planning
-
-
-class Packing(Protocol):
-    """How a kind of towers packs images. An image is (C, H, W), its size (H, W) in pixels."""
-
-    @property
-    def unit(self) -> int:
-        """Pixels of which height and width of an image are multiples."""
-
-    def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The images of a call of the tower; of a video, its temporal steps."""
-
-    def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        """The arguments for images."""
-
-    def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-        """The token map (h, w, D) of each image."""
-
-    def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """The features with other token maps."""
-
-
-class Flat(NamedTuple):
-    """Qwen-VL and GLM-V: patches of all images in one sequence, in blocks that the tower merges to one token each."""
-
-    patch: int
-    merge: int
-
-    @property
-    def unit(self) -> int:
-        """A merged token."""
-        return self.patch * self.merge
-
-    def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The temporal steps of all images and videos."""
-        patches, grid = _given(args, kwargs, "hidden_states", "grid_thw")
-        grids = grid.tolist()
-        pieces = patches.split([steps * rows * cols for steps, rows, cols in grids])
-        return [
-            frame
-            for piece, thw in zip(pieces, grids, strict=True)
-            for frame in from_blocks(piece, tuple(thw), self.patch, self.merge)
-        ]
-
-    def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        """Each image as one temporal step."""
-        grid = [[1, image.shape[1] // self.patch, image.shape[2] // self.patch] for image in images]
-        patches = torch.cat([to_blocks(image[None], self.patch, self.merge) for image in images])
-        return {"hidden_states": patches, "grid_thw": torch.tensor(grid, device=patches.device)}
-
-    def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-        """Of merged tokens, which are in the order of rows."""
-        return _split(features, sizes, self.unit)
-
-    def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """One after the other."""
-        return torch.cat([one.flatten(0, 1) for one in maps])
-
-
-class Pixtral(NamedTuple):
-    """Pixtral: images padded to one size, tokens of all of them in one sequence."""
-
-    patch: int
-    merge: int
-
-    @property
-    def unit(self) -> int:
-        """What the projector merges."""
-        return self.patch * self.merge
-
-    def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Without the padding, and without what is left of a patch."""
-        pixels, sizes = _given(args, kwargs, "pixel_values", "image_sizes")
-        if sizes is None:
-            sizes = [pixels.shape[-2:]] * len(pixels)
-        whole = [[int(side) // self.patch * self.patch for side in size] for size in sizes]
-        return [image[:, :h, :w] for image, (h, w) in zip(pixels, whole, strict=True)]
-
-    def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        """Padded at the bottom and at the right."""
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        high, wide = (max(side) for side in zip(*sizes, strict=True))
-        padded = [nn.functional.pad(image, (0, wide - image.shape[2], 0, high - image.shape[1])) for image in images]
-        return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
-
-    def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-        """Of a batch of one sequence."""
-        return _split(features[0], sizes, self.patch)
-
-    def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """One after the other, as a batch of one."""
-        return torch.cat([one.flatten(0, 1) for one in maps])[None]
-
-
-class NaFlex(NamedTuple):
-    """SigLIP 2: patches of each image in a row, padded to one number."""
-
-    patch: int
-    merge: int
-
-    @property
-    def unit(self) -> int:
-        """What the projector merges."""
-        return self.patch * self.merge
-
-    def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Without the padding."""
-        patches, shapes = _given(args, kwargs, "pixel_values", "spatial_shapes")
-        grids = shapes.tolist()
-        return [from_rows(p[: h * w], (h, w), self.patch) for p, (h, w) in zip(patches, grids, strict=True)]
-
-    def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        """Padded with zeros, which the mask hides."""
-        patches = [to_rows(image, self.patch) for image in images]
-        shapes = [[image.shape[1] // self.patch, image.shape[2] // self.patch] for image in images]
-        mask = [torch.ones(len(p), dtype=torch.int32, device=p.device) for p in patches]
-        return {
-            "pixel_values": pad_sequence(patches, batch_first=True),
-            "spatial_shapes": torch.tensor(shapes, device=patches[0].device),
-            "pixel_attention_mask": pad_sequence(mask, batch_first=True),
-        }
-
-    def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-        """Of what comes before the padding."""
-        grids = [(height // self.patch, width // self.patch) for height, width in sizes]
-        return [f[: h * w].unflatten(0, (h, w)) for f, (h, w) in zip(features, grids, strict=True)]
-
-    def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """The padding stays."""
-        flat = [one.flatten(0, 1) for one in maps]
-        return torch.stack([torch.cat([new, old[len(new) :]]) for new, old in zip(flat, features, strict=True)])
-
-
-class Gemma4(NamedTuple):
-    """Gemma 4: patches as SigLIP 2 has them, with their positions; pooled tokens of all images in one sequence."""
-
-    patch: int
-    pool: int
-
-    @property
-    def unit(self) -> int:
-        """A pooled token."""
-        return self.patch * self.pool
-
-    def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Without the padding, whose positions are -1."""
-        patches, positions = _given(args, kwargs, "pixel_values", "pixel_position_ids")
-        grids = (positions.amax(1) + 1).tolist()
-        return [from_rows(p[: h * w], (h, w), self.patch) for p, (w, h) in zip(patches, grids, strict=True)]
-
-    def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        """Padded with zeros at positions -1."""
-        patches = [to_rows(image, self.patch) for image in images]
-        positions = [
-            torch.cartesian_prod(
-                torch.arange(image.shape[1] // self.patch, device=image.device),
-                torch.arange(image.shape[2] // self.patch, device=image.device),
-            ).flip(1)
-            for image in images
-        ]
-        return {
-            "pixel_values": pad_sequence(patches, batch_first=True),
-            "pixel_position_ids": pad_sequence(positions, batch_first=True, padding_value=-1),
-        }
-
-    def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-        """Of pooled tokens, which are in the order of rows."""
-        return _split(features, sizes, self.unit)
-
-    def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """One after the other."""
-        return torch.cat([one.flatten(0, 1) for one in maps])
-
-
-def packing_of(layout: str, tower: nn.Module, merge: int = 2) -> Packing:
-    """What describes a kind of towers, for the sizes of this one; ``merge`` is of a projector behind it."""
-    config = cast(Any, tower).config
-    match layout:
-        case "flat":
-            return Flat(config.patch_size, config.spatial_merge_size)
-        case "pixtral":
-            return Pixtral(config.patch_size, merge)
-        case "naflex":
-            return NaFlex(config.patch_size, merge)
-        case _:
-            return Gemma4(config.patch_size, config.pooling_kernel_size)
 
 
 def enhance_packed(
@@ -220,7 +30,10 @@ def enhance_packed(
     child: nn.Module,
     options: ViewOptions,
 ) -> None:
-    """Replace the features at ``places`` of a tower's output by what the DEM makes of the views of its images."""
+    """Replace the features at ``places`` of a tower's output by what the DEM makes of the views of its images.
+
+    Views have the size of their image (``options.resize``), or are tiles of it.
+    """
     asked = {name: value for name, value in kwargs.items() if name == "output_hidden_states"}
 
     def maps(of: Any, sizes: Sequence[Size]) -> list[Tensor]:
@@ -232,13 +45,14 @@ def enhance_packed(
 
     images = packing.images(args, kwargs)
     bases = maps(output, _sizes(images))
-    groups = _by_size(images, child, options)
+    large = packing.images(*_large(args, kwargs))
+    groups = _by_size(images, large, bases, child, options, packing.token)
     views = [view for group in groups for image in group.views for view in image]
     chunk = views_per_pass(views[0], options.max_tiles_per_pass)
     features = iter(one for start in range(0, len(views), chunk) for one in encode(views[start : start + chunk]))
     tiles = [_stacked(features, len(group.members), len(group.plan.views)) for group in groups]
     enhanced = child(
-        [torch.stack([bases[i] for i in group.members]) for group in groups],
+        [group.base for group in groups],
         [select(of, 1, group.plan.local) for of, group in zip(tiles, groups, strict=True)],
         [select(of, 1, group.plan.stride) for of, group in zip(tiles, groups, strict=True)],
         options.grid,
@@ -251,31 +65,81 @@ def enhance_packed(
         put_features(output, place, packing.put(features_at(output, place), new))
 
 
+def without_large(packing: Flat, args: tuple[Any, ...], kwargs: dict[str, Any], grid: TileGrid) -> Any:
+    """Arguments of a tower without the large images, which the patches that stay carry to `enhance_packed`.
+
+    After the patches of each image come those of the image of ``grid`` times its size; ``grid_thw`` is of the former.
+    """
+    patches, thw = given(args, kwargs, "hidden_states", "grid_thw")
+    counts = [steps * rows * cols for steps, rows, cols in thw.tolist()]
+    if len(patches) != sum(counts) * (1 + grid.num_tiles):
+        raise ValueError(
+            f'the tower got {len(patches)} patches for images of {counts} patches, and with source="hires" and '
+            f"grid={grid} it needs {1 + grid.num_tiles} times as many, those of the large images behind each: make the "
+            f"inputs with the processor that adapt_processor(processor, {tuple(grid)}) returns. Videos are not "
+            'enlarged: attach with source="upsample" for them.'
+        )
+    pieces = patches.split([size for count in counts for size in (count, count * grid.num_tiles)])
+    small = torch.cat(pieces[::2])
+    setattr(small, LARGE, (torch.cat(pieces[1::2]), thw * thw.new_tensor([1, *grid])))
+    return ((small, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": small})
+
+
+def _large(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for the images that views are cut from: `without_large` has kept them, or they are the same."""
+    patches = args[0] if args else kwargs.get("hidden_states")
+    kept = getattr(patches, LARGE, None)
+    return (args, kwargs) if kept is None else (kept, {})
+
+
 class Group(NamedTuple):
     """Images of one size.
 
     Attributes:
         members: Which of the images they are.
+        base: Their features, (B, h, w, layers*D).
         plan: What is computed for each.
         views: The sub-images, (B, V, C, h, w).
     """
 
     members: list[int]
+    base: Tensor
     plan: ViewPlan
     views: Tensor
 
 
-def _by_size(images: Sequence[Tensor], child: nn.Module, options: ViewOptions) -> list[Group]:
-    groups = []
+def _by_size(
+    images: Sequence[Tensor],
+    large: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    child: nn.Module,
+    options: ViewOptions,
+    token: int,
+) -> list[Group]:
+    groups, grid = [], cast(TileGrid, options.grid)
     sizes = _sizes(images)
     for size in dict.fromkeys(sizes):
         members = [i for i, other in enumerate(sizes) if other == size]
-        of_size = options._replace(tile=size)
-        assert of_size.grid is not None
-        plan = plan_encoder(None, child, of_size, of_size.grid, size, full=not planning())
-        views = cut_views(torch.stack([images[i] for i in members]), of_size.grid, plan, of_size)
-        groups.append(Group(members, plan, views))
+        of_size = options._replace(tile=size if options.resize else _tile(size, grid, token))
+        base = torch.stack([bases[i] for i in members])
+        bound = cast(Any, Bound(child, base))
+        plan = plan_encoder(None, bound, of_size, grid, size, full=not planning())
+        views = cut_views(torch.stack([large[i] for i in members]), grid, plan, of_size)
+        groups.append(Group(members, base, plan, views))
     return groups
+
+
+def _tile(size: Size, grid: TileGrid, token: int) -> Size:
+    """Height and width of the tiles of an image, which are whole tokens."""
+    wanted = grid.map_size((token, token))
+    if size[0] % wanted[0] or size[1] % wanted[1]:
+        raise ValueError(
+            f'the tower got an image of {size[0]} x {size[1]} pixels (height x width), and with source="native" and '
+            f"grid={grid} it must be a multiple of {wanted[0]} x {wanted[1]}: resize pictures to such sizes (for "
+            f'Qwen-VL and GLM-4V adapt_processor(processor, {tuple(grid)}, "native") does), or attach with '
+            'source="upsample".'
+        )
+    return grid.tile_size(size)
 
 
 def _stacked(features: Iterator[Tensor], batch: int, views: int) -> Tensor:
@@ -286,15 +150,3 @@ def _stacked(features: Iterator[Tensor], batch: int, views: int) -> Tensor:
 
 def _sizes(images: Sequence[Tensor]) -> list[Size]:
     return [(image.shape[1], image.shape[2]) for image in images]
-
-
-def _split(features: Tensor, sizes: Sequence[Size], stride: int) -> list[Tensor]:
-    """The token maps (h, w, D) of images that stand one after the other in (tokens, D)."""
-    grids = [(height // stride, width // stride) for height, width in sizes]
-    pieces: tuple[Tensor, ...] = features.split([h * w for h, w in grids])
-    return [piece.unflatten(0, grid) for piece, grid in zip(pieces, grids, strict=True)]
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    """Arguments of a call, by position or by name; None where they are not given."""
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from dualview.geometry import Size, TileGrid
 from dualview.interpolation import bicubic
 from dualview.models.adapter.hosts import Place
-from dualview.models.adapter.outputs import features_at, put_features
+from dualview.models.adapter.outputs import LARGE, features_at, put_features
 from dualview.models.encode_views import encode_dual_view
 from dualview.models.parts import DualView, ViewOptions
 
 MASKS = ("patch_attention_mask",)
 """Of images padded by the processor. Views are encoded without: their padding counts as part of the picture."""
-LARGE = "_dualview_large"
-"""The attribute by which a reduced image carries the one that it was reduced from, from one hook to the other."""
 
 
 def reduced(args: tuple[Any, ...], kwargs: dict[str, Any], grid: TileGrid, tower: nn.Module) -> Any:
