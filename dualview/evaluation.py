@@ -9,4 +9,4 @@ def manifests() -> Any:
     """What lmms-eval's group of entry points `lmms_eval.models` asks for; lmms-eval itself calls it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest("dualview", simple_class_path="dualview.lmms_model.InfLlavaLmms")
+    return ModelManifest("dualview", simple_class_path="dualview.lmms_model.DualViewLmms")

@@ -1,4 +1,4 @@
-"""An INF-LLaVA as a model of lmms-eval, which loads this file."""
+"""An INF-LLaVA, or another model with an attached module, as a model of lmms-eval, which loads this file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ import torch
 from lmms_eval.api.model import lmms
 
 from dualview.chat import Chat, to_inputs
+from dualview.models.adapter.attach import attachment_of
+from dualview.models.adapter.files import load_adapter
+from dualview.models.adapter.processors import adapt_processor
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample")
 
 
-class InfLlavaLmms(lmms):
-    """Answers one request after the other, in the chat format of the released model.
+class DualViewLmms(lmms):
+    """Answers one request after the other, in the model's own chat format.
 
     Args:
-        pretrained: Directory that `dualview convert` made, or a name on the hub.
-        size: Pixels a side that pictures are scaled to; None for the model's own, 336 as the released inference code.
+        pretrained: Directory that `dualview convert` made, any model that a module can be attached to, or a name of one
+            on the hub.
+        adapter: Folder that `save_adapter` has written for this model: what is evaluated is the model with it.
+        size: Of INF-LLaVA, pixels a side that pictures are scaled to; None for the model's own, 336 as the released
+            inference code.
         device: Where to compute; None for a GPU where there is one.
         dtype: Type of the weights; None for that of the files.
         batch_size: Only 1: pictures are encoded one by one.
         max_new_tokens: Longest answer, where the task does not say it.
 
     Raises:
-        ValueError: ``batch_size`` is another, or the directory holds no model that takes pictures and chats.
+        ValueError: ``batch_size`` is another, the directory holds no model that takes pictures and chats, or the folder
+            nothing that was attached to it.
     """
 
     is_simple = True
@@ -33,6 +40,7 @@ class InfLlavaLmms(lmms):
     def __init__(
         self,
         pretrained: str,
+        adapter: str | None = None,
         size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -42,7 +50,15 @@ class InfLlavaLmms(lmms):
         super().__init__()
         if int(batch_size) != 1:
             raise ValueError(f"batch_size={batch_size}: must be 1, for requests are answered one by one.")
+        if adapter is not None and size is not None:
+            raise ValueError(
+                f"size={size} is for INF-LLaVA, and adapter={adapter!r} for other models: give one of them."
+            )
         self.chat = Chat(pretrained, size=size, device=device, dtype=dtype, max_new_tokens=max_new_tokens)
+        if adapter is not None:
+            record = attachment_of(load_adapter(self.chat.model, adapter))
+            if record.source != "upsample":
+                self.chat.processor = adapt_processor(self.chat.processor, record.grid, record.source)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers, each cut off before the first of the texts that end it."""

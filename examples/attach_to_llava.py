@@ -97,6 +97,7 @@ def with_trainer(model: Any, data: list[dict[str, Any]], processor: LlavaProcess
     return trainer
 
 
+# --8<-- [start:trl]
 def with_trl(model: Any, data: list[dict[str, Any]], processor: LlavaProcessor, **options: Any) -> Trainer:
     """Train with TRL, which makes inputs of prompts and completions itself."""
     from datasets import Dataset
@@ -106,6 +107,9 @@ def with_trl(model: Any, data: list[dict[str, Any]], processor: LlavaProcessor, 
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(data), processing_class=processor)
     trainer.train()
     return trainer
+
+
+# --8<-- [end:trl]
 
 
 def right(model: Any, data: list[dict[str, Any]], processor: LlavaProcessor) -> float:

@@ -9,8 +9,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import dualview as dv
 from dualview.chat import Chat, to_inputs
 from dualview.models import convert_inf_llava
+from tests.attach.hosts import built
+from tests.attach.test_processors import processor_of
 from tests.checks import refuses
 from tests.released import write_released
 from tests.tiny import photograph
@@ -44,7 +47,7 @@ def request(text, second, doc=0):
 
 
 def model_of(lmms_model, place):
-    model = lmms_model.InfLlavaLmms(str(place), batch_size="1", max_new_tokens=8)
+    model = lmms_model.DualViewLmms(str(place), batch_size="1", max_new_tokens=8)
     model.task_dict = {"task": {"test": [{"pictures": [photograph()], "target": "ab"}, {"pictures": []}]}}
     return model
 
@@ -59,7 +62,7 @@ def test_the_entry_point_is_declared_and_loads_nothing(monkeypatch):
     for name in ("lmms_eval", "lmms_eval.models"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    assert manifests() == ("dualview", "dualview.lmms_model.InfLlavaLmms")
+    assert manifests() == ("dualview", "dualview.lmms_model.DualViewLmms")
 
 
 def test_answers_are_those_of_the_chat(lmms_model, place):
@@ -99,7 +102,7 @@ def test_likelihoods_are_those_of_the_model(lmms_model, place):
 
 def test_what_it_does_not_do(lmms_model, place):
     with refuses("batch_size=4", "must be 1"):
-        lmms_model.InfLlavaLmms(str(place), batch_size=4)
+        lmms_model.DualViewLmms(str(place), batch_size=4)
     with refuses("single round", error=NotImplementedError):
         model_of(lmms_model, place).generate_until_multi_round([])
 
@@ -111,3 +114,40 @@ def test_options_of_a_task_decide_over_the_model_s_own(lmms_model, place, monkey
     for options in ({"temperature": 0.7}, {"temperature": 0.7, "do_sample": False}, {"temperature": 0}):
         model.generate_until([request("hello", options | {"max_new_tokens": 3}, doc=1)])
     assert [(one["do_sample"], one["max_new_tokens"]) for one in seen] == [(True, 3), (False, 3), (False, 3)]
+
+
+TEMPLATE = """{% for message in messages %}{% for part in message.content %}\
+{% if part.type == "image" %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("source", ["upsample", "hires"])
+def test_another_model_with_an_attached_module(lmms_model, tmp_path, source):
+    host, processor = built("llava"), processor_of("llava")
+    processor.chat_template = TEMPLATE
+    host.save_pretrained(tmp_path / "host")
+    processor.save_pretrained(tmp_path / "host")
+    dv.attach(host, source=source, dem={"preset": "paper"})
+    dv.attached(host).gate.data.fill_(0.5)
+    dv.save_adapter(host, tmp_path / "adapter")
+
+    def made(**options):
+        model = lmms_model.DualViewLmms(str(tmp_path / "host"), max_new_tokens=4, **options)
+        model.task_dict = {"task": {"test": [{"pictures": [photograph()]}]}}
+        return model
+
+    alone, model = made(), made(adapter=str(tmp_path / "adapter"))
+    larger = processor if source == "upsample" else dv.adapt_processor(processor)
+    inputs = larger(images=[photograph()], text=["<image> see"], return_tensors="pt")
+    ids = host.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert model.generate_until([request("see", {})]) == [processor.decode(ids[0, inputs["input_ids"].shape[1] :])]
+    words = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[3]])], 1)}
+    words["attention_mask"] = torch.ones_like(words["input_ids"])
+    with torch.no_grad():
+        expected = host(**words).logits[0, -2].log_softmax(-1)[3].item()
+    ((worth, _),), ((before, _),) = (one.loglikelihood([request("see", lambda _: "see")]) for one in (model, alone))
+    assert worth == pytest.approx(expected, abs=1e-5)
+    assert abs(worth - before) > 1e-4
+    with refuses("size=336", "adapter"):
+        made(adapter=str(tmp_path / "adapter"), size=336)
+    with refuses("dualview_adapter.json", error=FileNotFoundError):
+        made(adapter=str(tmp_path))

@@ -95,3 +95,31 @@ def test_slide_larger_than_memory(capsys, monkeypatch, tmp_path):
     printed = run("slide_larger_than_memory", capsys, monkeypatch, tmp_path)
     torch.set_num_threads(threads)
     assert printed == shown("slide_larger_than_memory")
+
+
+@pytest.mark.more
+def test_attach_to_llava(capsys, monkeypatch, tmp_path):
+    printed = run("attach_to_llava", capsys, monkeypatch, tmp_path)
+    printed = "".join(f"{line}\n" for line in printed.splitlines() if not line.startswith("{"))  # without Trainer's log
+    of_digits = re.compile(r"\d+(\.\d+)?")
+    assert of_digits.sub("0", printed) == of_digits.sub("0", shown("attach_to_llava"))
+    large, small, alone, _, hires = (int(percent) for percent in re.findall(r"pixels: +(\d+)% right", printed))
+    assert large > 95
+    assert max(small, alone) < 30  # guessing gives 10
+    assert hires > 60
+    losses = [(float(first), float(last)) for first, last in re.findall(r"loss ([\d.]+) to ([\d.]+)", printed)]
+    assert losses[-1][1] < losses[-1][0] / 2
+    assert float(re.findall(r"the gate: 0 to ([\d.]+)", printed)[-1]) > 0.05
+
+
+@pytest.mark.more
+def test_attach_to_llava_with_trl(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(ROOT / "examples" / "attach_to_llava.py"))
+    host, processor = script["small_llava"]()
+    script["with_trainer"](host, script["examples"](14, 2000), processor, max_steps=100, learning_rate=3e-3)
+    model, larger = script["tuned"](host, processor, "hires", script["with_trl"])
+    first, last = map(float, re.findall(r"SFTTrainer: loss ([\d.]+) to ([\d.]+)", capsys.readouterr().out)[0])
+    assert last < first / 2
+    assert model.base_model.model.model.vision_tower.dualview.modules_to_save["default"].gate.abs().mean() > 0.05
+    assert script["right"](model, script["examples"](7, 200), larger) > 0.6

@@ -7,7 +7,6 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
 
 import dualview as dv
 from tests import reference
@@ -281,24 +280,6 @@ def test_no_view_is_encoded_that_nobody_needs(family):
     assert len(seen) == 1 + 2 * 8  # two pictures, four local and four stride tiles each
 
 
-def test_pictures_that_do_not_suit_the_grid():
-    trial = Trial("qwen2_vl")
-    model = trial.model(True, source="native")
-    with refuses("16 x 24", "16 x 16", "adapt_processor", "upsample"):
-        logits(model, trial.inputs)
-    for family, source, *parts in (
-        ("llava", "native", "one size", "hires"),
-        ("mistral3", "hires", "pads", "upsample", "native"),
-        ("gemma4", "hires", "fixed number", "native"),
-    ):
-        with refuses(source, family, *parts):
-            dv.attach(built(family), source=source)
-    for dem in ({"readout": "average"}, dv.DualPerspectiveEnhance.paper(32)):
-        with refuses("readout", "native"):
-            dv.attach(trial.bare, source="native", dem=dem)
-    assert unharmed(trial)
-
-
 def test_frames_of_a_video_are_enhanced_as_pictures_are():
     trial = Trial("qwen2_5_vl")
     tower = trial.model(True).get_encoder(modality="image")
@@ -387,58 +368,7 @@ def test_offloaded_by_accelerate(family, first):
     assert torch.equal(logits(dv.detach(model), trial.inputs), trial.before)
 
 
-# --- What is refused, and leaves the host as it was -------------------------------------------------------------------
-
-
-def unharmed(trial: Trial) -> bool:
-    names = set(vars(trial.bare.get_encoder(modality="image")))
-    return torch.equal(logits(trial.bare, trial.inputs), trial.before) and not any("dualview" in n for n in names)
-
-
-def test_wrong_arguments():
-    trial = Trial("llava")
-    for arguments, *parts in (
-        ({"grid": (2,)}, "grid"),
-        ({"source": "large"}, "large", "upsample", "hires"),
-        ({"layers": [-1]}, "[-1]", "[-2]"),
-        ({"layers": []}, "[]", "[-2]"),
-        ({"layers": [-2, -2]}, "[-2, -2]", "once"),
-        ({"max_tiles_per_pass": 0}, "0", "positive integer"),
-        ({"dem": {"preset": "other"}}, "other", "released", "paper"),
-        ({"dem": {"preset": "paper", "readout": "none"}}, "none"),
-        ({"dem": {"heads": 3}}, "heads"),
-        ({"dem": dv.DualPerspectiveEnhance.paper(16)}, "16", "32"),
-        ({"dem": [nn.Identity(), nn.Identity()]}, "2 modules", "1 layers"),
-    ):
-        with refuses(*parts):
-            dv.attach(trial.bare, **arguments)
-        assert unharmed(trial)
-    with refuses("must be options, a module", error=TypeError):
-        dv.attach(trial.bare, dem=[dv.DualPerspectiveEnhance])
-    assert unharmed(trial)
-
-
-def test_hosts_that_are_refused():
-    with refuses("'bert'", "has not been tested", "qwen2_5_vl"):
-        dv.attach(BertModel(BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)))
-    with refuses("Linear", "DualViewEncoder", error=TypeError):
-        dv.attach(nn.Linear(2, 2))
-    host = built("qwen2_vl")
-    host.config.model_type = "hunyuan_vl"
-    with refuses("hunyuan_vl", "order"):
-        dv.attach(host)
-
-
-def test_attaching_twice_and_detaching_nothing():
-    trial = Trial("llava")
-    with refuses("nothing is attached", "Llava"):
-        dv.detach(trial.bare)
-    model = trial.model(True)
-    before = logits(model, trial.inputs)
-    with refuses("already", "detach"):
-        dv.attach(model)
-    assert torch.equal(logits(model, trial.inputs), before)
-    assert torch.equal(logits(dv.attach(dv.detach(model)), trial.inputs), trial.before)
+# --- Several images --------------------------------------------------------------------------------------------------
 
 
 def test_batches_of_several_images():
@@ -446,11 +376,3 @@ def test_batches_of_several_images():
         trial = Trial(family)
         inputs = inputs_for(trial.bare, family, images=2)
         assert torch.equal(logits(dv.attach(copy.deepcopy(trial.bare)), inputs), logits(trial.bare, inputs))
-
-
-def test_gates_of_some_modules_alone_are_refused() -> None:
-    own = [dv.DualPerspectiveEnhance.released(32, gate=gate) for gate in (True, False)]
-    trial = Trial("vipllava")
-    with refuses("some have none"):
-        dv.attach(trial.bare, layers=[-1, 1], dem=own)
-    assert unharmed(trial)

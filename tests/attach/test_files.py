@@ -1,11 +1,15 @@
 """Attached modules on disk."""
 
+import copy
 import json
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import dualview as dv
 from tests.attach.matrix import Trial, gradients, logits, open_gates
@@ -93,6 +97,9 @@ def test_tampered_and_foreign_files(trial, saved):
         ({"layers": "all"}, DESCRIPTION),
         ({"source": "elsewhere"}, "elsewhere"),
         ({"dem": {"preset": "unknown"}}, "unknown"),
+        ({"dem": {"preset": ["paper"]}}, "preset"),
+        ({"dem": {"preset": "paper", "device": "meta"}}, "meta"),
+        ({"grid": [-2, 2]}, "-2"),
         ({"dem": {"preset": "released", "gate": True}}, "does not fit"),
         ({"more": 1}, DESCRIPTION),
     ):
@@ -100,8 +107,9 @@ def test_tampered_and_foreign_files(trial, saved):
         refused(trial, saved, *parts)
     (saved / DESCRIPTION).write_text("[]")
     refused(trial, saved, DESCRIPTION)
-    (saved / DESCRIPTION).write_bytes(b"\xff")
-    refused(trial, saved, DESCRIPTION)
+    for content in (b"\xff", b"[" * 100_000, json.dumps(description).encode()[:-20], b""):
+        (saved / DESCRIPTION).write_bytes(content)
+        refused(trial, saved, DESCRIPTION)
 
     (saved / DESCRIPTION).write_text(json.dumps(description))
     weights = load_file(saved / WEIGHTS)
@@ -110,6 +118,51 @@ def test_tampered_and_foreign_files(trial, saved):
     (saved / WEIGHTS).unlink()
     with refuses(WEIGHTS, error=FileNotFoundError):
         dv.load_adapter(trial.model(False), saved)
+
+
+def with_weights(folder: Path, content: bytes) -> None:
+    """Other weights, and a description that vouches for them."""
+    description = json.loads((folder / DESCRIPTION).read_text())
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / DESCRIPTION).write_text(json.dumps(description | {"sha256": sha256(content).hexdigest()}))
+
+
+def test_weights_that_no_save_adapter_has_written(trial, saved):
+    weights = load_file(saved / WEIGHTS)
+    whole = (saved / WEIGHTS).read_bytes()
+    first = next(iter(weights))
+    for content, *parts in (
+        (whole[:-10], WEIGHTS, "safetensors"),
+        (b"", WEIGHTS, "safetensors"),
+        (save(weights | {first: torch.full_like(weights[first], torch.nan)}), first, "NaN"),
+        (save({f"other.{name}": value for name, value in weights.items()}), "does not fit"),
+        (save(weights | {first: torch.cat([weights[first]] * 2)}), first, "does not fit"),
+    ):
+        with_weights(saved, content)
+        refused(trial, saved, *parts)
+
+
+def test_another_width_and_another_family(trial, saved):
+    for family, *parts in (("llava_onevision", "llava_onevision", "'llava'"), ("gemma3n", "gemma3n", "family")):
+        other = Trial(family)
+        refused(other, saved, *parts)
+    narrow = copy.deepcopy(trial)
+    narrow.bare = LlavaForConditionalGeneration(narrow_config(trial.bare.config)).eval()
+    narrow.before = logits(narrow.bare, narrow.inputs)
+    refused(narrow, saved, "does not fit", "another size")
+
+
+def narrow_config(config: LlavaConfig) -> LlavaConfig:
+    config = copy.deepcopy(config)
+    config.vision_config.hidden_size = 16
+    return config
+
+
+def test_a_file_where_the_folder_should_be(trial, saved):
+    with refuses("holds no", error=FileNotFoundError):
+        dv.load_adapter(trial.model(False), saved / WEIGHTS)
+    with refuses("cannot be made"):
+        dv.save_adapter(trial.model(True), saved / WEIGHTS)
 
 
 def test_a_second_module_is_refused(trial, saved):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import nn
 
-from dualview.arguments import TEXTS, check_choice, check_count, check_indices, check_instance, shown
+from dualview.arguments import check_choice, check_count, check_instance
 from dualview.geometry import GridLike, TileGrid
-from dualview.models.adapter.hosts import HOSTS, REFUSED, SOURCES, Host, Place, Source
+from dualview.models.adapter.dems import Dem, dems_of, like
+from dualview.models.adapter.hosts import SOURCES, Place, Source
 from dualview.models.adapter.idle import after, before, between, owner_of
+from dualview.models.adapter.locate import NAME, check_bare, family_of, places_of, tower_of
 from dualview.models.adapter.module import AttachedEnhance, Bound
 from dualview.models.adapter.packed import enhance_packed, without_large
 from dualview.models.adapter.packings import Flat, packing_of
@@ -21,13 +23,9 @@ from dualview.models.adapter.square import enhance_square, reduced
 from dualview.models.encode_views import mixes_tiles
 from dualview.models.parts import ViewOptions, low_res_of
 from dualview.models.view_plan import gate_of
-from dualview.ops.enhance import DualPerspectiveEnhance
 
-Dem: TypeAlias = Mapping[str, Any] | nn.Module | Sequence[nn.Module]
 Model = TypeVar("Model", bound=nn.Module)
 
-NAME = "dualview"
-"""The child's name in the tower: for PEFT's ``modules_to_save``, for optimizers, and in checkpoints."""
 RECORD = "_dualview_attachment"
 """The attribute of the tower that says what is attached."""
 
@@ -109,32 +107,38 @@ def attach(
         False
     """
     grid = TileGrid.of(grid)
-    config, host = _family(model)
+    config, host = family_of(model)
     if _record(model) is not None:
         raise ValueError("a module is attached to this model already: detach(model) first.")
-    tower = _tower(model, host)
+    check_bare(model)
+    tower = tower_of(model, host)
     check_choice(source, "source", get_args(Source))
     if (reason := SOURCES[host.layout].get(source)) is not None:
         kinds = [kind for kind in get_args(Source) if kind not in SOURCES[host.layout]]
         raise ValueError(f"source={source!r} is not possible in {config.model_type}: {reason}. Possible are {kinds}.")
     if max_tiles_per_pass is not None:
         max_tiles_per_pass = check_count(max_tiles_per_pass, "max_tiles_per_pass", why="Or None.")
-    places = _places(config, host, layers)
-    dems, options = _dems(dem, host.width(config), len(places), tower, source)
+    places = places_of(config, host, layers)
+    dems, options = dems_of(dem, host.width(config), len(places), tower, source)
     gated = all(gate_of(one) is None for one in dems) if options is None else options["gate"]
-    gate = nn.Parameter(torch.zeros(host.width(config) * len(places), **_like(dems, tower))) if gated else None
+    gate = nn.Parameter(torch.zeros(host.width(config) * len(places), **like(dems, tower))) if gated else None
     child = AttachedEnhance(dems, low_res_of(dems[0]), gate)
     child.train(tower.training)
+    if any(parameter.is_meta for parameter in child.parameters()):
+        raise ValueError(
+            "the module's parameters would be on the meta device: load the host's weights first, then attach."
+        )
 
+    owner, decoder = owner_of(model), cast(Any, model).get_decoder()  # from here on nothing fails
     resize = source != "native"
     views = ViewOptions((1, 1), grid, None, resize=resize, max_tiles_per_pass=max_tiles_per_pass)
     hook = partial(_enhance, host.layout, tuple(places.values()), views)
     handles: list[Any] = [tower.register_forward_hook(hook, with_kwargs=True)]
     if source == "hires":
         handles.append(tower.register_forward_pre_hook(partial(_reduce, host.layout, grid), with_kwargs=True))
-    owner, idle = owner_of(model), partial(before, host, tower, grid, source)
+    idle = partial(before, host, tower, grid, source)
     handles.append(owner.register_forward_pre_hook(idle, with_kwargs=True))
-    handles.append(cast(Any, model).get_decoder().register_forward_pre_hook(partial(between, owner), with_kwargs=True))
+    handles.append(decoder.register_forward_pre_hook(partial(between, owner), with_kwargs=True))
     handles.append(owner.register_forward_hook(after))
     setattr(tower, NAME, child)
     setattr(tower, RECORD, Attachment(config.model_type, grid, source, tuple(places), options, tuple(handles)))
@@ -188,6 +192,15 @@ def attached(model: nn.Module) -> AttachedEnhance:
     return cast(AttachedEnhance, getattr(site_of(model), NAME))
 
 
+def attachment_of(model: nn.Module) -> Attachment:
+    """What has been attached to a model.
+
+    Raises:
+        ValueError: Nothing is.
+    """
+    return cast(Attachment, getattr(site_of(model), RECORD))
+
+
 def site_of(model: nn.Module) -> nn.Module:
     """The module that something is attached to: its child is called `NAME`, its record `RECORD`.
 
@@ -203,108 +216,6 @@ def site_of(model: nn.Module) -> nn.Module:
 def _record(model: nn.Module) -> nn.Module | None:
     check_instance(model, "model", nn.Module, "a model")
     return next((module for module in model.modules() if RECORD in vars(module)), None)
-
-
-def _family(model: nn.Module) -> tuple[Any, Host]:
-    config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "model_type"):
-        raise TypeError(
-            f"model={shown(model)}: {type(model).__name__} is no multimodal model of transformers. For a vision tower "
-            "alone use DualViewEncoder with HfEncoder, TimmEncoder, OpenClipEncoder or a function of your own."
-        )
-    family = cast(Any, config).model_type
-    if family in REFUSED:
-        raise ValueError(f"model_type={family!r} is not supported: {REFUSED[family]}.")
-    if family == "llava" and cast(Any, config).vision_config.model_type == "pixtral":
-        return config, HOSTS["mistral3"]
-    if family not in HOSTS:
-        raise ValueError(
-            f"model_type={family!r} has not been tested, so nothing is attached to it. Tested are {', '.join(HOSTS)}. "
-            "A family whose tower takes square images of one size may need no more than a record in "
-            "dualview/models/adapter/hosts.py and a configuration in the tests."
-        )
-    return config, HOSTS[family]
-
-
-def _tower(model: nn.Module, host: Host) -> nn.Module:
-    tower = cast(Any, model).get_encoder(modality="image")
-    tower = tower.get_submodule(host.inner)
-    if hasattr(tower, NAME):
-        raise ValueError(f"{type(tower).__name__} has something of the name {NAME!r} already.")
-    return cast(nn.Module, tower)
-
-
-def _places(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, Place]:
-    """The places of the layers that are enhanced, in the order in which the model reads them."""
-    places = host.places(config)
-    if layers is None:
-        vision = config.vision_config
-        count = cast(int, getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0))
-        return dict([max(places.items(), key=lambda item: item[0] % (count + 1))])
-    given, layers = layers, check_indices(layers, "layers")
-    unknown = [layer for layer in layers if layer not in places]
-    if unknown or not layers or len(set(layers)) != len(layers):
-        raise ValueError(
-            f"layers={shown(given)}: must be some of those that this model reads, {list(places)}, each once; what it "
-            "does not read would have no effect."
-        )
-    return {layer: place for layer, place in places.items() if layer in layers}
-
-
-def _dems(
-    dem: Dem | None, width: int, count: int, tower: nn.Module, source: Source
-) -> tuple[list[nn.Module], dict[str, Any] | None]:
-    """The modules, and the options that they were made of."""
-    if isinstance(dem, Mapping) or dem is None:
-        options = {"preset": "released", "gate": True, **(dem or {})}
-        return [_made(options, width, _like([], tower), source) for _ in range(count)], options
-    listed = isinstance(dem, Sequence) and not isinstance(dem, TEXTS)
-    dems = [dem] if isinstance(dem, nn.Module) else list(dem) if listed else []
-    if (not dems and not listed) or not all(isinstance(one, nn.Module) for one in dems):
-        raise TypeError(f"dem={shown(dem)}: must be options, a module, or a module for each of {count} layers.")
-    if len(dems) != count or len({id(one) for one in dems}) != count:
-        raise ValueError(
-            f"dem={shown(dem)}: {len(dems)} modules were given for {count} layers: give each layer one of its own."
-        )
-    for one in dems:
-        if getattr(one, "dim", width) != width:
-            raise ValueError(f"a dem for tokens of width {shown(one.dim)}: this model reads tokens of width {width}.")
-        if (readout := getattr(one, "readout", None)) is not None:
-            _check_readout(readout, source)
-    if len({gate_of(one) is None for one in dems}) > 1:
-        raise ValueError(f"dem={shown(dem)}: some of these modules have a gate and some have none: all must, or none.")
-    return dems, None
-
-
-def _like(dems: Sequence[nn.Module], tower: nn.Module) -> dict[str, Any]:
-    """Type and device of new parameters: those of the modules, where there are any, or of the tower."""
-    found = (p for module in (*dems, tower) for p in module.parameters() if p.is_floating_point())
-    like = next(found, torch.empty(0))
-    hooks = (getattr(module, "_hf_hook", None) for module in tower.modules())  # accelerate's: weights are elsewhere
-    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
-    return {"device": devices[0] if devices else like.device, "dtype": like.dtype}
-
-
-def _made(options: Mapping[str, Any], width: int, like: dict[str, Any], source: Source) -> DualPerspectiveEnhance:
-    rest = {name: value for name, value in options.items() if name != "gate"}
-    presets = {"released": DualPerspectiveEnhance.released, "paper": DualPerspectiveEnhance.paper}
-    preset = rest.pop("preset")
-    if preset not in presets:
-        raise ValueError(f"dem={dict(options)}: needs a preset of {tuple(presets)}.")
-    if source == "native":
-        rest.setdefault("readout", "none")
-    if "readout" in rest:
-        _check_readout(rest["readout"], source)
-    try:
-        return presets[preset](width, **{**like, **rest})
-    except TypeError as error:
-        raise ValueError(f"dem={dict(options)}: {error}. Options are the arguments of the preset's module.") from error
-
-
-def _check_readout(readout: object, source: Source) -> None:
-    if (readout == "none") != (source == "native"):
-        wanted = '"none", a token for each of the image\'s' if source == "native" else "one with the tokens of one tile"
-        raise ValueError(f"dem with readout={shown(readout)}: with source={source!r} it must be {wanted}.")
 
 
 def _reduce(layout: str, grid: TileGrid, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dualview.arguments import check_path, shown
-from dualview.models.adapter.attach import RECORD, Attachment, Dem, Model, attach, attached, detach, site_of
+from dualview.models.adapter.attach import Model, attach, attached, attachment_of, detach
+from dualview.models.adapter.dems import Dem
 from dualview.models.adapter.module import AttachedEnhance
 from dualview.outputs import replace_file
 
@@ -43,7 +44,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
-    record = cast(Attachment, getattr(site_of(model), RECORD))
+    record = attachment_of(model)
     child = _active(attached(model))
     weights = {name: _whole(value) for name, value in child.state_dict().items()}
     if wrong := [name for name in weights if ".lora_" in name or ".base_layer." in name]:
@@ -104,8 +105,6 @@ def load_adapter(
         Traceback (most recent call last):
         FileNotFoundError: nowhere holds no dualview_adapter.json: give the folder that save_adapter has written.
     """
-    from safetensors.torch import load
-
     folder = Path(check_path(folder, "folder"))
     for name in (DESCRIPTION, WEIGHTS):
         if not os.path.isfile(folder / name):  # noqa: PTH113 - Path raises where a name is too long
@@ -134,7 +133,7 @@ def load_adapter(
         max_tiles_per_pass=max_tiles_per_pass,
     )
     try:
-        _fill(attached(model), load(content), folder)
+        _fill(attached(model), content, folder)
     except Exception:
         detach(model)
         raise
@@ -155,7 +154,7 @@ def _described(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         fits = set(found) == set(expected) and all(isinstance(found[name], kind) for name, kind in expected.items())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         fits = False
     if not fits:
         raise ValueError(f"{path} is not a description that save_adapter has written: it needs {sorted(expected)}.")
@@ -164,7 +163,16 @@ def _described(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], found)
 
 
-def _fill(child: AttachedEnhance, weights: dict[str, Tensor], folder: Path) -> None:
+def _fill(child: AttachedEnhance, content: bytes, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        weights = load(content)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is no file of safetensors: {error}. Write it again with save_adapter."
+        ) from error
     own = {name: tuple(value.shape) for name, value in child.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
     if own != given:
@@ -173,6 +181,12 @@ def _fill(child: AttachedEnhance, weights: dict[str, Tensor], folder: Path) -> N
             f"{folder} does not fit this model: {differ} has shape {given.get(differ)} there and {own.get(differ)} "
             "here (None: it is missing). It was attached to a model of another size."
         )
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{folder / WEIGHTS} holds NaN or infinity in {name}, with which no host could answer: the training "
+                "that it comes from diverged. Load an earlier one."
+            )
     child.load_state_dict(weights)
 
 

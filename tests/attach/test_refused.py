@@ -1,0 +1,178 @@
+"""What is refused, and leaves the host as it was."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.parallel import DataParallel
+from transformers import BertConfig, BertModel
+
+import dualview as dv
+from dualview.models.adapter.hosts import REFUSED
+from tests.attach.hosts import built
+from tests.attach.matrix import Trial, logits
+from tests.checks import refuses
+
+
+def state(model: nn.Module) -> list[object]:
+    """Everything that attaching could leave behind: modules, hooks, attributes."""
+    return [
+        (name, type(m), sorted(vars(m)), *(len(hooks) for key, hooks in vars(m).items() if key.endswith("_hooks")))
+        for name, m in model.named_modules()
+    ]
+
+
+def unharmed(trial: Trial) -> bool:
+    names = set(vars(trial.bare.get_encoder(modality="image")))
+    return torch.equal(logits(trial.bare, trial.inputs), trial.before) and not any("dualview" in n for n in names)
+
+
+def test_wrong_arguments():
+    trial = Trial("llava")
+    for arguments, *parts in (
+        ({"grid": (2,)}, "grid"),
+        ({"source": "large"}, "large", "upsample", "hires"),
+        ({"layers": [-1]}, "[-1]", "[-2]"),
+        ({"layers": []}, "[]", "[-2]"),
+        ({"layers": [-2, -2]}, "[-2, -2]", "once"),
+        ({"max_tiles_per_pass": 0}, "0", "positive integer"),
+        ({"dem": {"preset": "other"}}, "other", "released", "paper"),
+        ({"dem": {"preset": []}}, "[]", "released", "paper"),
+        ({"dem": {"gate": "yes"}}, "gate", "yes", "True"),
+        ({"dem": {"device": "meta"}}, "meta"),
+        ({"grid": (-2, 2)}, "-2"),
+        ({"dem": {"preset": "paper", "readout": "none"}}, "none"),
+        ({"dem": {"heads": 3}}, "heads"),
+        ({"dem": dv.DualPerspectiveEnhance.paper(16)}, "16", "32"),
+        ({"dem": [nn.Identity(), nn.Identity()]}, "2 modules", "1 layers"),
+    ):
+        with refuses(*parts):
+            dv.attach(trial.bare, **arguments)
+        assert unharmed(trial)
+    with refuses("must be options, a module", error=TypeError):
+        dv.attach(trial.bare, dem=[dv.DualPerspectiveEnhance])
+    assert unharmed(trial)
+
+
+def test_hosts_that_are_refused():
+    with refuses("'bert'", "has not been tested", "qwen2_5_vl"):
+        dv.attach(BertModel(BertConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)))
+    with refuses("Linear", "DualViewEncoder", error=TypeError):
+        dv.attach(nn.Linear(2, 2))
+    host = built("llava")
+    before = state(host)
+    for family, reason in REFUSED.items():
+        host.config.model_type = family
+        with refuses(family, reason):
+            dv.attach(host)
+    assert state(host) == before
+
+
+def test_attaching_twice_and_detaching_nothing():
+    trial = Trial("llava")
+    with refuses("nothing is attached", "Llava"):
+        dv.detach(trial.bare)
+    model = trial.model(True)
+    before = logits(model, trial.inputs)
+    with refuses("already", "detach"):
+        dv.attach(model)
+    assert torch.equal(logits(model, trial.inputs), before)
+    assert torch.equal(logits(dv.attach(dv.detach(model)), trial.inputs), trial.before)
+
+
+def test_pictures_that_do_not_suit_the_grid():
+    trial = Trial("qwen2_vl")
+    model = trial.model(True, source="native")
+    with refuses("16 x 24", "16 x 16", "adapt_processor", "upsample"):
+        logits(model, trial.inputs)
+    for family, source, *parts in (
+        ("llava", "native", "one size", "hires"),
+        ("mistral3", "hires", "pads", "upsample", "native"),
+        ("gemma4", "hires", "fixed number", "native"),
+    ):
+        with refuses(source, family, *parts):
+            dv.attach(built(family), source=source)
+    for dem in ({"readout": "average"}, dv.DualPerspectiveEnhance.paper(32)):
+        with refuses("readout", "native"):
+            dv.attach(trial.bare, source="native", dem=dem)
+    assert unharmed(trial)
+
+
+def test_gates_of_some_modules_alone_are_refused() -> None:
+    own = [dv.DualPerspectiveEnhance.released(32, gate=gate) for gate in (True, False)]
+    trial = Trial("vipllava")
+    with refuses("some have none"):
+        dv.attach(trial.bare, layers=[-1, 1], dem=own)
+    assert unharmed(trial)
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    model.get_encoder(modality="image").compile(backend="eager")
+    return model
+
+
+def failing_decoder(model: nn.Module) -> nn.Module:
+    model.get_decoder = lambda: {}["decoder"]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])), ("Peft", "inside")),
+        (DataParallel, ("DataParallel", "inside")),
+        (lambda model: torch.compile(model, backend="eager"), ("OptimizedModule", "inside")),
+        (compiled_inside, ("vision_tower", "compiled", "loaded")),
+        (lambda model: model.to("meta"), ("meta", "load")),
+        (failing_decoder, ("decoder",)),
+    ],
+    ids=["PEFT", "DataParallel", "torch.compile", "a part compiled", "meta", "something fails inside"],
+)
+def test_hosts_that_are_not_as_they_were_loaded(change, parts):
+    model = change(copy.deepcopy(Trial("llava").bare))
+    before, weights = state(model), {name: value.clone() for name, value in model.state_dict().items()}
+    with refuses(*parts, error=KeyError if change is failing_decoder else ValueError):
+        dv.attach(model)
+    assert state(model) == before
+    assert all(value.is_meta or torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_host_that_trains_and_checkpoints_is_taken():
+    trial = Trial("llava")
+    model = copy.deepcopy(trial.bare).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = state(model)
+    dv.attach(model)
+    assert dv.attached(model).training
+    assert torch.equal(model(**trial.inputs).logits, trial.before)
+    assert state(dv.detach(model)) == before
+
+
+def test_a_host_with_int8_weights_is_taken():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    trial = Trial("llava")
+    model = copy.deepcopy(trial.bare)
+    quantize_(model, Int8WeightOnlyConfig())
+    before, plain = state(model), logits(model, trial.inputs)
+    assert not torch.equal(plain, trial.before)
+    dv.attach(model)
+    assert torch.equal(logits(model, trial.inputs), plain)
+    assert {parameter.dtype for parameter in dv.attached(model).parameters()} == {torch.float32}
+    dv.detach(model)
+    assert state(model) == before
+    assert torch.equal(logits(model, trial.inputs), plain)
+
+
+def test_lora_that_was_put_into_the_host_before():
+    trial = Trial("llava")
+    tuned = get_peft_model(
+        copy.deepcopy(trial.bare), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    before, plain = state(tuned), logits(tuned, trial.inputs)
+    dv.attach(tuned.get_base_model())
+    assert torch.equal(logits(tuned, trial.inputs), plain)
+    dv.detach(tuned)
+    assert state(tuned) == before
