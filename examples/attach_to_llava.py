@@ -103,7 +103,7 @@ def with_trl(model: Any, data: list[dict[str, Any]], processor: LlavaProcessor, 
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**TRAINING, **options, max_length=None, gradient_checkpointing=False)
+    arguments = SFTConfig(**TRAINING, **options, max_length=None, loss_type="nll")
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(data), processing_class=processor)
     trainer.train()
     return trainer

@@ -10,7 +10,7 @@ from dualview.models.adapter.hosts import HOSTS, REFUSED
 from dualview.models.adapter.processors import PACKED as PACKED_PROCESSORS
 from dualview.models.adapter.processors import RECIPES
 from tests.attach.hosts import PACKED, SQUARE
-from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, described, on_page, tried
+from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, compiled, described, on_page, tried
 
 FAMILIES = (*SQUARE, *PACKED)
 QUICK = ("llava", "qwen2_5_vl")  # every cell, always
@@ -33,6 +33,11 @@ def tries() -> Iterator[object]:
 @pytest.mark.parametrize(("family", "cell"), list(tries()))
 def test_cell(family, cell):
     assert tried(trial_of(family), cell) == on_page()[family][cell]
+
+
+@pytest.mark.more
+def test_llava_compiled_by_inductor():
+    compiled(trial_of("llava"), True, "inductor")
 
 
 def test_the_page_has_a_row_for_every_family():

@@ -8,6 +8,7 @@ import copy
 import sys
 from datetime import timedelta
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, destroy_process_group, init_process_group
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dualview as dv
 from tests.attach.hosts import inputs_for
 from tests.attach.matrix import Trial, open_gates, ours
+from tests.checks import refuses
 
 TEXT = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
 
@@ -34,6 +36,8 @@ def sharded(model: nn.Module, how: str) -> nn.Module:
         fully_shard(tower.dualview, mesh=mesh)
     if how == "tower":
         fully_shard(tower, mesh=mesh)
+    if how == "encoder":
+        fully_shard(tower.encoder, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -71,7 +75,11 @@ def main(rank: int, store: str, family: str) -> None:
     init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20))
     ways = ["ddp", "whole", "module", "layers", "layers, all trained", "tower"]
     if family == "llava":  # transformers collects hidden states by the class of a tower, which sharding changes
-        ways.remove("tower")
+        ways[-1] = "encoder"
+        alone = copy.deepcopy(trial.bare)
+        fully_shard(alone.get_encoder(modality="image"), mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(TypeError, match="subscriptable"):  # with nothing attached
+            alone(**trial.inputs)
     for how in ways:
         torch.manual_seed(0)
         model = copy.deepcopy(trial.bare)
@@ -86,6 +94,9 @@ def main(rank: int, store: str, family: str) -> None:
             for name, parameter in ours(model).items():
                 torch.testing.assert_close(whole(parameter.grad), wanted[name], rtol=1e-3, atol=1e-6)
         print(rank, how, flush=True)
+    for wrapped in (DistributedDataParallel(copy.deepcopy(trial.bare)), sharded(copy.deepcopy(trial.bare), "whole")):
+        with refuses("attach to the model"):
+            dv.attach(wrapped)
     done = torch.ones(1)
     all_reduce(done)
     destroy_process_group()
