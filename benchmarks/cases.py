@@ -84,11 +84,12 @@ class Case:
 
 def registry(size: Size) -> list[Case]:
     """All cases of a size, what is aimed at first: on a GPU the last ones may find no time."""
+    from benchmarks.attached import attached
     from benchmarks.large import large
 
     suites = (
         _forward, _prefix, _ops, _photo, _backward, _train_step, _absorb, _direct, _preprocess, _imports, _scaling,
-        large,
+        attached, large,
     )  # fmt: skip
     return [case for suite in suites for case in suite(size)]
 

@@ -130,7 +130,7 @@ def tuned(host: Any, processor: LlavaProcessor, source: str | None, train: Any) 
         processor = dv.adapt_processor(processor, grid=(2, 2))
     language = r".*language_model.*\.(q_proj|v_proj)"  # the tower has layers of these names, too
     model = get_peft_model(host, LoraConfig(r=4, target_modules=language, modules_to_save=kept))
-    trainer = train(model, examples(7, 2000), processor, max_steps=150, learning_rate=1e-2)
+    trainer = train(model, examples(7, 2000), processor, max_steps=200, learning_rate=1e-2)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"{source or 'no module'}, {type(trainer).__name__}: loss {losses[0]:.2f} to {losses[-1]:.2f}")
     for name, weights in model.named_parameters():

@@ -80,7 +80,7 @@ def test_every_suite_has_cases_of_every_size():
     assert suites == {case.suite for case in registry("gpu")} | {"import_time"}
     assert suites == {
         "ops", "photo", "dem", "prefix", "train_step", "absorb", "direct", "preprocess", "import_time", "scaling",
-        "large",
+        "attach", "large",
     }  # fmt: skip
 
 
