@@ -498,6 +498,8 @@ def _attached() -> dict[str, Row]:
             aliases={"folder": "folder|holds"},
         ),
         "adapt_processor": Row(
-            dv.adapt_processor, {"processor": processor, "grid": (2, 2)}, aliases={"processor": "processor|tested"}
+            dv.adapt_processor,
+            {"processor": processor, "grid": (2, 2), "source": "hires"},
+            aliases={"processor": "processor|tested"},
         ),
     }

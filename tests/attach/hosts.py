@@ -1,7 +1,9 @@
 """Tiny models with random weights, one for each family, and inputs for them."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -403,6 +405,11 @@ SQUARE = (
     *("llava_onevision", "ovis2", "paligemma", "perception_lm", "qianfan_ocr", "smolvlm", "vipllava"),
 )
 PACKED = ("gemma4", "glm4v", "lfm2_vl", "llava_pixtral", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+def often(families: Iterable[str], *quick: str) -> list[object]:
+    """Parameters for tests: the ``quick`` families always, the rest by `make test-more`."""
+    return [pytest.param(one, marks=[] if one in quick else pytest.mark.more, id=one) for one in families]
 
 
 def built(family: str) -> nn.Module:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import dualview as dv
 from tests import reference
-from tests.attach.hosts import built, inputs_for
-from tests.attach.matrix import Trial, gradients, logits, open_gates, ours
+from tests.attach.hosts import built, inputs_for, often
+from tests.attach.matrix import gradients, logits, open_gates, ours, trial_of
 from tests.checks import refuses
 
 GRID = (2, 3)
@@ -60,13 +60,13 @@ def as_map(tokens: Tensor, side: int) -> Tensor:
     [
         ("llava", "", "hidden_states", -2, 4),
         ("internvl", "", "last_hidden_state", None, 4),
-        ("gemma3n", "", "last_hidden_state", None, 2),
         ("llama4", "", "last_hidden_state", None, 2),
-        ("ovis2", "transformer", "last_hidden_state", None, 4),
+        pytest.param("gemma3n", "", "last_hidden_state", None, 2, marks=pytest.mark.more),
+        pytest.param("ovis2", "transformer", "last_hidden_state", None, 4, marks=pytest.mark.more),
     ],
 )
 def test_square_towers_against_one_call_for_each_view(family, inner, field, index, side):
-    trial = Trial(family)
+    trial = trial_of(family)
     model = trial.model(True, grid=GRID)
     tower, plain = (m.get_encoder(modality="image").get_submodule(inner) for m in (model, trial.bare))
     ((args, kwargs, before),) = calls_of(plain, lambda: logits(trial.bare, trial.inputs))
@@ -93,7 +93,7 @@ def test_square_towers_against_one_call_for_each_view(family, inner, field, inde
 
 @pytest.mark.parametrize("layers", [[-1], [1, -2], [-1, -2, 1]])
 def test_each_layer_has_a_module_of_its_own(layers):
-    trial = Trial("vipllava")  # reads hidden states -1, -2 and 1
+    trial = trial_of("vipllava")  # reads hidden states -1, -2 and 1
     model = trial.model(True, layers=layers)
     ((_, _, before),) = calls_of(trial.bare.get_encoder(modality="image"), lambda: logits(trial.bare, trial.inputs))
     ((_, _, after),) = calls_of(model.get_encoder(modality="image"), lambda: logits(model, trial.inputs))
@@ -111,7 +111,7 @@ def test_the_deepest_layer_is_the_default():
 
 def test_a_call_that_reads_another_layer():
     """Newer transformers collect that layer alone, which is an error; older ones collect all, and it is the host's."""
-    trial = Trial("llava")
+    trial = trial_of("llava")
     pixels = trial.inputs["pixel_values"]
 
     def features(model: nn.Module) -> list[Tensor]:
@@ -195,10 +195,13 @@ PACKED_FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", PACKED_FAMILIES)
+OF_EACH_KIND = ("qwen2_5_vl", "mistral3", "lfm2_vl", "gemma4")
+
+
+@pytest.mark.parametrize("family", often(PACKED_FAMILIES, *OF_EACH_KIND))
 def test_packed_towers_against_one_call_for_each_view(family):
     arguments, read, stride = PACKED_FAMILIES[family]
-    trial = Trial(family)
+    trial = trial_of(family)
     model = trial.model(True, grid=GRID)
     tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
     ((_, _, found),) = calls_of(tower, lambda: logits(model, trial.inputs))
@@ -221,10 +224,10 @@ NATIVE = {"mistral3": (2, 2), "llava_pixtral": (2, 2), "lfm2_vl": (2, 2)}
 """Grids that the pictures of 16 x 24 and 24 x 16 pixels suit: a token of the others is 8 pixels."""
 
 
-@pytest.mark.parametrize("family", PACKED_FAMILIES)
+@pytest.mark.parametrize("family", often(PACKED_FAMILIES, *OF_EACH_KIND))
 def test_tiles_of_the_picture_itself_against_one_call_for_each_view(family):
     arguments, read, stride = PACKED_FAMILIES[family]
-    trial, grid = Trial(family), NATIVE.get(family, (2, 1))
+    trial, grid = trial_of(family), NATIVE.get(family, (2, 1))
     model = trial.model(True, grid=grid, source="native")
     tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
     pictures = [torch.randn(6 if stride == 8 and family != "gemma4" else 3, 16, side) for side in (16, 16, 24)]
@@ -241,9 +244,9 @@ def test_tiles_of_the_picture_itself_against_one_call_for_each_view(family):
         torch.testing.assert_close(encode(picture, tower), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+@pytest.mark.parametrize("family", often(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"], "qwen3_vl"))
 def test_packed_pictures_with_larger_ones_behind_each(family):
-    trial = Trial(family)
+    trial = trial_of(family)
     model = trial.model(True, grid=GRID, source="hires")
     tower, plain = (m.get_encoder(modality="image") for m in (model, trial.bare))
     sizes = (16, 24), (24, 16), (16, 24)
@@ -271,7 +274,7 @@ def test_packed_pictures_with_larger_ones_behind_each(family):
 
 @pytest.mark.parametrize("family", ["llava", "mistral3", "qwen2_vl"])
 def test_no_view_is_encoded_that_nobody_needs(family):
-    trial = Trial(family)
+    trial = trial_of(family)
     model = trial.model(True, max_tiles_per_pass=1)
     tower, seen = model.get_encoder(modality="image"), []
     block = next(m for name, m in tower.named_modules() if name.endswith(("layers.0", "blocks.0")))
@@ -281,7 +284,7 @@ def test_no_view_is_encoded_that_nobody_needs(family):
 
 
 def test_frames_of_a_video_are_enhanced_as_pictures_are():
-    trial = Trial("qwen2_5_vl")
+    trial = trial_of("qwen2_5_vl")
     tower = trial.model(True).get_encoder(modality="image")
     frames = torch.randn(3 * 24, 3 * 2 * 4 * 4)
     with torch.no_grad():
@@ -291,7 +294,7 @@ def test_frames_of_a_video_are_enhanced_as_pictures_are():
 
 
 def test_deepstack_levels_by_option():
-    trial = Trial("qwen3_vl")  # levels 0 and 1, and the output
+    trial = trial_of("qwen3_vl")  # levels 0 and 1, and the output
     model = trial.model(True, layers=[0, 1, -1])
     features, plain = (m.model.get_image_features(**trial.images) for m in (model, trial.bare))
     for level, before in zip(features.deepstack_features, plain.deepstack_features, strict=True):
@@ -306,7 +309,7 @@ def test_deepstack_levels_by_option():
 
 @pytest.mark.parametrize("family", ["llava", "mistral3"])
 def test_passes_change_nothing(family):
-    trial = Trial(family)
+    trial = trial_of(family)
     results = [logits(trial.model(True, max_tiles_per_pass=n), trial.inputs) for n in (None, 1, 5, 64)]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
@@ -314,7 +317,7 @@ def test_passes_change_nothing(family):
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_bfloat16_at_step_0_is_bit_equal(family):
-    trial = Trial(family)
+    trial = trial_of(family)
     host = copy.deepcopy(trial.bare).bfloat16()
     before = logits(host, trial.inputs)
     assert torch.equal(logits(dv.attach(host), trial.inputs), before)
@@ -322,7 +325,7 @@ def test_bfloat16_at_step_0_is_bit_equal(family):
 
 
 def test_a_module_in_float32_in_a_host_of_bfloat16():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     host = copy.deepcopy(trial.bare).bfloat16()
     dv.attach(host, dem={"preset": "paper", "gate": True, "dtype": torch.float32})
     open_gates(host)
@@ -331,7 +334,7 @@ def test_a_module_in_float32_in_a_host_of_bfloat16():
 
 
 def test_presets_and_modules_of_ones_own():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     own = dv.DualPerspectiveEnhance.released(32), dv.DualPerspectiveEnhance.released(32, gate=True)
     for dem in ({"preset": "paper"}, *own):
         model = trial.model(True, gates=False, dem=dem)
@@ -355,7 +358,7 @@ def test_released_weights_go_into_a_host_of_their_width():
 @pytest.mark.parametrize("first", ["attach", "offload"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_offloaded_by_accelerate(family, first):
-    trial = Trial(family)
+    trial = trial_of(family)
     expected = logits(trial.model(True), trial.inputs)
     model = copy.deepcopy(trial.bare)
     torch.manual_seed(1)
@@ -373,6 +376,6 @@ def test_offloaded_by_accelerate(family, first):
 
 def test_batches_of_several_images():
     for family in ("internvl", "qwen3_vl"):
-        trial = Trial(family)
+        trial = trial_of(family)
         inputs = inputs_for(trial.bare, family, images=2)
         assert torch.equal(logits(dv.attach(copy.deepcopy(trial.bare)), inputs), logits(trial.bare, inputs))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import dualview as dv
-from tests.attach.matrix import Trial, gradients, logits, open_gates
+from tests.attach.matrix import Trial, gradients, logits, open_gates, trial_of
 from tests.checks import refuses
 
 DESCRIPTION, WEIGHTS = "dualview_adapter.json", "dualview_adapter.safetensors"
@@ -144,7 +144,7 @@ def test_weights_that_no_save_adapter_has_written(trial, saved):
 
 def test_another_width_and_another_family(trial, saved):
     for family, *parts in (("llava_onevision", "llava_onevision", "'llava'"), ("gemma3n", "gemma3n", "family")):
-        other = Trial(family)
+        other = trial_of(family)
         refused(other, saved, *parts)
     narrow = copy.deepcopy(trial)
     narrow.bare = LlavaForConditionalGeneration(narrow_config(trial.bare.config)).eval()

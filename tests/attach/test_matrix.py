@@ -2,22 +2,20 @@
 
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
+import torch
 
 from dualview.models.adapter.hosts import HOSTS, REFUSED
 from dualview.models.adapter.processors import PACKED as PACKED_PROCESSORS
 from dualview.models.adapter.processors import RECIPES
 from tests.attach.hosts import PACKED, SQUARE
-from tests.attach.matrix import CELLS, ENLARGED, PAGE, Trial, compiled, described, on_page, tried
+from tests.attach.matrix import CELLS, ENLARGED, PAGE, described, logits, on_page, trial_of, tried
 
 FAMILIES = (*SQUARE, *PACKED)
 QUICK = ("llava", "qwen2_5_vl")  # every cell, always
 MORE = ("gemma3", "internvl", "mistral3", "qwen3_vl")  # every cell, by `make test-more`
 CHEAP = ("step 0", "gradients", "text alone", "detach")  # of all families, by `make test-more`; the rest by `test-all`
-
-trial_of = cache(Trial)
 
 
 def tries() -> Iterator[object]:
@@ -36,8 +34,14 @@ def test_cell(family, cell):
 
 
 @pytest.mark.more
-def test_llava_compiled_by_inductor():
-    compiled(trial_of("llava"), True, "inductor")
+@pytest.mark.parametrize(("family", "backend"), [("llava", "inductor"), ("mistral3", "eager"), ("qwen2_5_vl", "eager")])
+def test_the_whole_model_compiled(family, backend):
+    trial = trial_of(family)
+    model = trial.model(True, max_tiles_per_pass=64)
+    plain = logits(model, trial.inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    torch.testing.assert_close(logits(compiled, trial.inputs), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_page_has_a_row_for_every_family():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import dualview as dv
 from dualview.interpolation import bicubic
 from dualview.models.adapter.patches import from_blocks
-from tests.attach.hosts import IMAGE, PINPOINTS, built
+from tests.attach.hosts import IMAGE, PINPOINTS, built, often
 from tests.attach.matrix import gradients, logits, open_gates, ours
 from tests.checks import refuses
 
@@ -125,7 +125,7 @@ def test_the_reduced_image_is_nearly_the_one_of_before(family):
     assert (bicubic(large, plain.shape[-2:]) - plain).abs().max() < 0.25  # of values from about -2 to 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often(FAMILIES, "llava", "paligemma"))
 def test_a_host_with_large_images(family):
     model = built(family)
     before = processor_of(family)
@@ -215,7 +215,7 @@ def test_larger_pictures_behind_each(family):
     assert torch.equal(again(**given)["pixel_values"], large["pixel_values"])
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", often(PACKED, "glm4v", "qwen2_vl"))
 @given(height=st.integers(8, 90), width=st.integers(8, 90), n=st.integers(2, 3))
 @settings(max_examples=8)
 def test_pictures_of_whole_tiles(family, height, width, n):
@@ -229,7 +229,7 @@ def test_pictures_of_whole_tiles(family, height, width, n):
 
 
 @pytest.mark.parametrize("source", ["hires", "native"])
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", often(PACKED, "qwen2_5_vl"))
 def test_a_packed_host_with_larger_pictures_or_whole_tiles(family, source):
     model = built(family)
     adapted = dv.adapt_processor(packed_processor_of(family), (2, 2), source)

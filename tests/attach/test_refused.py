@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 import dualview as dv
 from dualview.models.adapter.hosts import REFUSED
 from tests.attach.hosts import built
-from tests.attach.matrix import Trial, logits
+from tests.attach.matrix import Trial, logits, trial_of
 from tests.checks import refuses
 
 
@@ -30,7 +30,7 @@ def unharmed(trial: Trial) -> bool:
 
 
 def test_wrong_arguments():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     for arguments, *parts in (
         ({"grid": (2,)}, "grid"),
         ({"source": "large"}, "large", "upsample", "hires"),
@@ -71,7 +71,7 @@ def test_hosts_that_are_refused():
 
 
 def test_attaching_twice_and_detaching_nothing():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     with refuses("nothing is attached", "Llava"):
         dv.detach(trial.bare)
     model = trial.model(True)
@@ -83,7 +83,7 @@ def test_attaching_twice_and_detaching_nothing():
 
 
 def test_pictures_that_do_not_suit_the_grid():
-    trial = Trial("qwen2_vl")
+    trial = trial_of("qwen2_vl")
     model = trial.model(True, source="native")
     with refuses("16 x 24", "16 x 16", "adapt_processor", "upsample"):
         logits(model, trial.inputs)
@@ -102,7 +102,7 @@ def test_pictures_that_do_not_suit_the_grid():
 
 def test_gates_of_some_modules_alone_are_refused() -> None:
     own = [dv.DualPerspectiveEnhance.released(32, gate=gate) for gate in (True, False)]
-    trial = Trial("vipllava")
+    trial = trial_of("vipllava")
     with refuses("some have none"):
         dv.attach(trial.bare, layers=[-1, 1], dem=own)
     assert unharmed(trial)
@@ -131,7 +131,7 @@ def failing_decoder(model: nn.Module) -> nn.Module:
     ids=["PEFT", "DataParallel", "torch.compile", "a part compiled", "meta", "something fails inside"],
 )
 def test_hosts_that_are_not_as_they_were_loaded(change, parts):
-    model = change(copy.deepcopy(Trial("llava").bare))
+    model = change(copy.deepcopy(trial_of("llava").bare))
     before, weights = state(model), {name: value.clone() for name, value in model.state_dict().items()}
     with refuses(*parts, error=KeyError if change is failing_decoder else ValueError):
         dv.attach(model)
@@ -140,7 +140,7 @@ def test_hosts_that_are_not_as_they_were_loaded(change, parts):
 
 
 def test_a_host_that_trains_and_checkpoints_is_taken():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     model = copy.deepcopy(trial.bare).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     before = state(model)
@@ -153,7 +153,7 @@ def test_a_host_that_trains_and_checkpoints_is_taken():
 def test_a_host_with_int8_weights_is_taken():
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    trial = Trial("llava")
+    trial = trial_of("llava")
     model = copy.deepcopy(trial.bare)
     quantize_(model, Int8WeightOnlyConfig())
     before, plain = state(model), logits(model, trial.inputs)
@@ -167,7 +167,7 @@ def test_a_host_with_int8_weights_is_taken():
 
 
 def test_lora_that_was_put_into_the_host_before():
-    trial = Trial("llava")
+    trial = trial_of("llava")
     tuned = get_peft_model(
         copy.deepcopy(trial.bare), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
