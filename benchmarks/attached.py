@@ -25,7 +25,7 @@ def attached(size: Size) -> Iterable[Case]:
         for source in sources:
             for part in ("features", "forward"):
                 params = {"kind": kind, "source": source, "part": part, "side": side, "d": width, "layers": layers}
-                build = partial(_with_and_without, **params, text=text, blocks=blocks)
+                build = partial(_with_and_without, **params, text=text, blocks=blocks if part == "forward" else 1)
                 what = "features of an image" if part == "features" else "whole forward"
                 yield Case("attach", f"{kind}, {source}: {what}", params, build)
 
