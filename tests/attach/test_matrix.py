@@ -34,13 +34,13 @@ def test_cell(family, cell):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(("family", "backend"), [("llava", "inductor"), ("mistral3", "eager"), ("qwen2_5_vl", "eager")])
-def test_the_whole_model_compiled(family, backend):
+@pytest.mark.parametrize("family", ["llava", "mistral3", "qwen2_5_vl"])
+def test_the_whole_model_compiled(family):
     trial = trial_of(family)
     model = trial.model(True, max_tiles_per_pass=64)
     plain = logits(model, trial.inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(logits(compiled, trial.inputs), plain, rtol=1e-4, atol=1e-5)
 
 
