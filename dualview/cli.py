@@ -44,6 +44,7 @@ EXAMPLES = """examples:
   dualview explain --preset paper           what a configuration computes
   dualview convert INF-LLaVA inf-llava      released weights to a directory for transformers
   dualview ask photo.jpg "What is this?" --model inf-llava
+  dualview train CONFIG.yaml                the two stages of training, from LLaVA's JSON format to such a directory
 """
 
 
@@ -176,6 +177,12 @@ def _parser() -> Parser:
     chat = command("chat", "answer one question after the other, a line each")
     chat.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="a picture that they are about")
     _add_model(chat)
+
+    trained = command("train", "train an INF-LLaVA in two stages")
+    trained.add_argument("config", type=Path, metavar="CONFIG", help="YAML file: model, output, and data of the stages")
+    trained.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder, from its last checkpoint"
+    )
     return parser
 
 

@@ -128,6 +128,15 @@ def chat(options: argparse.Namespace) -> None:
         say("")
 
 
+def train(options: argparse.Namespace) -> None:
+    """Run `dualview train`."""
+    from dualview.train import TrainConfig
+    from dualview.train import train as trained
+
+    model = trained(TrainConfig.load(options.config), resume=options.resume)
+    say(f"done: dualview ask PICTURE QUESTION --model {model}")
+
+
 def _chat(options: argparse.Namespace) -> Chat:
     return Chat(
         options.model,

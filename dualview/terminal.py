@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-EXTRA = ("PIL", "numpy", "matplotlib", "tqdm", "transformers")
+EXTRA = {
+    **dict.fromkeys(("PIL", "numpy", "matplotlib", "tqdm", "transformers"), "demo"),
+    **dict.fromkeys(("accelerate", "peft", "yaml"), "train"),
+}
+"""Packages that may be missing, and the extra that brings them."""
 NO_MEMORY = re.compile(r"(can't|cannot|unable to|failed to) (allocate|map)|out of memory", re.IGNORECASE)
 
 
@@ -82,7 +86,9 @@ def explained(error: BaseException) -> str | None:
         return "out of memory: take a smaller picture, a smaller grid, or free some memory first"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        return f'{package} is not installed: run pip install -e ".[demo]" in your clone' if package in EXTRA else None
+        if package not in EXTRA:
+            return None
+        return f'{package} is not installed: run pip install -e ".[{EXTRA[package]}]" in your clone'
     if isinstance(error, BrokenPipeError):
         return "standard output was closed before everything was written"
     if isinstance(error, OSError):  # files that cannot be read or written are an ImageError

@@ -27,6 +27,7 @@ FLOORS = (  # from the ground up
     ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
     ("large/*.py",),
     ("models/*.py", "visualize.py"),
+    ("train/*.py",),
     ("explain.py", "stages.py", "demo.py", "chat.py"),
     ("evaluation.py", "lmms_model.py"),
     ("commands.py",),

@@ -1,0 +1,21 @@
+"""Training of INF-LLaVA in two stages, on transformers' Trainer."""
+
+from dualview.train.collator import Collator
+from dualview.train.config import DataConfig, LoraConfig, StageConfig, TrainConfig
+from dualview.train.dataset import LlavaDataset
+from dualview.train.run import train
+from dualview.train.stages import freeze, training_arguments
+from dualview.train.trainer import DualViewTrainer
+
+__all__ = [
+    "Collator",
+    "DataConfig",
+    "DualViewTrainer",
+    "LlavaDataset",
+    "LoraConfig",
+    "StageConfig",
+    "TrainConfig",
+    "freeze",
+    "train",
+    "training_arguments",
+]

@@ -1,0 +1,73 @@
+"""Checkpoints that are there whole or not at all, whenever the process is killed.
+
+transformers writes a checkpoint file by file into a folder that has its final name from the start, takes the one with
+the highest number when it resumes, whole or not, and removes an old one in its place. Here it writes into a folder
+beside, which gets its name by one rename when everything is on the disk; an old one loses its name by one rename first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+STAGED = ".dualview-saving"
+"""Folder that a checkpoint is written into, one for every process group, so that all of its processes know it."""
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def staging(folder: Path) -> Path:
+    """Where in a folder of checkpoints the next one is written."""
+    return folder / STAGED
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a folder its name when what is in it is on the disk; one of that name, if there is any, is replaced.
+
+    Args:
+        staged: The folder.
+        final: Its name, on the same file system.
+    """
+    for path in sorted(staged.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(staged)
+    drop(final)
+    staged.rename(final)
+    _sync(final.parent)
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder, whose name is gone before the first of its files is."""
+    if not os.path.lexists(folder):
+        return
+    nameless = folder.with_name(f"{STAGED}-{secrets.token_hex(8)}")
+    folder.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest last."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for old in checkpoints(folder)[:-keep]:
+        drop(old)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a process that was killed has left behind."""
+    for path in folder.glob(f"{STAGED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,154 @@
+"""Rows of LLaVA's JSON format: read, and checked one by one before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dualview.arguments import shown
+
+IMAGE = "<image>"
+"""Where an image stands in the text of a row, whatever token the model's processor has for it."""
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message names file and index."""
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation.
+
+    Attributes:
+        role: "user", "assistant" or "system".
+        text: The text, with ``<image>`` where an image stands.
+    """
+
+    role: str
+    text: str
+
+
+class Row(NamedTuple):
+    """A row that has passed the checks.
+
+    Attributes:
+        place: File and index, for messages.
+        images: Paths of its pictures, in the order in which they stand in the text.
+        turns: The conversation.
+    """
+
+    place: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+
+    @property
+    def size(self) -> int:
+        """Characters of its text."""
+        return sum(len(turn.text) for turn in self.turns)
+
+
+def read_rows(file: Path, *, source: str | None = None) -> list[Any]:
+    """The rows of a ``.json`` file (a list) or of a ``.jsonl`` file (one a line), not yet checked.
+
+    Args:
+        file: The file.
+        source: Where the file comes from, for the message if it is missing.
+
+    Raises:
+        ValueError: There is no such file, or it is no JSON of this form.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file.{f' Fetch it from {source}' if source else ''}")
+    try:
+        with file.open(encoding="utf-8") as opened:
+            rows = [_line(line, file, i) for i, line in enumerate(opened) if line.strip()] if _lines(file) else None
+            rows = json.load(opened) if rows is None else rows
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}): write a list of rows, or a row a line as .jsonl.") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{file} holds {shown(rows)}: must be a list of at least one row.")
+    return rows
+
+
+def _lines(file: Path) -> bool:
+    return file.suffix == ".jsonl"
+
+
+def _line(line: str, file: Path, index: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {index + 1} is no JSON: {error}.") from error
+
+
+def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> Iterator[Row | BadRow]:
+    """Every row as `Row`, or as the error that says what is wrong with it.
+
+    Args:
+        rows: What `read_rows` gave.
+        file: Named in messages.
+        folder: Where the pictures lie.
+        form: "plain", an image and its caption, or "chat".
+    """
+    for index, row in enumerate(rows):
+        try:
+            yield _checked(row, f"{file}, row {index}", folder, form)
+        except BadRow as error:
+            yield error
+
+
+def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise BadRow(f"{place}: {shown(row)} must be an object with conversations.")
+    turns = _turns(row.get("conversations"), place)
+    images = _images(row, place, folder)
+    places = sum(turn.text.count(IMAGE) for turn in turns)
+    if places != len(images):
+        raise BadRow(f"{place}: {places} {IMAGE} in the text, but {len(images)} images; there must be one for each.")
+    if any(IMAGE in turn.text for turn in turns if turn.role != "user"):
+        raise BadRow(f"{place}: {IMAGE} in a turn that is not human; images belong to questions.")
+    if form == "plain" and ([turn.role for turn in turns] != ["user", "assistant"] or len(images) != 1):
+        raise BadRow(
+            f"{place}: {len(turns)} turns and {len(images)} images; a caption row has one image, a human turn and a "
+            "gpt turn. For conversations use format: chat."
+        )
+    return Row(place, images, turns)
+
+
+def _turns(conversations: Any, place: str) -> tuple[Turn, ...]:
+    if not isinstance(conversations, list) or not conversations:
+        raise BadRow(f"{place}: conversations={shown(conversations)} must be a list of turns, at least two.")
+    found = []
+    for number, turn in enumerate(conversations):
+        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+        if role not in ROLES or not isinstance(text, str):
+            raise BadRow(
+                f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}."
+            )
+        found.append(Turn(ROLES[role], text))
+    spoken = found[1:] if found[0].role == "system" else found
+    wanted = ["user", "assistant"] * (len(spoken) // 2)
+    if not spoken or [turn.role for turn in spoken] != wanted:
+        given = [turn["from"] for turn in conversations]
+        raise BadRow(f"{place}: turns are from {shown(given)}; must be human and gpt in turn, and end with gpt.")
+    for number, turn in enumerate(spoken):
+        if not turn.text.replace(IMAGE, "").strip() and not (turn.role == "user" and IMAGE in turn.text):
+            raise BadRow(f"{place}: turn {number} of {turn.role} is empty.")
+    return tuple(found)
+
+
+def _images(row: Mapping[str, Any], place: str, folder: Path) -> tuple[Path, ...]:
+    given = [row[name] for name in ("image", "images") if row.get(name) is not None]
+    if len(given) > 1:
+        raise BadRow(f"{place}: image and images are both given; write one of them.")
+    names = given[0] if given else []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise BadRow(f"{place}: image={shown(names)} must be a path, or a list of paths.")
+    paths = tuple(folder / name for name in names)
+    for path in paths:
+        if not path.is_file():
+            raise BadRow(f"{place}: image {path}: no such file.")
+    return paths
