@@ -26,10 +26,13 @@ def encode_dual_view(
     parts: DualView,
     pixels: Pixels,
     valid: Tensor | Sequence[Tensor] | None = None,
+    encoded: Tensor | None = None,
 ) -> Tensor:
-    """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; shapes and errors as for its call."""
-    encoder, dem, options = parts
-    full, cut = not planning(), None
+    """What [`DualViewEncoder`][dualview.DualViewEncoder] computes; shapes and errors as for its call.
+
+    ``encoded`` is what `encode_views` has made of the same pixels before; of them the sizes alone are then read.
+    """
+    options, cut = parts.options, None
     if isinstance(pixels, DualPerspectiveTiles | DualPerspectiveTileBatch | TileBatch):
         pixels, cut, valid = _put_back(pixels, valid)
     batches = [pixels] if isinstance(pixels, Tensor) else [image[None] for image in check_list(pixels, "pixels")]
@@ -44,14 +47,17 @@ def encode_dual_view(
         )
     check_alike(batches, "pixels")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
-    plans = [
-        plan_encoder(encoder, dem, options, grid, (int(batch.shape[2]), int(batch.shape[3])), full=full)
-        for batch, grid in zip(batches, grids, strict=True)
-    ]
-    views = [cut_views(*group, options) for group in zip(batches, grids, plans, strict=True)]
-    encoded = _encode(encoder, torch.cat([v.flatten(0, 1) for v in views]), options.max_tiles_per_pass)
-    counts = [v.shape[0] * v.shape[1] for v in views]
-    features = [part.unflatten(0, v.shape[:2]) for part, v in zip(encoded.split(counts), views, strict=True)]
+    plans = _plans(parts, batches, grids)
+    shapes = [(len(batch), len(plan.views)) for batch, plan in zip(batches, plans, strict=True)]
+    counts = [images * views for images, views in shapes]
+    if encoded is None:
+        encoded = _encoded(parts, batches, grids, plans)
+    elif encoded.dim() != 4 or len(encoded) != sum(counts):
+        raise ValueError(
+            f"features of shape {tuple(encoded.shape)} for {sum(counts)} sub-images: expected ({sum(counts)}, h', w', "
+            "D), as encode_views makes them of the same pictures with the same model."
+        )
+    features = [part.unflatten(0, shape) for part, shape in zip(encoded.split(counts), shapes, strict=True)]
 
     groups, of_groups, outputs = [], [], []
     sizes = [(g.rows, g.cols, *map(int, batch.shape[2:])) for g, batch in zip(grids, batches, strict=True)]
@@ -63,6 +69,26 @@ def encode_dual_view(
         groups.append(members)
         of_groups.append(g)
     return in_order(groups, of_groups, outputs)
+
+
+def encode_views(parts: DualView, images: Tensor | Sequence[Tensor]) -> Tensor:
+    """Features of all sub-images that are needed of images, one image after the other, (views, h', w', D)."""
+    batches = [images] if isinstance(images, Tensor) else [image[None] for image in check_list(images, "pixels")]
+    grids = [_grid_of(batch, parts.options) for batch in batches]
+    return _encoded(parts, batches, grids, _plans(parts, batches, grids))
+
+
+def _plans(parts: DualView, batches: list[Tensor], grids: list[TileGrid]) -> list[ViewPlan]:
+    full = not planning()
+    return [
+        plan_encoder(*parts, grid, (int(batch.shape[2]), int(batch.shape[3])), full=full)
+        for batch, grid in zip(batches, grids, strict=True)
+    ]
+
+
+def _encoded(parts: DualView, batches: list[Tensor], grids: list[TileGrid], plans: list[ViewPlan]) -> Tensor:
+    views = [cut_views(*group, parts.options) for group in zip(batches, grids, plans, strict=True)]
+    return _encode(parts.encoder, torch.cat([v.flatten(0, 1) for v in views]), parts.options.max_tiles_per_pass)
 
 
 def _put_back(

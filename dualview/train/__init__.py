@@ -3,6 +3,7 @@
 from dualview.train.collator import Collator
 from dualview.train.config import DataConfig, LoraConfig, StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
+from dualview.train.checkpoints import checkpoints
 from dualview.train.run import train
 from dualview.train.stages import freeze, training_arguments
 from dualview.train.trainer import DualViewTrainer
@@ -15,6 +16,7 @@ __all__ = [
     "LoraConfig",
     "StageConfig",
     "TrainConfig",
+    "checkpoints",
     "freeze",
     "train",
     "training_arguments",

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from dualview.arguments import check_instance
 from dualview.geometry import GridLike, LiveTiles, TileGrid
-from dualview.models.encode_views import encode_dual_view
+from dualview.models.encode_views import encode_dual_view, encode_views
 from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
 from dualview.models.inf_llava.input_checks import (
@@ -221,10 +221,12 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         vision_feature_layer: Layers | None = None,
+        view_features: Tensor | None = None,
+        image_canvases: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images into the tokens that the language model reads.
@@ -236,12 +238,15 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             image_sizes: With ``image_grids``, height and width of the picture on each image's canvas; what lies below
                 and to the right of it is padding, to which the DEM does not attend. None: no padding.
             vision_feature_layer: In place of the configured one; a list must have as many layers.
+            view_features: What `get_view_features` has made of the same images before, in place of ``pixel_values``.
+            image_canvases: With ``view_features``, height and width of each image in pixels.
             **kwargs: With ``output_hidden_states`` or ``output_attentions`` (or set so in ``vision_config``) the tower
                 is asked for them once more, for the low-resolution view of each image. Others are not used.
 
         Shape:
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
-            - image_grids, image_sizes: (num_images, 2)
+            - image_grids, image_sizes, image_canvases: (num_images, 2)
+            - view_features: (sub-images of all images, h', w', vision width)
             - last_hidden_state: (num_images, image_seq_length, vision width)
             - pooler_output: a list of num_images tensors (image_seq_length, text width); one tensor where it is
               exported or, with torch 2.11, compiled
@@ -251,21 +256,51 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         Raises:
             ValueError: Tiles, grids and sizes do not fit each other, or there is no such layer.
         """
-        check_pictures(pixel_values, image_grids, image_sizes)
-        pixels: Tensor | list[Tensor] = pixel_values
         valid = None
-        if image_grids is not None:
-            pixels = self._images_of_tiles(pixel_values, image_grids)
+        if view_features is not None:
+            pixels = _sizes_alone(view_features, image_canvases, uniform=image_grids is None)
+        else:
+            check_pictures(pixel_values, image_grids, image_sizes)
+            pixels = self._images_of(pixel_values, image_grids)
         if image_sizes is not None:
             valid = _valid_pixels(pixels, image_sizes)
         parts = self.dual_view() if image_grids is None else self._parts(None, resize=False)
         if vision_feature_layer is not None:
             parts = parts._replace(encoder=self._encoder(self._checked(vision_feature_layer)))
-        features = encode_dual_view(parts, pixels, valid).flatten(1, 2)
+        features = encode_dual_view(parts, pixels, valid, view_features).flatten(1, 2)
         asked = self._states_of_low_view(pixels, kwargs)
         projected = self.multi_modal_projector(features)
         tokens = projected if torch.compiler.is_exporting() else list(projected)  # a list has a fixed length
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens, **asked)
+
+    @torch.no_grad()
+    def get_view_features(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        """What the vision tower makes of the sub-images that are needed, one image after the other, without gradients.
+
+        Where the tower is not trained, this may be kept and given to `forward` in place of the images.
+
+        Args:
+            pixel_values: As for `get_image_features`.
+            image_grids: As for `get_image_features`.
+
+        Shape:
+            - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
+            - output: (sub-images of all images, h', w', vision width)
+        """
+        check_pictures(pixel_values, image_grids, None)
+        parts = self.dual_view() if image_grids is None else self._parts(None, resize=False)
+        return encode_views(parts, self._images_of(pixel_values, image_grids))
+
+    def _idle_image(self, like: Tensor) -> Tensor:
+        """A zero that depends on all parameters of the way from an image to the language model.
+
+        Processes that train together wait for each other in sharded modules and for the gradient of every parameter;
+        one whose batch holds text alone would keep the others waiting for good.
+        """
+        kind = next((p.dtype for p in self.vision_tower.parameters() if p.is_floating_point()), like.dtype)
+        tile = torch.full((1, 3, *self.tile), 0.5, device=like.device, dtype=kind)
+        tokens: Tensor = self.multi_modal_projector(encode_dual_view(self._parts(None, resize=False), tile))
+        return tokens.sum() * 0.0
 
     def _states_of_low_view(self, images: Tensor | list[Tensor], options: Any) -> dict[str, Any]:
         """What the tower says of its layers, where that is asked for."""
@@ -309,7 +344,9 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         tower: Any = HfTower(self.vision_tower, layers) if isinstance(layers, int) else None
         return cast(Encoder, tower or TowerLayers(self.vision_tower, tuple(listed(layers))))
 
-    def _images_of_tiles(self, tiles: Tensor, image_grids: Tensor) -> list[Tensor]:
+    def _images_of(self, tiles: Tensor, image_grids: Tensor | None) -> Tensor | list[Tensor]:
+        if image_grids is None:
+            return tiles
         grids = [TileGrid.of(pair) for pair in image_grids.tolist()]
         counts = [grid.num_tiles for grid in grids]
         if tiles.shape[0] != sum(counts) or tuple(tiles.shape[-2:]) != self.tile:
@@ -345,6 +382,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         vision_feature_layer: Layers | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
+        view_features: Tensor | None = None,
+        image_canvases: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaModelOutputWithPast:
         """Run the language model on text tokens with the image tokens put in their places.
@@ -361,7 +400,11 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             vision_feature_layer: As for `get_image_features`.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             cache: The newer name of ``past_key_values``.
+            view_features: As for `get_image_features`.
+            image_canvases: As for `get_image_features`.
             **kwargs: Passed to the language model.
+
+        In training, a batch without an image encodes one tile that counts for nothing: see `_idle_image`.
 
         Shape:
             - input_ids, attention_mask, position_ids: (batch, sequence)
@@ -371,18 +414,20 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             ValueError: Both or neither of two alternatives are given, or tokens and features do not match.
         """
         check_tokens(self.get_input_embeddings(), input_ids, inputs_embeds, attention_mask, position_ids)
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if sum(each is not None for each in (pixel_values, mm_encoder_outputs or None, view_features)) > 1:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs or view_features.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         images = check_encoded(mm_encoder_outputs)
-        if images is None and pixel_values is not None:
+        if images is None and (pixel_values is not None or view_features is not None):
             images = self.get_image_features(
                 pixel_values,
                 image_grids,
                 image_sizes,
                 vision_feature_layer,
+                view_features,
+                image_canvases,
                 output_hidden_states=False,
                 output_attentions=False,
                 return_dict=True,
@@ -395,6 +440,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             )
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._idle_image(inputs_embeds).to(inputs_embeds.dtype)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -410,6 +457,17 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             image_hidden_states=image_features,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+def _sizes_alone(features: Tensor, canvases: Tensor | None, *, uniform: bool) -> Tensor | list[Tensor]:
+    """Images of which the sizes alone will be read; they take no memory."""
+    if canvases is None:
+        raise ValueError("image_canvases=None: view_features come with height and width of each image.")
+    sizes = [(int(height), int(width)) for height, width in canvases.tolist()]
+    nothing = features.new_zeros(())
+    if uniform and len(set(sizes)) == 1:
+        return nothing.expand(len(sizes), 3, *sizes[0])
+    return [nothing.expand(3, *size) for size in sizes]
 
 
 def _valid_pixels(images: Tensor | list[Tensor], image_sizes: Tensor) -> list[Tensor] | None:
@@ -481,14 +539,22 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
 
     def get_image_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         image_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         vision_feature_layer: Layers | None = None,
+        view_features: Tensor | None = None,
+        image_canvases: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """As [`InfLlavaModel.get_image_features`][dualview.models.InfLlavaModel.get_image_features]."""
-        return self.model.get_image_features(pixel_values, image_grids, image_sizes, vision_feature_layer, **kwargs)
+        return self.model.get_image_features(
+            pixel_values, image_grids, image_sizes, vision_feature_layer, view_features, image_canvases, **kwargs
+        )
+
+    def get_view_features(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
+        """As [`InfLlavaModel.get_view_features`][dualview.models.InfLlavaModel.get_view_features]."""
+        return self.model.get_view_features(pixel_values, image_grids)
 
     @can_return_tuple
     def forward(
@@ -506,6 +572,8 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
+        view_features: Tensor | None = None,
+        image_canvases: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> InfLlavaCausalLMOutputWithPast:
         """As [`InfLlavaModel.forward`][dualview.models.InfLlavaModel.forward], with logits and a loss.
@@ -524,6 +592,8 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             logits_to_keep: How many of the last positions get logits (0: all), or their indices.
             mm_encoder_outputs: Image features computed before, ``{"image": ...}``, in place of ``pixel_values``.
             cache: The newer name of ``past_key_values``.
+            view_features: What `get_view_features` has made of the images before, in place of ``pixel_values``.
+            image_canvases: With ``view_features``, height and width of each image in pixels.
             **kwargs: Passed to the language model and to the loss.
 
         Shape:
@@ -546,6 +616,8 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             image_sizes=image_sizes,
             vision_feature_layer=vision_feature_layer,
             mm_encoder_outputs=mm_encoder_outputs,
+            view_features=view_features,
+            image_canvases=image_canvases,
             return_dict=True,
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,

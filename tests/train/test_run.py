@@ -1,0 +1,101 @@
+"""Both stages, from rows to a model that answers; and a run that stops and goes on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dualview import cli
+from dualview.train import TrainConfig, checkpoints, train
+from dualview.train.trainer import DualViewTrainer
+from tests.train.data import config, fields, turns, weights, write_data
+
+ENCODER_TO_LLM = (".dem.", ".multi_modal_projector.")
+TRAINED = {"stage1": ENCODER_TO_LLM, "stage2": (*ENCODER_TO_LLM, "language", "lm_head")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = write_data(tmp_path_factory.mktemp("train"))
+    train(config(folder), report=lambda line: None)
+    return folder
+
+
+def test_each_stage_trains_its_parts_and_no_others(place):
+    before = weights(place / "base")
+    for stage, parts in TRAINED.items():
+        after = weights(place / "run" / stage / "model")
+        assert after.keys() == before.keys()
+        for name, value in after.items():
+            learnt = any(part in name for part in parts)
+            assert torch.equal(value, before[name]) != learnt, (stage, name)
+        before = after
+
+
+def test_what_was_learnt_is_answered(place, tmp_path, capsys):
+    """Stage 2 alone, by the command, on one row: the prompt in training is that of `dualview ask`."""
+    row = {"image": "0.png", "conversations": turns("<image>\nwhat is it", "cat")}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    stage = fields(place)["stage2"] | {"data": [{"file": str(tmp_path / "rows.json"), "images": str(place / "images")}]}
+    stage |= {"batch_size": 1, "rows_per_device": 1, "max_steps": 20, "learning_rate": 1e-2, "save_steps": 20}
+    run = {"model": str(place / "base"), "output": str(tmp_path / "run"), "stage2": stage}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    model = tmp_path / "run" / "stage2" / "model"
+    assert capsys.readouterr().out.endswith(f"wrote {model}\ndone: dualview ask PICTURE QUESTION --model {model}\n")
+    assert type(AutoModelForImageTextToText.from_pretrained(model)).__name__ == "InfLlavaForConditionalGeneration"
+    assert type(AutoProcessor.from_pretrained(model)).__name__ == "InfLlavaProcessor"
+    argv = ["ask", str(place / "images/0.png"), "what is it", "--model", str(model), "--max-new-tokens", "9"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == "c a t\n"
+
+
+def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
+    for stage, steps in (("stage1", 3), ("stage2", 6)):
+        folder = place / "run" / stage
+        assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint")} == {
+            "log.jsonl", "loss.png", "model",
+        }  # fmt: skip
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert len(checkpoints(folder)) == 2
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("passes", [pytest.param(2, marks=pytest.mark.more), pytest.param(9, marks=pytest.mark.more), 13])
+def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, passes):
+    """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second."""
+    whole, left = DualViewTrainer.compute_loss, [passes]
+
+    def stopping(self, *args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            raise Stopped
+        return whole(self, *args, **kwargs)
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    again = TrainConfig.of(fields(place) | {"output": str(tmp_path / "run")})
+    monkeypatch.setattr(DualViewTrainer, "compute_loss", stopping)
+    with pytest.raises(Stopped):
+        train(again, report=lambda line: None)
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    train(again, resume=True, report=lambda line: None)
+    for stage in ("stage1", "stage2"):
+        expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(place):
+    with pytest.raises(ValueError, match="exists already"):
+        train(config(place))
+    changed = TrainConfig.of(fields(place, learning_rate=1.0))
+    with pytest.raises(ValueError, match="stage2.learning_rate=1.0 is not what .* was begun with"):
+        train(changed, resume=True)
