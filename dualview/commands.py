@@ -133,8 +133,7 @@ def train(options: argparse.Namespace) -> None:
     from dualview.train import TrainConfig
     from dualview.train import train as trained
 
-    model = trained(TrainConfig.load(options.config), resume=options.resume)
-    say(f"done: dualview ask PICTURE QUESTION --model {model}")
+    trained(TrainConfig.load(options.config), resume=options.resume)
 
 
 def _chat(options: argparse.Namespace) -> Chat:

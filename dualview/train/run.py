@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
         if not result.is_dir():
             _train_stage(config, name, stage, source, report)
             if state.is_main_process:
-                report(f"wrote {result}")
+                report(f"wrote {result}: dualview ask PICTURE QUESTION --model {result}")
         source = result
     return source
 

@@ -33,6 +33,7 @@ class DualViewTrainer(Trainer):
 
     Raises:
         TypeError: The dataset is another.
+        ValueError: Sharding is asked for, and accelerate would not do it.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class DualViewTrainer(Trainer):
         self.group_by_length = group_by_length
         kwargs = {"data_collator": Collator(train_dataset.processor.tokenizer.pad_token_id), **kwargs}
         super().__init__(model, args, train_dataset=train_dataset, processing_class=train_dataset.processor, **kwargs)
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"arguments.fsdp={args.fsdp}: accelerate shards among several GPUs only, and there are none here; it "
+                "would train without sharding. Omit it, or start the processes with torchrun on GPUs."
+            )
         self.order = EpochSampler(
             len(train_dataset),
             args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1),

@@ -21,7 +21,7 @@ CAPTIONS = [{"image": f"{i}.png", "conversations": turns("<image>\nsay", f"a cat
 CHATS = [
     *({"image": f"{i}.png", "conversations": turns("<image>\nwhat", f"it is {'abc'[i % 3]}", "sure", "yes")}
       for i in range(6)),
-    *({"conversations": turns("hello" * i, "hi you")} for i in range(1, 5)),
+    *({"conversations": turns("hello" * i, "hi you")} for i in range(1, 6)),
     {"image": ["0.png", "1.png"], "conversations": turns("<image>\n<image>\nsame", "no")},
 ]  # fmt: skip
 

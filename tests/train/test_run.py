@@ -45,7 +45,7 @@ def test_what_was_learnt_is_answered(place, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     model = tmp_path / "run" / "stage2" / "model"
-    assert capsys.readouterr().out.endswith(f"wrote {model}\ndone: dualview ask PICTURE QUESTION --model {model}\n")
+    assert capsys.readouterr().out.endswith(f"wrote {model}: dualview ask PICTURE QUESTION --model {model}\n")
     assert type(AutoModelForImageTextToText.from_pretrained(model)).__name__ == "InfLlavaForConditionalGeneration"
     assert type(AutoProcessor.from_pretrained(model)).__name__ == "InfLlavaProcessor"
     argv = ["ask", str(place / "images/0.png"), "what is it", "--model", str(model), "--max-new-tokens", "9"]
