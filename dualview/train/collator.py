@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dualview.train.labels import IGNORED
 
-PICTURES = ("pixel_values", "image_grids", "image_sizes", "view_features")
+PICTURES = ("pixel_values", "image_grids", "image_sizes", "view_features", "image_canvases")
 """What belongs to images, and is joined along its first dimension."""
 
 

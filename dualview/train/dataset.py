@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from dualview.arguments import check_choice
 from dualview.images import ImageError, load_image
 from dualview.terminal import say
+from dualview.train.features import FeatureCache
 from dualview.train.labels import Tokens, check_processor, tokens_of
 from dualview.train.rows import BadRow, Row, checked_rows, read_rows
 
@@ -38,9 +39,10 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         images_kwargs: Arguments of the image processor, as ``{"do_pad": False}``.
         report: Called with a line for every bad row that is skipped.
 
-    Example:
-        >>> LlavaDataset.__name__
-        'LlavaDataset'
+    Attributes:
+        rows: Those that are good.
+        skipped: What was wrong with the others.
+        cache: A `FeatureCache` that has been filled with the pictures; None to read the pictures themselves.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         self.processor, self.form, self.max_length = processor, form, max_length
         self.bad_rows = check_choice(bad_rows, "bad_rows", ("error", "skip"))
         self.images_kwargs, self.report = dict(images_kwargs or {}), report
+        self.cache: FeatureCache | None = None
         self.rows: list[Row] = []
         self.skipped: list[str] = []
 
@@ -119,15 +122,23 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         return inputs | (self.pictures(row) if row.images else {})
 
     def pictures(self, row: Row) -> dict[str, Tensor]:
-        """What the image processor makes of the pictures of a row.
+        """What the image processor makes of the pictures of a row, or what the cache has in its place.
 
         Raises:
             BadRow: One of them cannot be read.
+            ValueError: One of them is not in the cache.
         """
+        if self.cache is not None and (found := self.cache.read(row.images)) is not None:
+            return found
         try:
             loaded = [load_image(path) for path in row.images]
         except ImageError as error:
             raise BadRow(f"{row.place}: {error}") from error
+        if self.cache is not None:
+            raise ValueError(
+                f"{row.place}: {', '.join(map(str, row.images))} is not in the cache {self.cache.folder}: it was filled "
+                "before this picture came, or changed. Resume the run, which fills it anew."
+            )
         made: dict[str, Tensor] = self.processor.image_processor(loaded, return_tensors="pt", **self.images_kwargs)
         return dict(made)
 

@@ -16,6 +16,7 @@ from dualview.terminal import say
 from dualview.train.checkpoints import checkpoints
 from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
+from dualview.train.features import FeatureCache
 from dualview.train.logs import LossLog
 from dualview.train.stages import freeze, training_arguments
 from dualview.train.trainer import DualViewTrainer
@@ -102,6 +103,8 @@ def _train_stage(
     )
     for one in stage.data:
         data.add(one.file, one.images, source=one.source)
+    if stage.feature_cache is not None:
+        data.cache = _filled_cache(stage.feature_cache, model, data)
     data.report = report  # every process reads rows of its own
     freeze(model, stage.train)
     arguments = training_arguments(stage, name, folder, config.seed, PartialState().num_processes)
@@ -116,6 +119,20 @@ def _train_stage(
     found = checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     trainer.save_result(folder / "model")
+
+
+def _filled_cache(folder: str, model: Any, data: LlavaDataset) -> FeatureCache:
+    """A cache of all pictures of the data; the processes fill it together."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    model.to(state.device)
+    cache = FeatureCache(folder, model, data.processor, data.images_kwargs)
+    pictures = sorted({path for row in data.rows for path in row.images})
+    share = pictures[state.process_index :: state.num_processes]
+    cache.fill(share, model, shown=state.is_main_process)
+    state.wait_for_everyone()
+    return cache
 
 
 def load(source: str | Path) -> tuple[Any, Any]:

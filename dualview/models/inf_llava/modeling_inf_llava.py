@@ -258,6 +258,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         """
         valid = None
         if view_features is not None:
+            view_features = view_features.to(self.multi_modal_projector.linear_1.weight.dtype)
             pixels = _sizes_alone(view_features, image_canvases, uniform=image_grids is None)
         else:
             check_pictures(pixel_values, image_grids, image_sizes)
