@@ -18,7 +18,7 @@ from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
 from dualview.train.features import FeatureCache
 from dualview.train.logs import LossLog
-from dualview.train.stages import freeze, training_arguments
+from dualview.train.stages import freeze, training_arguments, with_lora
 from dualview.train.trainer import DualViewTrainer
 
 RECORD = "config.json"
@@ -106,7 +106,7 @@ def _train_stage(
     if stage.feature_cache is not None:
         data.cache = _filled_cache(stage.feature_cache, model, data)
     data.report = report  # every process reads rows of its own
-    freeze(model, stage.train)
+    model = freeze(model, stage.train) if stage.lora is None else with_lora(model, stage.lora, stage.train)
     arguments = training_arguments(stage, name, folder, config.seed, PartialState().num_processes)
     trainer = DualViewTrainer(
         model,
@@ -118,7 +118,7 @@ def _train_stage(
     )
     found = checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    trainer.save_result(folder / "model")
+    trainer.save_result(folder / "model", source)
 
 
 def _filled_cache(folder: str, model: Any, data: LlavaDataset) -> FeatureCache:

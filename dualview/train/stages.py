@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from dualview.arguments import check_choice, shown
-from dualview.train.config import PARTS, ROWS_PER_DEVICE, StageConfig
+from dualview.train.config import PARTS, ROWS_PER_DEVICE, LoraConfig, StageConfig
 
 MODULES = {"dem": "dem", "projector": "multi_modal_projector", "language_model": "language_model"}
 """Names of the parts in an `InfLlavaModel`."""
@@ -56,6 +56,29 @@ def freeze(model: nn.Module, train: tuple[str, ...] | list[str]) -> nn.Module:
         head: Any = getattr(model, "lm_head")  # noqa: B009 - nn.Module knows no names
         head.requires_grad_(True)
     return model
+
+
+def with_lora(model: nn.Module, lora: LoraConfig, train: tuple[str, ...] | list[str]) -> nn.Module:
+    """peft's model: low-rank matrices in the language model, and the other parts trained as they are.
+
+    Args:
+        model: An `InfLlavaForConditionalGeneration`.
+        lora: Rank, scale and layers.
+        train: As for [`freeze`][dualview.train.freeze].
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    whole = [MODULES[part] for part in train if part != "language_model"]
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=whole or None,
+    )
+    made: nn.Module = get_peft_model(model, config)
+    return made
 
 
 def rows_per_device(stage: StageConfig, name: str, processes: int) -> tuple[int, int]:

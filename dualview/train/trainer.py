@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,14 @@ class DualViewTrainer(Trainer):
             prune(folder, self.keep)
         self.accelerator.wait_for_everyone()
 
-    def save_result(self, folder: Path) -> None:
+    def save_result(self, folder: Path, source: Path) -> None:
         """Write model and processor into a folder, which appears when it is complete. All processes call this.
+
+        Low-rank matrices are merged into the weights. Weights have the type that those of ``source`` have.
 
         Args:
             folder: It must not exist.
+            source: Directory of the model that the training began with.
         """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and plugin is not None:
@@ -110,12 +114,26 @@ class DualViewTrainer(Trainer):
         self.save_model(str(staged))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, which loads nothing that matters
+            _finish(staged, source)
+            self.processing_class.save_pretrained(staged)
             publish(staged, folder)
             clear(folder.parent)
         self.accelerator.wait_for_everyone()
 
 
-def floating_type(model: nn.Module) -> torch.dtype:
-    """The type of the weights of a model, by the first of them."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+def _finish(saved: Path, source: Path) -> None:
+    """Make a model of the source's type of what transformers has saved: weights of float32, or an adapter."""
+    from dualview.models.inf_llava import InfLlavaForConditionalGeneration as Model  # noqa: N814
+
+    (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use with the model
+    kind = Model.from_pretrained(source, dtype="auto").dtype
+    if (saved / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(Model.from_pretrained(source, dtype=torch.float32), saved).merge_and_unload()
+    elif kind == torch.float32:
+        return
+    else:
+        model = Model.from_pretrained(saved, dtype=torch.float32)
+    shutil.rmtree(saved)
+    model.to(kind).save_pretrained(saved)

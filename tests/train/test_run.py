@@ -99,3 +99,25 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
     changed = TrainConfig.of(fields(place, learning_rate=1.0))
     with pytest.raises(ValueError, match="stage2.learning_rate=1.0 is not what .* was begun with"):
         train(changed, resume=True)
+
+
+@pytest.mark.more
+def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
+    """From weights of bfloat16, which the result has, too."""
+    model = AutoModelForImageTextToText.from_pretrained(place / "base", dtype=torch.bfloat16)
+    model.save_pretrained(place / "half")
+    AutoProcessor.from_pretrained(place / "base").save_pretrained(place / "half")
+    run = fields(place, "lora", lora={"rank": 4, "alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj)"})
+    run["model"] = str(place / "half")
+    train(TrainConfig.of({key: value for key, value in run.items() if key != "stage1"}), report=lambda line: None)
+    before, after = weights(place / "half"), weights(place / "lora/stage2/model")
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        assert value.dtype == torch.bfloat16
+        learnt = any(part in name for part in (*ENCODER_TO_LLM, "q_proj", "v_proj")) and "tower" not in name
+        if not learnt:
+            assert torch.equal(value, before[name]), name
+    assert all(not torch.equal(value, before[name]) for name, value in after.items() if "language" in name and "q_proj" in name)
+    assert any(not torch.equal(value, before[name]) for name, value in after.items() if ".dem." in name)
+    checkpoint = checkpoints(place / "lora" / "stage2")[-1]
+    assert (checkpoint / "adapter_model.safetensors").is_file()
