@@ -44,7 +44,7 @@ def summary(module: str, name: str) -> str:
 def all_names() -> str:
     """A table for every module that names are imported from: a link to the reference, and one line."""
     tables, shown = [], {"__version__", "testing"}
-    for module in ("dualview", "dualview.models", "dualview.testing"):
+    for module in ("dualview", "dualview.models", "dualview.train", "dualview.testing"):
         names = sorted(set(importlib.import_module(module).__all__) - shown, key=str.lower)
         shown.update(names)
         rows = [f"| [`{name}`][{module}.{name}] | {summary(module, name)} |" for name in names]

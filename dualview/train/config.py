@@ -1,4 +1,4 @@
-"""What a training run is: two stages with the paper's values, each of which may be overridden; read from YAML, checked."""
+"""What a training run is: two stages with the paper's values, of which any may be overridden; checked field by field."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class LoraConfig:
     """
 
     rank: int = 128
-    alpha: float = 256.0
+    alpha: int = 256
     dropout: float = 0.05
     target_modules: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
     def __post_init__(self) -> None:
         check_count(self.rank, "lora.rank")
-        check_number(self.alpha, "lora.alpha", above=0)
+        check_count(self.alpha, "lora.alpha")
         _check_share(self.dropout, "lora.dropout")
         if not isinstance(self.target_modules, str) or not self.target_modules:
             raise ValueError(f"lora.target_modules={shown(self.target_modules)}: must be a regular expression.")
@@ -86,7 +86,7 @@ class StageConfig:
         max_length: Most tokens of a row, 2048 (scripts).
         pad_images: Whether pictures are padded to a square, or their centre is cut out: cut out in stage 1, padded in
             stage 2 (scripts). Of no effect where each image has a grid of its own.
-        group_by_length: Whether rows of a step are of about one length, and with or without an image: stage 2 (scripts).
+        group_by_length: Whether rows of a step are of about one length, with or without an image: in stage 2 (scripts).
         gradient_checkpointing: Whether activations are computed twice in place of being kept: true (scripts).
         lora: Low-rank matrices for the language model, in a stage that trains it; None trains all of it.
         feature_cache: Folder for features of the frozen vision tower; None computes them for every row.

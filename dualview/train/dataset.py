@@ -15,7 +15,7 @@ from dualview.images import ImageError, load_image
 from dualview.terminal import say
 from dualview.train.features import FeatureCache
 from dualview.train.labels import Tokens, check_processor, tokens_of
-from dualview.train.rows import BadRow, Row, checked_rows, read_rows
+from dualview.train.rows import RowError, Row, checked_rows, read_rows
 
 BadRows = Literal["error", "skip"]
 CHARACTERS_PER_TOKEN = 4
@@ -99,19 +99,19 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         """Inputs of one row: input_ids and labels (length,), and of its images what the image processor gives.
 
         Raises:
-            BadRow: The row is bad and ``bad_rows`` is "error", or no row is good.
+            RowError: The row is bad and ``bad_rows`` is "error", or no row is good.
         """
         for step in range(len(self.rows)):
             row = self.rows[(index + step) % len(self.rows)]
             try:
                 return self._inputs(row)
-            except BadRow as error:
+            except RowError as error:
                 if self.bad_rows == "error":
                     raise
                 self._skip(error)
-        raise BadRow("no row can be trained on.")
+        raise RowError("no row can be trained on.")
 
-    def _skip(self, error: BadRow) -> None:
+    def _skip(self, error: RowError) -> None:
         if str(error) not in self.skipped:
             self.skipped.append(str(error))
             self.report(f"skipped: {error}")
@@ -125,7 +125,7 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         """What the image processor makes of the pictures of a row, or what the cache has in its place.
 
         Raises:
-            BadRow: One of them cannot be read.
+            RowError: One of them cannot be read.
             ValueError: One of them is not in the cache.
         """
         if self.cache is not None and (found := self.cache.read(row.images)) is not None:
@@ -133,11 +133,11 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         try:
             loaded = [load_image(path) for path in row.images]
         except ImageError as error:
-            raise BadRow(f"{row.place}: {error}") from error
+            raise RowError(f"{row.place}: {error}") from error
         if self.cache is not None:
             raise ValueError(
-                f"{row.place}: {', '.join(map(str, row.images))} is not in the cache {self.cache.folder}: it was filled "
-                "before this picture came, or changed. Resume the run, which fills it anew."
+                f"{row.place}: {', '.join(map(str, row.images))} is not in the cache {self.cache.folder}: it was "
+                "filled before this picture came, or changed. Resume the run, which fills it anew."
             )
         made: dict[str, Tensor] = self.processor.image_processor(loaded, return_tensors="pt", **self.images_kwargs)
         return dict(made)

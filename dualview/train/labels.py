@@ -1,4 +1,4 @@
-"""Text of a row to token ids and labels: what is learnt is the caption, or the assistants' answers, and nothing else."""
+"""Text of a row to token ids and labels: the caption is learnt, or the assistant's answers, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dualview.train.rows import IMAGE, BadRow, Row, Turn
+from dualview.train.rows import IMAGE, RowError, Row, Turn
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -66,7 +66,7 @@ def tokens_of(row: Row, processor: Any, form: str, max_length: int | None = None
         max_length: Tokens beyond are cut off.
 
     Raises:
-        BadRow: Cutting would go through an image, or leave nothing to learn; or the text has the image token.
+        RowError: Cutting would go through an image, or leave nothing to learn; or the text has the image token.
     """
     text, answers = _plain(row, processor) if form == "plain" else _chat(row, processor)
     text, answers = _expanded(text, answers, processor)
@@ -75,12 +75,12 @@ def tokens_of(row: Row, processor: Any, form: str, max_length: int | None = None
     labels = _labels(ids, encoded["offset_mapping"], answers)
     if max_length is not None and len(ids) > max_length:
         if processor.image_token_id in ids[max_length:]:
-            raise BadRow(f"{row.place}: {len(ids)} tokens, and max_length={max_length} cuts through an image.")
+            raise RowError(f"{row.place}: {len(ids)} tokens, and max_length={max_length} cuts through an image.")
         ids, labels = ids[:max_length], labels[:max_length]
     if ids.count(processor.image_token_id) != len(row.images) * processor.image_seq_length:
-        raise BadRow(f"{row.place}: the text has the token {processor.image_token!r} where there is no image.")
+        raise RowError(f"{row.place}: the text has the token {processor.image_token!r} where there is no image.")
     if all(label == IGNORED for label in labels[1:]):  # the first is predicted by nothing
-        raise BadRow(f"{row.place}: nothing is left to learn in {len(ids)} tokens.")
+        raise RowError(f"{row.place}: nothing is left to learn in {len(ids)} tokens.")
     return Tokens(ids, labels)
 
 

@@ -14,7 +14,7 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-class BadRow(ValueError):
+class RowError(ValueError):
     """A row that cannot be trained on; the message names file and index."""
 
 
@@ -83,7 +83,7 @@ def _line(line: str, file: Path, index: int) -> Any:
         raise ValueError(f"{file}, line {index + 1} is no JSON: {error}.") from error
 
 
-def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> Iterator[Row | BadRow]:
+def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> Iterator[Row | RowError]:
     """Every row as `Row`, or as the error that says what is wrong with it.
 
     Args:
@@ -95,22 +95,22 @@ def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> 
     for index, row in enumerate(rows):
         try:
             yield _checked(row, f"{file}, row {index}", folder, form)
-        except BadRow as error:
+        except RowError as error:
             yield error
 
 
 def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
     if not isinstance(row, Mapping):
-        raise BadRow(f"{place}: {shown(row)} must be an object with conversations.")
+        raise RowError(f"{place}: {shown(row)} must be an object with conversations.")
     turns = _turns(row.get("conversations"), place)
     images = _images(row, place, folder)
     places = sum(turn.text.count(IMAGE) for turn in turns)
     if places != len(images):
-        raise BadRow(f"{place}: {places} {IMAGE} in the text, but {len(images)} images; there must be one for each.")
+        raise RowError(f"{place}: {places} {IMAGE} in the text, but {len(images)} images; there must be one for each.")
     if any(IMAGE in turn.text for turn in turns if turn.role != "user"):
-        raise BadRow(f"{place}: {IMAGE} in a turn that is not human; images belong to questions.")
+        raise RowError(f"{place}: {IMAGE} in a turn that is not human; images belong to questions.")
     if form == "plain" and ([turn.role for turn in turns] != ["user", "assistant"] or len(images) != 1):
-        raise BadRow(
+        raise RowError(
             f"{place}: {len(turns)} turns and {len(images)} images; a caption row has one image, a human turn and a "
             "gpt turn. For conversations use format: chat."
         )
@@ -119,36 +119,34 @@ def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
 
 def _turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
-        raise BadRow(f"{place}: conversations={shown(conversations)} must be a list of turns, at least two.")
+        raise RowError(f"{place}: conversations={shown(conversations)} must be a list of turns, at least two.")
     found = []
     for number, turn in enumerate(conversations):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
         if role not in ROLES or not isinstance(text, str):
-            raise BadRow(
-                f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}."
-            )
+            raise RowError(f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}.")
         found.append(Turn(ROLES[role], text))
     spoken = found[1:] if found[0].role == "system" else found
     wanted = ["user", "assistant"] * (len(spoken) // 2)
     if not spoken or [turn.role for turn in spoken] != wanted:
         given = [turn["from"] for turn in conversations]
-        raise BadRow(f"{place}: turns are from {shown(given)}; must be human and gpt in turn, and end with gpt.")
+        raise RowError(f"{place}: turns are from {shown(given)}; must be human and gpt in turn, and end with gpt.")
     for number, turn in enumerate(spoken):
         if not turn.text.replace(IMAGE, "").strip() and not (turn.role == "user" and IMAGE in turn.text):
-            raise BadRow(f"{place}: turn {number} of {turn.role} is empty.")
+            raise RowError(f"{place}: turn {number} of {turn.role} is empty.")
     return tuple(found)
 
 
 def _images(row: Mapping[str, Any], place: str, folder: Path) -> tuple[Path, ...]:
     given = [row[name] for name in ("image", "images") if row.get(name) is not None]
     if len(given) > 1:
-        raise BadRow(f"{place}: image and images are both given; write one of them.")
+        raise RowError(f"{place}: image and images are both given; write one of them.")
     names = given[0] if given else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise BadRow(f"{place}: image={shown(names)} must be a path, or a list of paths.")
+        raise RowError(f"{place}: image={shown(names)} must be a path, or a list of paths.")
     paths = tuple(folder / name for name in names)
     for path in paths:
         if not path.is_file():
-            raise BadRow(f"{place}: image {path}: no such file.")
+            raise RowError(f"{place}: image {path}: no such file.")
     return paths

@@ -1,4 +1,4 @@
-"""The order of rows in an epoch: it depends on seed and epoch alone, so that a resumed run goes on in the same order."""
+"""The order of rows: it depends on seed and epoch alone, so that a resumed run goes on in the same order."""
 
 from __future__ import annotations
 

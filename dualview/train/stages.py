@@ -27,9 +27,12 @@ GIVEN = {
     "logging_steps": "logging_steps",
 }
 """Fields of a stage that transformers has under another name, or the same."""
-FIXED = ("output_dir", "seed", "data_seed", "remove_unused_columns", "save_total_limit", "per_device_train_batch_size")
-FIXED += ("gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing", "bf16", "fp16")
-FIXED += ("max_steps", *GIVEN.values())
+FIXED: tuple[str, ...] = (
+    *("output_dir", "seed", "data_seed", "remove_unused_columns", "save_total_limit", "max_steps", "bf16", "fp16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("gradient_checkpointing", "activation_checkpointing"),
+    *GIVEN.values(),
+)
 """Arguments that fields of the configuration stand for."""
 
 
@@ -59,7 +62,7 @@ def freeze(model: nn.Module, train: tuple[str, ...] | list[str]) -> nn.Module:
 
 
 def with_lora(model: nn.Module, lora: LoraConfig, train: tuple[str, ...] | list[str]) -> nn.Module:
-    """peft's model: low-rank matrices in the language model, and the other parts trained as they are.
+    """Peft's model: low-rank matrices in the language model, and the other parts trained as they are.
 
     Args:
         model: An `InfLlavaForConditionalGeneration`.

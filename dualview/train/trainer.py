@@ -123,7 +123,7 @@ class DualViewTrainer(Trainer):
 
 def _finish(saved: Path, source: Path) -> None:
     """Make a model of the source's type of what transformers has saved: weights of float32, or an adapter."""
-    from dualview.models.inf_llava import InfLlavaForConditionalGeneration as Model  # noqa: N814
+    from dualview.models.inf_llava import InfLlavaForConditionalGeneration as Model
 
     (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use with the model
     kind = Model.from_pretrained(source, dtype="auto").dtype

@@ -26,7 +26,10 @@ def pictures(place):
 
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_the_loss_and_its_gradients_are_those_without_a_cache(place, tmp_path, kind):
-    model, processor = tiny_model(dem={"preset": "released", "num_heads": 4}).train(), tiny_processor(**PROCESSORS[kind])
+    model, processor = (
+        tiny_model(dem={"preset": "released", "num_heads": 4}).train(),
+        tiny_processor(**PROCESSORS[kind]),
+    )
     data = LlavaDataset(processor).add(place / "chats.jsonl", place / "images")
     cache = FeatureCache(tmp_path, model, processor, {})
     assert cache.fill(pictures(place), model) == len(pictures(place))

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from dualview.train import checkpoints, train
-from dualview.train.checkpoints import STAGED
+from dualview.train import train
+from dualview.train.checkpoints import STAGED, checkpoints
 from tests.train.data import config, weights, write_data
 
 MOMENTS = {

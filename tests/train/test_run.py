@@ -9,7 +9,8 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
-from dualview.train import TrainConfig, checkpoints, train
+from dualview.train import TrainConfig, train
+from dualview.train.checkpoints import checkpoints
 from dualview.train.trainer import DualViewTrainer
 from tests.train.data import config, fields, turns, weights, write_data
 
@@ -65,11 +66,13 @@ def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
         assert len(checkpoints(folder)) == 2
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("passes", [pytest.param(2, marks=pytest.mark.more), pytest.param(9, marks=pytest.mark.more), 13])
+@pytest.mark.parametrize(
+    "passes", [pytest.param(2, marks=pytest.mark.more), pytest.param(9, marks=pytest.mark.more), 13]
+)
 def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, passes):
     """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second."""
     whole, left = DualViewTrainer.compute_loss, [passes]
@@ -77,13 +80,13 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeyp
     def stopping(self, *args, **kwargs):
         left[0] -= 1
         if not left[0]:
-            raise Stopped
+            raise StoppedError
         return whole(self, *args, **kwargs)
 
     shutil.copytree(place / "base", tmp_path / "base")
     again = TrainConfig.of(fields(place) | {"output": str(tmp_path / "run")})
     monkeypatch.setattr(DualViewTrainer, "compute_loss", stopping)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(again, report=lambda line: None)
     monkeypatch.undo()
     torch.manual_seed(99)
@@ -97,7 +100,7 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
     with pytest.raises(ValueError, match="exists already"):
         train(config(place))
     changed = TrainConfig.of(fields(place, learning_rate=1.0))
-    with pytest.raises(ValueError, match="stage2.learning_rate=1.0 is not what .* was begun with"):
+    with pytest.raises(ValueError, match=r"stage2.learning_rate=1.0 is not what .* was begun with"):
         train(changed, resume=True)
 
 
@@ -117,7 +120,9 @@ def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
         learnt = any(part in name for part in (*ENCODER_TO_LLM, "q_proj", "v_proj")) and "tower" not in name
         if not learnt:
             assert torch.equal(value, before[name]), name
-    assert all(not torch.equal(value, before[name]) for name, value in after.items() if "language" in name and "q_proj" in name)
+    assert all(
+        not torch.equal(value, before[name]) for name, value in after.items() if "language" in name and "q_proj" in name
+    )
     assert any(not torch.equal(value, before[name]) for name, value in after.items() if ".dem." in name)
     checkpoint = checkpoints(place / "lora" / "stage2")[-1]
     assert (checkpoint / "adapter_model.safetensors").is_file()

@@ -261,8 +261,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             view_features = view_features.to(self.multi_modal_projector.linear_1.weight.dtype)
             pixels = _sizes_alone(view_features, image_canvases, uniform=image_grids is None)
         else:
-            check_pictures(pixel_values, image_grids, image_sizes)
-            pixels = self._images_of(pixel_values, image_grids)
+            check_pictures(cast(Tensor, pixel_values), image_grids, image_sizes)
+            pixels = self._images_of(cast(Tensor, pixel_values), image_grids)
         if image_sizes is not None:
             valid = _valid_pixels(pixels, image_sizes)
         parts = self.dual_view() if image_grids is None else self._parts(None, resize=False)
