@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualview.train.collator import Collator
-    from dualview.train.config import DataConfig, LoraConfig, StageConfig, TrainConfig
+    from dualview.train.config import BaseConfig, DataConfig, LoraConfig, StageConfig, TrainConfig
     from dualview.train.dataset import LlavaDataset
     from dualview.train.features import FeatureCache
     from dualview.train.run import train
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "collator": ("Collator",),
-    "config": ("DataConfig", "LoraConfig", "StageConfig", "TrainConfig"),
+    "config": ("BaseConfig", "DataConfig", "LoraConfig", "StageConfig", "TrainConfig"),
     "dataset": ("LlavaDataset",),
     "features": ("FeatureCache",),
     "run": ("train",),
@@ -27,6 +27,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BaseConfig",
     "Collator",
     "DataConfig",
     "DualViewTrainer",

@@ -1,4 +1,4 @@
-"""What a training run is: two stages with the paper's values, of which any may be overridden; checked field by field."""
+"""What a run of training is: two stages with the paper's values, any of which may be overridden; and its checks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from dualview.arguments import check_choice, check_count, check_flags, check_number, shown
+from dualview.arguments import check_choice, check_count, check_flags, check_number, check_size, shown
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 PARTS = ("dem", "projector", "language_model")
@@ -59,6 +59,33 @@ class LoraConfig:
         _check_share(self.dropout, "lora.dropout")
         if not isinstance(self.target_modules, str) or not self.target_modules:
             raise ValueError(f"lora.target_modules={shown(self.target_modules)}: must be a regular expression.")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Pretrained parts of a model that is not trained yet; names on the hub, or directories.
+
+    Attributes:
+        vision_tower: As openai/clip-vit-large-patch14-336 (paper).
+        language_model: As meta-llama/Meta-Llama-3-8B-Instruct (paper), with its tokenizer.
+        grid: Rows and columns of tiles.
+        dem: Preset and options of the enhancement module, as in `InfLlavaConfig`.
+        chat_template: File of a chat template, for tokenizers that are not Llama 3's.
+    """
+
+    vision_tower: str
+    language_model: str
+    grid: tuple[int, int] = (3, 3)
+    dem: Mapping[str, Any] = field(default_factory=lambda: {"preset": "released"})
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vision_tower", "language_model", "chat_template"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (name != "chat_template" or value is not None):
+                raise ValueError(f"model.{name}={shown(value)}: must be a text that is not empty.")
+        object.__setattr__(self, "grid", check_size(self.grid, "model.grid", high=128))
+        _mapping(self.dem, "model.dem")
 
 
 @dataclass(frozen=True)
@@ -175,13 +202,14 @@ class TrainConfig:
     """A run of training.
 
     Attributes:
-        model: Directory of an INF-LLaVA with its processor, as `dualview convert` makes it.
+        model: Directory of an INF-LLaVA with its processor, as `dualview convert` makes it; or the parts that one is
+            made of, in ``base`` within the folder of the run.
         output: Folder of the run, which is made: ``stage1/model`` and ``stage2/model`` are the results.
         stages: Stages by name, in order.
         seed: Of the order of rows and of whatever is random.
     """
 
-    model: str
+    model: str | BaseConfig
     output: str
     stages: Mapping[str, StageConfig]
     seed: int = 0
@@ -205,14 +233,16 @@ class TrainConfig:
         """
         given = _mapping(fields, "the configuration")
         _check_names(given, ("model", "output", "seed", *STAGES), "")
-        for name in ("model", "output"):
-            if not isinstance(given.get(name), str) or not given[name]:
-                raise ValueError(f"{name}={shown(given.get(name))}: must be a folder.")
+        model = given.get("model")
+        model = _made(BaseConfig, model, "model") if isinstance(model, Mapping) else model
+        for name, value in (("model", model), ("output", given.get("output"))):
+            if not (isinstance(value, str) and value) and not isinstance(value, BaseConfig):
+                raise ValueError(f"{name}={shown(value)}: must be a folder.")
         stages = {name: _stage(name, given[name]) for name in STAGES if given.get(name) is not None}
         if not stages:
             raise ValueError(f"{', '.join(STAGES)}: none is given; write at least one, with its data.")
         seed = check_count(given.get("seed", 0), "seed", low=0)
-        return cls(given["model"], given["output"], stages, seed)
+        return cls(cast(str, model), given["output"], stages, seed)
 
     @classmethod
     def load(cls, file: str | Path) -> TrainConfig:
@@ -238,7 +268,8 @@ class TrainConfig:
     def plain(self) -> dict[str, Any]:
         """All fields as plain values, defaults among them: what `of` takes."""
         stages = {name: _plain(dataclasses.asdict(stage)) for name, stage in self.stages.items()}
-        return {"model": self.model, "output": self.output, "seed": self.seed, **stages}
+        model = self.model if isinstance(self.model, str) else _plain(dataclasses.asdict(self.model))
+        return {"model": model, "output": self.output, "seed": self.seed, **stages}
 
 
 def _stage(name: str, fields: Any) -> StageConfig:
@@ -269,8 +300,9 @@ def _made(kind: Any, fields: Any, name: str) -> Any:
     given = dict(_mapping(fields, name))
     known = {each.name: each for each in dataclasses.fields(kind)}
     _check_names(given, known, f"{name}.")
-    if kind is DataConfig and "file" not in given:
-        raise ValueError(f"{name}: {shown(given)} has no file.")
+    for key, each in known.items():
+        if key not in given and each.default is each.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name}: {shown(given)} has no {key}.")
     return kind(**{key: _number(value) if known[key].type == "float" else value for key, value in given.items()})
 
 

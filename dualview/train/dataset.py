@@ -15,7 +15,7 @@ from dualview.images import ImageError, load_image
 from dualview.terminal import say
 from dualview.train.features import FeatureCache
 from dualview.train.labels import Tokens, check_processor, tokens_of
-from dualview.train.rows import RowError, Row, checked_rows, read_rows
+from dualview.train.rows import Row, RowError, checked_rows, read_rows
 
 BadRows = Literal["error", "skip"]
 CHARACTERS_PER_TOKEN = 4

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dualview.train.rows import IMAGE, RowError, Row, Turn
+from dualview.train.rows import IMAGE, Row, RowError, Turn
 
 IGNORED = -100
 """The label of a token that is not learnt."""

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 from dualview.arguments import shown
 from dualview.outputs import replace_file
 from dualview.terminal import say
+from dualview.train.base import make_base
 from dualview.train.checkpoints import checkpoints
 from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
@@ -48,7 +49,13 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
     if state.is_main_process:
         _begin(config, output, resume=resume)
     state.wait_for_everyone()
-    source = Path(config.model)
+    if isinstance(config.model, str):
+        source = Path(config.model)
+    else:
+        source = output / "base"
+        if state.is_main_process and not source.is_dir():
+            make_base(config.model, source, config.seed)
+        state.wait_for_everyone()
     for name, stage in config.stages.items():
         result = output / name / "model"
         if not result.is_dir():

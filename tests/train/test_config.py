@@ -42,6 +42,12 @@ def test_the_stages_of_the_paper():
         (RUN, "stage1, stage2: none is given"),
         (RUN | {"stage3": DATA}, "stage3=.*is no field; there are model, output"),
         ({"output": "run", "stage1": DATA}, "model=None: must be a folder"),
+        (RUN | {"model": {"language_model": "llm"}, "stage1": DATA}, "model: .* has no vision_tower"),
+        (RUN | {"model": {"vision_tower": "v", "language_model": ""}, "stage1": DATA}, "model.language_model='': must"),
+        (
+            RUN | {"model": {"vision_tower": "v", "language_model": "l", "grid": 0}, "stage1": DATA},
+            "model.grid=0: must",
+        ),
         (RUN | {"seed": -1, "stage1": DATA}, "seed=-1: must be an integer of at least 0"),
         (RUN | {"stage1": {}}, "stage1.data=None: must be a list"),
         (RUN | {"stage1": {"data": [{"images": "x"}]}}, "stage1.data: .* has no file"),

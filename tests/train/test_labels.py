@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dualview.models import InfLlavaImageProcessor, InfLlavaProcessor
 from dualview.train.labels import check_processor, tokens_of
-from dualview.train.rows import RowError, Row, Turn
+from dualview.train.rows import Row, RowError, Turn
 from tests.tiny import tiny_processor, tiny_tokenizer
 
 HEAD, END = ["<|start_header_id|>"], ["<|end_header_id|>", "\n", "\n"]
