@@ -1,53 +1,72 @@
 """A run killed by SIGKILL at any moment, and resumed, ends with the weights of an unbroken one, bit for bit."""
 
+import importlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from operator import attrgetter
 
 import pytest
 import torch
-import yaml
 
-from dualview.train import train
+from dualview.train import TrainConfig, train
 from dualview.train.checkpoints import STAGED, checkpoints
-from tests.train.data import config, weights, write_data
+from tests.train.data import config, fields, weights, write_data
 
 MOMENTS = {
-    "within a step of stage 2": ("dualview.train.trainer:DualViewTrainer.compute_loss:10", [2, 2]),
-    "before the update of the weights": ("torch.optim:AdamW.step:6", [2, 2]),
-    "weights written, not the optimiser": ("torch:save:4", [2, 0]),
-    "half of the files written": ("torch:save:8", [2, 2]),
-    "all written, not yet named": ("dualview.train.checkpoints:Path.rename:2", [1, 0]),
-    "named, the old one half removed": ("dualview.train.checkpoints:shutil.rmtree:5", None),
-    "while the result of stage 1 is written": ("dualview.train.trainer:DualViewTrainer.save_model:2", None),
-    "while the last result is written": ("dualview.train.trainer:publish:7", None),
+    "within a step of stage 2": "dualview.train.trainer:DualViewTrainer.compute_loss:10",
+    "before the update of the weights": "torch.optim:AdamW.step:6",
+    "weights written, not the optimiser": "torch:save:5",
+    "half of the files written": "torch:save:8",
+    "all written, not yet named": "dualview.train.checkpoints:Path.rename:2",
+    "named, the old one half removed": "dualview.train.checkpoints:shutil.rmtree:5",
+    "while the result of stage 1 is written": "dualview.train.trainer:DualViewTrainer.save_model:3",
+    "while the last result is written": "dualview.train.trainer:publish:7",
 }
+"""Where a run dies: before the call of that number of a function of a module does anything."""
+WHOLE = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def run_until(where: str, given: dict) -> None:
+    """In a process of its own: train, and die there."""
+    module, function, call = where.split(":")
+    path, _, name = function.rpartition(".")
+    owner = importlib.import_module(module)
+    owner = attrgetter(path)(owner) if path else owner
+    inner, left = getattr(owner, name), [int(call)]
+
+    def outer(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **kwargs)
+
+    setattr(owner, name, outer)
+    train(TrainConfig.of(given), report=lambda line: None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = write_data(tmp_path_factory.mktemp("killed"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the processes are forked, and one that is has no pool of threads
     train(config(folder), report=lambda line: None)
-    return folder
+    yield folder
+    torch.set_num_threads(before)
 
 
 @pytest.mark.more
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resumed_as_if_nothing_had_happened(place, tmp_path, moment):
-    where = MOMENTS[moment][0]
-    fields = config(place).plain() | {"output": str(tmp_path / "run")}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
-    command = [sys.executable, "-m", "tests.train.killed", str(tmp_path / "run.yaml"), where]
-    killed = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    for folder in (tmp_path / "run" / "stage1", tmp_path / "run" / "stage2"):
-        for checkpoint in checkpoints(folder):
-            names = {path.name for path in checkpoint.iterdir()}
-            assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
-    command[2:] = ["dualview", "train", str(tmp_path / "run.yaml"), "--resume"]
-    resumed = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
+    again = fields(place) | {"output": str(tmp_path / "run")}
+    process = multiprocessing.get_context("fork").Process(target=run_until, args=(MOMENTS[moment], again))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    for stage in ("stage1", "stage2"):
+        for checkpoint in checkpoints(tmp_path / "run" / stage):
+            assert {path.name for path in checkpoint.iterdir()} >= WHOLE
+    train(TrainConfig.of(again), resume=True, report=lambda line: None)
     for stage in ("stage1", "stage2"):
         expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
         assert expected.keys() == found.keys()
