@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import chdir
 from functools import cache
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -47,6 +48,8 @@ OF_IMAGES = {"images": "images?|image size"}
 DUAL_CROP = {"tile": TILE, "remainder": "pad", "pad_value": 0.5, "low_pass": False, "perspectives": ("local",)}
 
 
+HELD: list[TemporaryDirectory[str]] = []
+"""Folders that rows need; they go with the process."""
 RECORDS = {"EnhancedMaps", "Explanation", "LoadReport", "NormalizedTiles"}
 """Plain records: what is put into one is not looked at."""
 
@@ -64,6 +67,7 @@ def rows() -> dict[str, Row]:
         **_inf_llava(),
         **_large(),
         **_attached(),
+        **_training(),
     }
 
 
@@ -365,6 +369,9 @@ def _inf_llava() -> dict[str, Row]:
     for name, part in (("InfLlavaModel", model.model), ("InfLlavaForConditionalGeneration", model)):
         found |= {
             f"{name}.dual_view": Row(part.dual_view, {"grid": (2, 3)}),
+            f"{name}.get_view_features": Row(
+                part.get_view_features, {k: v for k, v in tiles.items() if k != "image_sizes"}, aliases=OF_PIXELS
+            ),
             f"{name}.get_image_features": Row(part.get_image_features, pixels, aliases=OF_PIXELS),
             f"{name}.get_image_features of tiles": Row(part.get_image_features, tiles, aliases=OF_PIXELS),
             f"{name}.forward": Row(part, {**text, "pixel_values": pixels["pixel_values"]}, aliases=OF_PIXELS),
@@ -502,4 +509,49 @@ def _attached() -> dict[str, Row]:
             {"processor": processor, "grid": (2, 2), "source": "hires"},
             aliases={"processor": "processor|tested"},
         ),
+    }
+
+
+def _training() -> dict[str, Row]:
+    from dualview import train
+    from dualview.train import config as of_config
+    from tests.tiny import tiny_model, tiny_processor
+
+    model, processor = tiny_model(), tiny_processor()
+    fields = {"model": "base", "output": "run", "stage2": {"data": [{"file": "rows.json"}]}}
+    config = train.TrainConfig.of(fields)
+    HELD.append(folder := TemporaryDirectory())
+    rows, base = Path(folder.name, "rows.json"), Path(folder.name, "run.yaml")
+    rows.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
+    base.write_text("{model: base, output: run, stage1: {data: [{file: rows.json}]}}")
+    data = train.LlavaDataset(processor)
+    cache = train.FeatureCache(folder.name, model, processor, {})
+    stage = {"stage": config.stages["stage2"], "name": "stage2", "folder": "run", "seed": 0, "processes": 2}
+    options = {"form": "chat", "max_length": 9, "bad_rows": "skip", "images_kwargs": None, "report": print}
+    parts = {"vision_tower": "clip", "language_model": "llama", "grid": (2, 3), "dem": {}, "chat_template": None}
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "q_proj"}
+    return {
+        "train": Row(lambda: train.train),
+        "freeze": Row(train.freeze, {"model": model, "train": ("dem",)}),
+        "training_arguments": Row(train.training_arguments, stage),
+        "TrainConfig": Row(lambda: train.TrainConfig),
+        "TrainConfig.of": Row(train.TrainConfig.of, {"fields": fields}),
+        "TrainConfig.load": Row(train.TrainConfig.load, {"file": base}, aliases={"file": "file|yaml"}),
+        "TrainConfig.plain": Row(config.plain),
+        "StageConfig": Row(lambda: of_config.StageConfig),
+        "DataConfig": Row(of_config.DataConfig, {"file": "rows.json", "images": None, "source": None}),
+        "LoraConfig": Row(of_config.LoraConfig, lora),
+        "BaseConfig": Row(of_config.BaseConfig, parts),
+        "LlavaDataset": Row(train.LlavaDataset, {"processor": processor, **options}),
+        "LlavaDataset.add": Row(data.add, {"file": rows, "images": None}, aliases={"images": "images|folder"}),
+        "LlavaDataset.lengths": Row(data.lengths),
+        "Collator": Row(train.Collator, {"pad_token_id": 0}),
+        "FeatureCache": Row(
+            train.FeatureCache, {"folder": "cache", "model": model, "processor": processor, "images_kwargs": {}}
+        ),
+        "FeatureCache.fill": Row(cache.fill, fixed={"pictures": [], "model": model}),
+        "FeatureCache.read": Row(cache.read, fixed={"paths": [rows]}),
+        "DualViewTrainer": Row(lambda: train.DualViewTrainer),
+        "DualViewTrainer.compute_loss": Row(lambda: train.DualViewTrainer.compute_loss),
+        "DualViewTrainer.save_result": Row(lambda: train.DualViewTrainer.save_result),
     }

@@ -11,6 +11,7 @@ from torch import nn
 
 import dualview as dv
 import dualview.models
+import dualview.train
 from dualview.arguments import check_count
 from dualview.ops import functional
 from tests.fuzz import Row, draws, fault_of, try_call
@@ -23,6 +24,7 @@ def public() -> dict[str, Any]:
     """What is public and can be called, by the names that rows have."""
     found = {name: getattr(dv, name) for name in dv.__all__}
     found |= {name: getattr(dualview.models, name) for name in dualview.models.__all__}
+    found |= {name: getattr(dualview.train, name) for name in dualview.train.__all__}
     found |= {name: getattr(functional, name) for name in functional.__all__}
     found |= {f"testing.{name}": getattr(dv.testing, name) for name in dv.testing.__all__}
     return {name: thing for name, thing in found.items() if callable(thing) and name not in RECORDS}

@@ -92,6 +92,20 @@ PUBLIC = {
         "tile_attention",
     },
     "dualview.testing": {"assert_tile_order", "coordinate_images"},
+    "dualview.train": {
+        "BaseConfig",
+        "Collator",
+        "DataConfig",
+        "DualViewTrainer",
+        "FeatureCache",
+        "LlavaDataset",
+        "LoraConfig",
+        "StageConfig",
+        "TrainConfig",
+        "freeze",
+        "train",
+        "training_arguments",
+    },
 }
 
 OBJECTS = {

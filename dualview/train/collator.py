@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dualview.arguments import check_count
 from dualview.train.labels import IGNORED
 
 PICTURES = ("pixel_values", "image_grids", "image_sizes", "view_features", "image_canvases")
@@ -24,6 +25,9 @@ class Collator:
     Args:
         pad_token_id: What fills up ``input_ids``.
 
+    Raises:
+        ValueError: That is no id.
+
     Example:
         >>> long, short = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [5]}
         >>> Collator(pad_token_id=0)([long, short])["labels"].tolist()
@@ -31,7 +35,7 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = check_count(pad_token_id, "pad_token_id", low=0)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Join rows.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from dualview.arguments import check_choice, check_count, check_flags, check_number, check_size, shown
+from dualview.arguments import check_choice, check_count, check_flags, check_number, check_path, check_size, shown
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 PARTS = ("dem", "projector", "language_model")
@@ -23,6 +23,9 @@ class DataConfig:
         file: ``.json`` or ``.jsonl`` of LLaVA's format.
         images: Folder that paths of pictures begin in; None for that of the file.
         source: Where to fetch both, named where they are missing.
+
+    Raises:
+        ValueError: A field has a value that it cannot have.
     """
 
     file: str
@@ -46,6 +49,9 @@ class LoraConfig:
         dropout: Of what they read.
         target_modules: Regular expression of the names of the layers that get them. The vision tower has layers of the
             same names, so it begins with the language model.
+
+    Raises:
+        ValueError: A field has a value that it cannot have.
     """
 
     rank: int = 128
@@ -71,6 +77,9 @@ class BaseConfig:
         grid: Rows and columns of tiles.
         dem: Preset and options of the enhancement module, as in `InfLlavaConfig`.
         chat_template: File of a chat template, for tokenizers that are not Llama 3's.
+
+    Raises:
+        ValueError: A field has a value that it cannot have.
     """
 
     vision_tower: str
@@ -123,6 +132,9 @@ class StageConfig:
         save_total_limit: Checkpoints that are kept, 2 (here).
         logging_steps: Steps between lines of the log, 1 (scripts).
         arguments: Any other argument of transformers' TrainingArguments, by name.
+
+    Raises:
+        ValueError: A field has a value that it cannot have.
     """
 
     data: tuple[DataConfig, ...]
@@ -231,7 +243,7 @@ class TrainConfig:
             >>> config.stages["stage1"].learning_rate, config.stages["stage1"].batch_size
             (0.001, 8)
         """
-        given = _mapping(fields, "the configuration")
+        given = _mapping(fields, "fields")
         _check_names(given, ("model", "output", "seed", *STAGES), "")
         model = given.get("model")
         model = _made(BaseConfig, model, "model") if isinstance(model, Mapping) else model
@@ -248,12 +260,15 @@ class TrainConfig:
     def load(cls, file: str | Path) -> TrainConfig:
         """A configuration from a YAML file; paths in it are seen from the working directory.
 
+        Args:
+            file: Its path.
+
         Raises:
             ValueError: There is no such file, it is no YAML, or a field is wrong.
         """
         import yaml
 
-        file = Path(file)
+        file = Path(check_path(file, "file"))
         if not file.is_file():
             raise ValueError(f"{file}: no such file.")
         try:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dualview.arguments import check_choice
+from dualview.arguments import check_callable, check_choice, check_count, check_mapping, check_path
 from dualview.images import ImageError, load_image
 from dualview.terminal import say
+from dualview.train.config import FORMS
 from dualview.train.features import FeatureCache
 from dualview.train.labels import Tokens, check_processor, tokens_of
 from dualview.train.rows import Row, RowError, checked_rows, read_rows
@@ -39,6 +40,13 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         images_kwargs: Arguments of the image processor, as ``{"do_pad": False}``.
         report: Called with a line for every bad row that is skipped.
 
+    Raises:
+        TypeError: The processor is another, or what is called cannot be.
+        ValueError: The tokenizer or the chat template does not say what is to be learnt; or an option is none.
+
+    Example:
+        ``data = LlavaDataset(processor).add("rows.json", "pictures")``, and then ``Collator(0)([data[0], data[1]])``.
+
     Attributes:
         rows: Those that are good.
         skipped: What was wrong with the others.
@@ -55,10 +63,12 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         images_kwargs: dict[str, Any] | None = None,
         report: Callable[[str], None] = say,
     ) -> None:
-        check_processor(processor, check_choice(form, "form", ("plain", "chat")))
-        self.processor, self.form, self.max_length = processor, form, max_length
+        check_processor(processor, check_choice(form, "form", FORMS))
+        self.processor, self.form = processor, form
+        self.max_length = None if max_length is None else check_count(max_length, "max_length")
         self.bad_rows = check_choice(bad_rows, "bad_rows", ("error", "skip"))
-        self.images_kwargs, self.report = dict(images_kwargs or {}), report
+        self.images_kwargs = dict(check_mapping(images_kwargs or {}, "images_kwargs"))
+        self.report = check_callable(report, "report", "a function of a line")
         self.cache: FeatureCache | None = None
         self.rows: list[Row] = []
         self.skipped: list[str] = []
@@ -74,8 +84,8 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: The file is missing or no JSON, a row is bad and ``bad_rows`` is "error", or all rows are bad.
         """
-        file = Path(file)
-        folder = file.parent if images is None else Path(images)
+        file = Path(check_path(file, "file"))
+        folder = file.parent if images is None else Path(check_path(images, "images"))
         rows = read_rows(file, source=source)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of images.{f' Fetch it from {source}' if source else ''}")
@@ -119,9 +129,9 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
     def _inputs(self, row: Row) -> dict[str, Tensor]:
         tokens: Tokens = tokens_of(row, self.processor, self.form, self.max_length)
         inputs = {"input_ids": torch.tensor(tokens.ids), "labels": torch.tensor(tokens.labels)}
-        return inputs | (self.pictures(row) if row.images else {})
+        return inputs | (self._pictures(row) if row.images else {})
 
-    def pictures(self, row: Row) -> dict[str, Tensor]:
+    def _pictures(self, row: Row) -> dict[str, Tensor]:
         """What the image processor makes of the pictures of a row, or what the cache has in its place.
 
         Raises:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dualview.arguments import check_instance, check_mapping, check_path
 from dualview.images import ImageError, load_image
 from dualview.large.progress import counted
 from dualview.outputs import replace_file
@@ -36,16 +37,24 @@ class FeatureCache:
         processor: Its `InfLlavaProcessor`.
         images_kwargs: Arguments of the image processor.
 
+    Raises:
+        TypeError: An argument is of another kind.
+
     Attributes:
         key: The key of the whole.
     """
 
     def __init__(self, folder: str | Path, model: Any, processor: Any, images_kwargs: dict[str, Any]) -> None:
-        self.processor, self.images_kwargs = processor, images_kwargs
+        from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
+
+        check_instance(model, "model", InfLlavaForConditionalGeneration, "an InfLlavaForConditionalGeneration")
+        check_instance(processor, "processor", InfLlavaProcessor, "an InfLlavaProcessor")
+        check_path(folder, "folder")
+        self.processor, self.images_kwargs = processor, dict(check_mapping(images_kwargs, "images_kwargs"))
         self.key = _key_of(model, processor, images_kwargs)
         self.folder = Path(folder) / self.key
 
-    def file_of(self, content: bytes) -> Path:
+    def _file_of(self, content: bytes) -> Path:
         """Where the features of a picture with this content are, or would be."""
         key = hashlib.sha256(content).hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -70,7 +79,7 @@ class FeatureCache:
         with counted(len(pictures), "encoding pictures", "pictures", shown=shown) as done:
             for path in pictures:
                 done(1)
-                target = self.file_of(path.read_bytes())
+                target = self._file_of(path.read_bytes())
                 if target.is_file():
                     continue
                 with suppress(ImageError):  # the row is reported when it is read
@@ -105,7 +114,7 @@ class FeatureCache:
             - view_features: (sub-images of all pictures, h', w', width), of half precision
             - image_canvases, and image_grids, image_sizes where the processor gives them: (pictures, 2)
         """
-        files = [self.file_of(path.read_bytes()) for path in paths]
+        files = [self._file_of(path.read_bytes()) for path in paths]
         if not all(file.is_file() for file in files):
             return None
         found = [load_file(file) for file in files]  # mapped, not read

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dualview.arguments import check_instance
 from dualview.train.rows import IMAGE, Row, RowError, Turn
 
 IGNORED = -100
@@ -38,9 +39,12 @@ def check_processor(processor: Any, form: str) -> None:
         form: "plain" or "chat".
 
     Raises:
+        TypeError: The processor is another.
         ValueError: The tokenizer says not where its tokens stand, or the template not which part is an answer.
     """
-    tokenizer = processor.tokenizer
+    from dualview.models.inf_llava import InfLlavaProcessor
+
+    tokenizer = check_instance(processor, "processor", InfLlavaProcessor, "an InfLlavaProcessor").tokenizer
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say where its tokens stand in the text: use a fast tokenizer."

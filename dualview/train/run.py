@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
-from dualview.arguments import shown
+from dualview.arguments import check_callable, check_flags, check_instance, shown
 from dualview.outputs import replace_file
 from dualview.terminal import say
 from dualview.train.base import make_base
@@ -39,10 +39,18 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
         The directory of the last stage's model, which `AutoModelForImageTextToText` and `AutoProcessor` load.
 
     Raises:
-        ValueError: Data or model are missing or wrong, or the run was begun with another configuration.
-        FileExistsError: The folder of the run is there already, and ``resume`` is False.
+        TypeError: The configuration is none.
+        ValueError: Data or model are missing or wrong; the folder of the run is there already, and ``resume`` is False;
+            or the run was begun with another configuration.
+
+    Example:
+        ``train(TrainConfig.load("run.yaml"))``; the page on training has one that runs.
     """
     from accelerate import PartialState
+
+    check_instance(config, "config", TrainConfig, "a TrainConfig; TrainConfig.load reads one")
+    check_flags(resume=resume)
+    check_callable(report, "report", "a function of a line")
 
     state = PartialState(cpu=not torch.cuda.is_available())
     output = Path(config.output)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from dualview.arguments import check_choice, shown
-from dualview.train.config import PARTS, ROWS_PER_DEVICE, LoraConfig, StageConfig
+from dualview.arguments import check_choice, check_count, check_instance, check_path, shown
+from dualview.train.config import PARTS, ROWS_PER_DEVICE, STAGES, LoraConfig, StageConfig
 
 MODULES = {"dem": "dem", "projector": "multi_modal_projector", "language_model": "language_model"}
 """Names of the parts in an `InfLlavaModel`."""
@@ -47,8 +47,23 @@ def freeze(model: nn.Module, train: tuple[str, ...] | list[str]) -> nn.Module:
         The model.
 
     Raises:
+        TypeError: The model is another.
         ValueError: There is no such part.
+
+    Example:
+        >>> from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> config = InfLlavaConfig(vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        ...                         text_config={**sizes, "vocab_size": 64}, grid=(2, 3), image_token_id=63)
+        >>> model = freeze(InfLlavaForConditionalGeneration(config), ["dem", "projector"])
+        >>> sorted({name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad})
+        ['dem', 'multi_modal_projector']
     """
+    from dualview.models.inf_llava import InfLlavaForConditionalGeneration
+
+    check_instance(model, "model", InfLlavaForConditionalGeneration, "an InfLlavaForConditionalGeneration")
+    if not isinstance(train, (tuple, list)):
+        raise ValueError(f"train={shown(train)}: must be a list of some of {', '.join(PARTS)}.")
     for part in train:
         check_choice(part, "train", PARTS)
     inner: Any = model.base_model
@@ -107,7 +122,9 @@ def rows_per_device(stage: StageConfig, name: str, processes: int) -> tuple[int,
     return rows, share // rows
 
 
-def training_arguments(stage: StageConfig, name: str, folder: Path, seed: int, processes: int = 1) -> TrainingArguments:
+def training_arguments(
+    stage: StageConfig, name: str, folder: str | Path, seed: int, processes: int = 1
+) -> TrainingArguments:
     """The stage in transformers' words.
 
     Args:
@@ -118,8 +135,19 @@ def training_arguments(stage: StageConfig, name: str, folder: Path, seed: int, p
         processes: How many train together.
 
     Raises:
+        TypeError: The stage or the folder is none.
         ValueError: The batch size cannot be reached, or transformers refuses an argument.
+
+    Example:
+        >>> stage = TrainConfig.of({"model": "base", "output": "run", "stage2": {"data": [{"file": "rows.json"}]}})
+        >>> arguments = training_arguments(stage.stages["stage2"], "stage2", "run/stage2", seed=0, processes=8)
+        >>> arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        (8, 2)
     """
+    check_instance(stage, "stage", StageConfig, "a StageConfig; TrainConfig.of makes them")
+    check_choice(name, "name", STAGES)
+    check_path(folder, "folder")
+    seed, processes = check_count(seed, "seed", low=0), check_count(processes, "processes")
     rows, passes = rows_per_device(stage, name, processes)
     gpu = torch.cuda.is_available() and not stage.arguments.get("use_cpu")
     values: dict[str, Any] = {theirs: getattr(stage, ours) for ours, theirs in GIVEN.items()}

@@ -38,7 +38,7 @@ def test_the_stages_of_the_paper():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([], r"the configuration=\[\]: must be fields"),
+        ([], r"fields=\[\]: must be fields"),
         (RUN, "stage1, stage2: none is given"),
         (RUN | {"stage3": DATA}, "stage3=.*is no field; there are model, output"),
         ({"output": "run", "stage1": DATA}, "model=None: must be a folder"),
