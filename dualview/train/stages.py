@@ -139,6 +139,7 @@ def training_arguments(
         ValueError: The batch size cannot be reached, or transformers refuses an argument.
 
     Example:
+        >>> from dualview.train import TrainConfig
         >>> stage = TrainConfig.of({"model": "base", "output": "run", "stage2": {"data": [{"file": "rows.json"}]}})
         >>> arguments = training_arguments(stage.stages["stage2"], "stage2", "run/stage2", seed=0, processes=8)
         >>> arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
