@@ -8,10 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from dualview.outputs import replace_file
 
 LINES, PICTURE = "log.jsonl", "loss.png"
+
+
+class Progress(ProgressCallback):
+    """transformers' bar, with the last loss beside it in place of a line for every step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The last loss."""
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.4g}")
+
+    def close(self) -> None:
+        """End the bar's line, where training stopped before its end."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
 
 class LossLog(TrainerCallback):
@@ -22,6 +38,8 @@ class LossLog(TrainerCallback):
     """
 
     def __init__(self, folder: Path) -> None:
+        import matplotlib.figure  # noqa: F401 - where it is missing, that is said now and not at the first checkpoint
+
         self.folder = folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
 from dualview.train.features import FeatureCache
 from dualview.train.logs import LossLog
+from dualview.train.rows import RowError
 from dualview.train.stages import freeze, training_arguments, with_lora
 from dualview.train.trainer import DualViewTrainer
 
@@ -132,7 +133,13 @@ def _train_stage(
         callbacks=[LossLog(folder)],
     )
     found = checkpoints(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    except RowError as error:  # from another process it comes with a traceback in its text
+        raise RowError(str(error).rpartition("RowError: ")[2].strip()) from error
+    finally:
+        if trainer.progress is not None:
+            trainer.progress.close()
     trainer.save_result(folder / "model", source)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from dualview.arguments import check_choice, check_count, check_instance, check_path, shown
 from dualview.train.config import PARTS, ROWS_PER_DEVICE, STAGES, LoraConfig, StageConfig
@@ -166,7 +167,7 @@ def training_arguments(
         "save_strategy": "steps",
         "logging_strategy": "steps",
         "logging_nan_inf_filter": False,  # a loss that is no number is to be seen
-        "report_to": "none",
+        "report_to": "tensorboard" if is_tensorboard_available() else "none",
         "use_cpu": not gpu,
         "ddp_find_unused_parameters": False,  # INF-LLaVA uses all of them for every batch
         "dataloader_persistent_workers": stage.workers > 0,

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from dualview.arguments import check_instance
 from dualview.train.checkpoints import clear, prune, publish, staging
 from dualview.train.collator import Collator
 from dualview.train.dataset import LlavaDataset
+from dualview.train.logs import Progress
 from dualview.train.sampler import EpochSampler, TellEpoch
 
 
@@ -49,6 +51,7 @@ class DualViewTrainer(Trainer):
     ) -> None:
         check_instance(train_dataset, "train_dataset", LlavaDataset, "a LlavaDataset")
         self._in_staging = False
+        self.progress: Progress | None = None
         self.keep = save_total_limit
         self.group_by_length = group_by_length
         kwargs = {"data_collator": Collator(train_dataset.processor.tokenizer.pad_token_id), **kwargs}
@@ -65,6 +68,9 @@ class DualViewTrainer(Trainer):
             train_dataset.lengths() if group_by_length else None,
         )
         self.add_callback(TellEpoch(self.order))
+        if self.pop_callback(ProgressCallback) is not None:  # there is none where bars are switched off
+            self.progress = Progress()
+            self.add_callback(self.progress)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order

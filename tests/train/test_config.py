@@ -104,6 +104,13 @@ def test_arguments_of_transformers():
             training_arguments(config.stages["stage2"], "stage2", Path("run"), 0)
 
 
+def test_logs_of_tensorboard_where_it_is_installed(monkeypatch):
+    stage = TrainConfig.of(stage2()).stages["stage2"]
+    for installed, expected in ((True, ["tensorboard"]), (False, [])):
+        monkeypatch.setattr("dualview.train.stages.is_tensorboard_available", lambda is_it=installed: is_it)
+        assert training_arguments(stage, "stage2", "run", 0).report_to == expected
+
+
 @pytest.mark.parametrize(
     ("batch_size", "rows", "processes", "expected"),
     [(128, None, 1, (8, 16)), (128, None, 64, (2, 1)), (6, None, 1, (6, 1)), (14, None, 1, (7, 2)), (8, 4, 2, (4, 1))],

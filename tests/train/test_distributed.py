@@ -27,7 +27,7 @@ def plan(folder, output, arguments=None):
     """A row for every pass, in no order of kinds: with and without an image side by side."""
     run = fields(folder, output)
     for name in ("stage1", "stage2"):
-        run[name] |= {"gradient_checkpointing": False, "rows_per_device": 1, "group_by_length": False}
+        run[name] |= {"rows_per_device": 1, "group_by_length": False}
         run[name] |= {"arguments": arguments or {}}
     return run
 

@@ -47,7 +47,7 @@ def run_until(where: str, given: dict) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = write_data(tmp_path_factory.mktemp("killed"))
+    folder = write_data(tmp_path_factory.mktemp("killed"), dropout=0.1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the processes are forked, and one that is has no pool of threads
     train(config(folder), report=lambda line: None)

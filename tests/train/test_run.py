@@ -20,7 +20,7 @@ TRAINED = {"stage1": ENCODER_TO_LLM, "stage2": (*ENCODER_TO_LLM, "language", "lm
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = write_data(tmp_path_factory.mktemp("train"))
+    folder = write_data(tmp_path_factory.mktemp("train"), dropout=0.1)
     train(config(folder), report=lambda line: None)
     return folder
 
@@ -57,7 +57,7 @@ def test_what_was_learnt_is_answered(place, tmp_path, capsys):
 def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
     for stage, steps in (("stage1", 3), ("stage2", 6)):
         folder = place / "run" / stage
-        assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint")} == {
+        assert {path.name for path in folder.iterdir() if not path.name.startswith(("checkpoint", "runs"))} == {
             "log.jsonl", "loss.png", "model",
         }  # fmt: skip
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -112,7 +112,8 @@ def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
     AutoProcessor.from_pretrained(place / "base").save_pretrained(place / "half")
     run = fields(place, "lora", lora={"rank": 4, "alpha": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj)"})
     run["model"] = str(place / "half")
-    train(TrainConfig.of({key: value for key, value in run.items() if key != "stage1"}), report=lambda line: None)
+    again = TrainConfig.of({key: value for key, value in run.items() if key != "stage1"})
+    train(again, report=lambda line: None)
     before, after = weights(place / "half"), weights(place / "lora/stage2/model")
     assert after.keys() == before.keys()
     for name, value in after.items():
@@ -124,5 +125,39 @@ def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
         not torch.equal(value, before[name]) for name, value in after.items() if "language" in name and "q_proj" in name
     )
     assert any(not torch.equal(value, before[name]) for name, value in after.items() if ".dem." in name)
-    checkpoint = checkpoints(place / "lora" / "stage2")[-1]
-    assert (checkpoint / "adapter_model.safetensors").is_file()
+    last = checkpoints(place / "lora" / "stage2")[-1]
+    assert (last / "adapter_model.safetensors").is_file()
+    shutil.rmtree(last)
+    shutil.rmtree(place / "lora" / "stage2" / "model")
+    train(again, resume=True, report=lambda line: None)
+    assert all(torch.equal(value, after[name]) for name, value in weights(place / "lora/stage2/model").items())
+
+
+@pytest.mark.more
+def test_resumed_with_processes_that_read_pictures(place, tmp_path):
+    found = []
+    for name, stopped in (("whole", False), ("stopped", True)):
+        run = fields(place, workers=1) | {"output": str(tmp_path / name)}
+        again = TrainConfig.of({key: value for key, value in run.items() if key != "stage1"})
+        train(again, report=lambda line: None)
+        if stopped:
+            shutil.rmtree(tmp_path / name / "stage2" / "model")
+            shutil.rmtree(checkpoints(tmp_path / name / "stage2")[-1])
+            train(again, resume=True, report=lambda line: None)
+        found.append(weights(tmp_path / name / "stage2" / "model"))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+@pytest.mark.more
+def test_a_bad_row_in_another_process_is_one_line(place, tmp_path, capsys):
+    (place / "images" / "broken.png").write_bytes(b"no picture")
+    rows = [{"image": "broken.png", "conversations": turns("<image>", "a")}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run = fields(place, workers=1) | {"output": str(tmp_path / "run")}
+    run["stage2"]["data"][0]["file"] = str(tmp_path / "rows.json")
+    del run["stage1"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"dualview train: error: {tmp_path / 'rows.json'}, row 0: ")
+    assert "Traceback" not in last
