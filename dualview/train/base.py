@@ -66,7 +66,7 @@ def make_base(base: BaseConfig, folder: Path, seed: int) -> None:
 
     height, width = (side * tile for side, tile in zip(base.grid, config.tile, strict=True))
     pixels = InfLlavaImageProcessor(size=max(height, width), tile_size=config.tile)
-    processor = InfLlavaProcessor(pixels, tokenizer, config.image_seq_length, IMAGE_TOKEN, template)
+    processor = InfLlavaProcessor(pixels, tokenizer, config.image_seq_length or 0, IMAGE_TOKEN, template)
     with new_folder(folder) as made:
         model.save_pretrained(made)
         processor.save_pretrained(made)

@@ -18,6 +18,8 @@ LINES, PICTURE = "log.jsonl", "loss.png"
 class Progress(ProgressCallback):
     """transformers' bar, with the last loss beside it in place of a line for every step."""
 
+    training_bar: Any
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """The last loss."""
         if self.training_bar is not None and "loss" in (logs or {}):

@@ -9,8 +9,9 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
-from dualview.train import TrainConfig, train
+from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, train, training_arguments
 from dualview.train.checkpoints import checkpoints
+from dualview.train.run import load
 from dualview.train.trainer import DualViewTrainer
 from tests.train.data import config, fields, turns, weights, write_data
 
@@ -64,6 +65,17 @@ def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
         assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert len(checkpoints(folder)) == 2
+
+
+def test_the_tower_rests_while_the_rest_is_trained(place, tmp_path):
+    """Its batch norms and its dropout are those of inference, though `model.train()` comes before every pass."""
+    model, processor = load(place / "base")
+    data = LlavaDataset(processor).add(place / "chats.jsonl", place / "images")
+    stage = config(place).stages["stage2"]
+    trainer = DualViewTrainer(freeze(model, stage.train), training_arguments(stage, "stage2", tmp_path, 0), data)
+    trainer.compute_loss(model.train(), Collator(0)([data[0]]))
+    resting = {name for name, module in model.named_modules() if not module.training}
+    assert resting == {name for name, _ in model.named_modules() if name.startswith("model.vision_tower")}
 
 
 class StoppedError(Exception):
