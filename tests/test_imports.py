@@ -21,6 +21,9 @@ OPTIONAL = {
     "tqdm",
     "tifffile",
     "zarr",
+    "accelerate",
+    "peft",
+    "yaml",
 }
 
 
@@ -74,6 +77,10 @@ def test_explain_is_the_function_whatever_is_imported_first(first):
         "made = dv.Explanation(())\n"
         "assert pickle.loads(pickle.dumps(made)) == made and dv.explain is explain\n"
     )
+
+
+def test_import_of_training_alone_loads_nothing():
+    assert not top_level(loaded_after("import dualview.train")) & OPTIONAL
 
 
 def test_names_that_are_not_there():

@@ -298,8 +298,9 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         Processes that train together wait for each other in sharded modules and for the gradient of every parameter;
         one whose batch holds text alone would keep the others waiting for good.
         """
-        kind = next((p.dtype for p in self.vision_tower.parameters() if p.is_floating_point()), like.dtype)
-        tile = torch.full((1, 3, *self.tile), 0.5, device=like.device, dtype=kind)
+        of_tower = next((p for p in self.vision_tower.parameters() if p.is_floating_point()), like)
+        device = like.device if of_tower.is_meta else of_tower.device  # offloaded weights are on meta between calls
+        tile = torch.full((1, 3, *self.tile), 0.5, device=device, dtype=of_tower.dtype)
         tokens: Tensor = self.multi_modal_projector(encode_dual_view(self._parts(None, resize=False), tile))
         return tokens.sum() * 0.0
 
@@ -442,7 +443,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif self.training and torch.is_grad_enabled():
-            inputs_embeds = inputs_embeds + self._idle_image(inputs_embeds).to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds + self._idle_image(inputs_embeds).to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
