@@ -12,6 +12,7 @@ from dualview import cli
 from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, train, training_arguments
 from dualview.train.checkpoints import checkpoints
 from dualview.train.run import load
+from dualview.train.sampler import EpochSampler
 from dualview.train.trainer import DualViewTrainer
 from tests.train.data import config, fields, turns, weights, write_data
 
@@ -101,8 +102,11 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeyp
     with pytest.raises(StoppedError):
         train(again, report=lambda line: None)
     monkeypatch.undo()
+    epochs, drawn = [], EpochSampler.__iter__
+    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or drawn(self))
     torch.manual_seed(99)
     train(again, resume=True, report=lambda line: None)
+    assert epochs[-1] == 1  # the second epoch has an order of its own
     for stage in ("stage1", "stage2"):
         expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
