@@ -88,6 +88,18 @@ def test_any_template_with_markers_and_several_images():
     ]
 
 
+def test_an_image_right_after_an_answer():
+    template = SHORT_TEMPLATE.replace("{{ message['role'][0] }}", "")
+    processor = InfLlavaProcessor(InfLlavaImageProcessor(size=84), tiny_tokenizer(), 4, chat_template=template)
+    turns = Turn("user", "hi"), Turn("assistant", "no"), Turn("user", "<image>"), Turn("assistant", "a")
+    assert learnt(tokens_of(row(*turns), processor, "chat"), processor) == [
+        *((text, False) for text in "hi"),
+        *((text, True) for text in [*"no", "<|eot_id|>"]),
+        *((text, False) for text in ["<image>"] * 4),
+        *((text, True) for text in ["a", "<|eot_id|>"]),
+    ]
+
+
 def byte_level_processor():
     """Tokens of several characters, and characters of several tokens."""
     raw = Tokenizer(models.BPE())
