@@ -606,7 +606,7 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
             - logits: (batch, kept positions, vocabulary)
         """
         check_tokens(self.get_input_embeddings(), input_ids, inputs_embeds, attention_mask, position_ids, labels)
-        if labels is not None and pixel_values is None and not mm_encoder_outputs:
+        if labels is not None and pixel_values is None and view_features is None and not mm_encoder_outputs:
             check_places(input_ids, self.config)
         outputs = self.model(
             input_ids=input_ids,
