@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 HALF_MADE := $(VENV)/half-made
 INSTALL := $(BIN)/python -m pip install --constraint constraints/newest.txt --editable '.[all]'
 
-.PHONY: demo test test-more test-all bench lint types docs ci eval clean
+.PHONY: demo reader test test-more test-all bench lint types docs ci eval clean
 
 # One of the two files says that make made the environment. Without them it is somebody else's: used, never changed.
 $(STAMP): pyproject.toml constraints/newest.txt
@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml constraints/newest.txt
 
 demo: $(STAMP)
 	$(BIN)/dualview demo
+
+reader: $(STAMP) # the small vision tower and the embedded model, trained from nothing
+	$(BIN)/python -m dualview.reader out/reader
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

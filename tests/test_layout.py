@@ -28,6 +28,7 @@ FLOORS = (  # from the ground up
     ("large/*.py",),
     ("models/*.py", "visualize.py"),
     ("train/*.py",),
+    ("reader/*.py",),
     ("explain.py", "stages.py", "demo.py", "chat.py"),
     ("evaluation.py", "lmms_model.py"),
     ("commands.py",),

@@ -153,7 +153,7 @@ def _unlike_the_known(model: nn.Module) -> str:
     if needed := [p.name for p in _parameters_of(tower.embeddings)[1:] if p.default is p.empty]:
         return f"its embeddings need {needed} beside pixels"
     made = inspect.signature(tower.embeddings.forward).return_annotation
-    if made not in (Tensor, "torch.Tensor", inspect.Signature.empty):
+    if made not in (Tensor, "Tensor", "torch.Tensor", inspect.Signature.empty):
         return f"its embeddings return {getattr(made, '__name__', made)}, not a tensor of tokens"
     names = [p.name for p in _parameters_of(blocks[0])]
     needed = [p.name for p in _parameters_of(blocks[0])[2:] if p.default is p.empty]
@@ -169,7 +169,7 @@ def _parameters_of(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def _of_transformers(model: nn.Module) -> bool:
-    return type(model).__module__.split(".")[0] == "transformers"
+    return type(model).__module__.split(".")[0] in ("transformers", "dualview")
 
 
 def _may_stop_early(model: nn.Module, run: int) -> bool:

@@ -14,6 +14,7 @@ from dualview.models.inf_llava.convert import convert_inf_llava
 from dualview.models.inf_llava.image_processing_inf_llava import InfLlavaImageProcessor
 from dualview.models.inf_llava.modeling_inf_llava import InfLlavaForConditionalGeneration, InfLlavaModel
 from dualview.models.inf_llava.processing_inf_llava import InfLlavaProcessor
+from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
 
 __all__ = [
     "InfLlavaConfig",
@@ -21,6 +22,8 @@ __all__ = [
     "InfLlavaImageProcessor",
     "InfLlavaModel",
     "InfLlavaProcessor",
+    "ReaderVisionConfig",
+    "ReaderVisionModel",
     "convert_inf_llava",
 ]
 

@@ -1,0 +1,114 @@
+"""The end of stage 0: enhancement module and projector learn to say what stage 0 has told, by regression.
+
+What the language model was told stands for each image token, so what the projector should give is known, and 64 errors
+of a page say more than the few words that a question asks for. Stage 1 begins from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dualview.reader.corpus import BATCH, pages_of
+from dualview.reader.warm_up import symbols_of, vocabulary
+from dualview.train import FeatureCache
+
+
+class SeenPages(Dataset[dict[str, Tensor]]):
+    """Pages of folders that `write_corpus` wrote, eight at a time: features of their sub-images, and their symbols.
+
+    Args:
+        folders: The folders.
+        cache: Features, filled.
+        tokens: Image tokens a side.
+    """
+
+    def __init__(self, folders: list[Path], cache: FeatureCache, tokens: int) -> None:
+        self.cache, self.tokens = cache, tokens
+        self.groups = [(folder, start) for folder in folders for start in range(0, len(pictures(folder)), BATCH)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        folder, start = self.groups[index]
+        found = self.cache.read(pictures(folder)[start : start + BATCH])
+        assert found is not None, "the cache is filled before"
+        return {**found, "symbols": symbols_of(pages_of(folder, start), self.tokens)}
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder, in order."""
+    return sorted(folder.glob("*.jpg"))
+
+
+def align(
+    model: Any,
+    tokenizer: Any,
+    pages: SeenPages,
+    *,
+    epochs: int,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    watch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train enhancement module and projector of an INF-LLaVA, in place, to give what its language model was told.
+
+    Args:
+        model: An `InfLlavaForConditionalGeneration` after `warm_up`.
+        tokenizer: Its tokenizer.
+        pages: What it sees.
+        epochs: How often it sees each.
+        learning_rate: The highest; AdamW, 30 steps of warm-up, cosine.
+        seed: Of the order of pages.
+        device: Where to compute. The model is left there.
+        watch: Called with step and loss; the loss.
+    """
+    model = model.to(device)
+    front = [part for part in (model.model.dem, model.model.multi_modal_projector) if part is not None]
+    parameters = [p for part in front for p in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    random, step, steps = torch.Generator().manual_seed(seed), 0, epochs * len(pages)
+    for _ in range(epochs):
+        for batch in DataLoader(pages, batch_size=None, shuffle=True, generator=random):
+            rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * rate
+            symbols, features, canvases = (
+                batch[name].to(device) for name in ("symbols", "view_features", "image_canvases")
+            )
+            with torch.no_grad():
+                names, said = vocabulary(model.get_input_embeddings(), tokenizer, pages.tokens)
+            given = model.get_image_features(view_features=features, image_canvases=canvases).pooler_output
+            loss = _loss(torch.stack(list(given)), symbols.flatten(1), names, said)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if watch is not None:
+                watch(step, float(loss.detach()))
+            step += 1
+
+
+def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor:
+    """How far (B, n, D) is from what was told, and how easily it is taken for another symbol or for another cell.
+
+    The second and third part are cross-entropies of choosing by distance: near is not enough, nearest is what counts.
+    """
+    wanted = names + said[symbols]
+    error = (given - wanted).square().mean() / wanted.var()
+    scale = 10 / (given.shape[-1] * wanted.var())
+    of_symbols = (given - names)[:, :, None] - said
+    of_names = (given - said[symbols])[:, :, None] - names.unique(dim=0)
+    places = names.unique(dim=0, return_inverse=True)[1].expand(len(given), -1)
+    parts = ((of_symbols, symbols), (of_names, places))
+    return error + sum(
+        nn.functional.cross_entropy((-scale * x.square().sum(-1)).flatten(0, 1), y.flatten()) for x, y in parts
+    )

@@ -1,0 +1,228 @@
+"""Stage 0: the language model learns questions and answers on pages that are told, before it is shown any.
+
+In the place of each image token it gets what the image should say there, in the language model's own words: the sum of
+the embeddings of the cell's name, turned, and of what stands in it. The projector has to learn to speak so. A language
+model with drawn weights would have nothing to say to a projector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from random import Random
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from dualview.reader.glyphs import CHARACTERS, CLASSES
+from dualview.reader.pages import CELLS, COVERED, Pages, sample_pages
+from dualview.reader.questions import ask, caption, place
+from dualview.reader.tokens import ASSISTANT, BOS, END, IMAGE, USER
+
+SYMBOLS = 1 + len(CLASSES) + len(CHARACTERS)
+"""Nothing, a glyph, or a part of a large character."""
+HEIGHTS = (6.0, 28.0)
+IGNORED = -100
+
+
+class Told(NamedTuple):
+    """A batch of pages that are told.
+
+    Attributes:
+        symbols: (B, t, t), for t x t image tokens.
+        input_ids: (B, length)
+        labels: (B, length)
+    """
+
+    symbols: Tensor
+    input_ids: Tensor
+    labels: Tensor
+
+
+def told(symbols: Tensor, embeddings: nn.Embedding, tokenizer: Any, noise: float = 0.2) -> Tensor:
+    """What stands for image tokens, (B, t, t) to (B, t*t, D): the words for the cell and for what is in it, and noise.
+
+    Args:
+        symbols: As `symbols_of` gives them.
+        embeddings: Of the language model's words.
+        tokenizer: Of the language model.
+        noise: Its standard deviation, as a part of that of the names.
+    """
+    names, said = vocabulary(embeddings, tokenizer, symbols.shape[1])
+    spoken: Tensor = names + said[symbols].flatten(1, 2)
+    return spoken + torch.randn_like(spoken) * (noise * names.std().detach())
+
+
+def vocabulary(embeddings: nn.Embedding, tokenizer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """How a page names the cell of each image token, (tokens*tokens, D), and what it says for symbols, (SYMBOLS, D)."""
+    cells, contents = (x.to(embeddings.weight.device) for x in _words(tokenizer))
+    index = (torch.arange(tokens, device=cells.device) * CELLS) // tokens
+    names: Tensor = embeddings(cells[index[:, None], index])
+    said: Tensor = (embeddings(contents.clamp(min=0)) * (contents >= 0)[..., None]).sum(1)
+    return (names @ turn(names.shape[-1]).to(names)).flatten(0, 1), said
+
+
+@lru_cache(1)
+def turn(width: int) -> Tensor:
+    """A fixed rotation (D, D): the page names a cell by its word turned, so that no word of a text is taken for it."""
+    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    return cast(Tensor, torch.linalg.qr(drawn)[0])
+
+
+@lru_cache(1)
+def _words(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Ids of the names of cells, (8, 8), and of up to two words for each symbol, (SYMBOLS, 2), -1 for none."""
+    named = torch.tensor([[_ids(tokenizer, f" {place((r, c))}")[0] for c in range(CELLS)] for r in range(CELLS)])
+    words = [[-1, -1]]
+    words += [[_ids(tokenizer, kind if kind in CHARACTERS else f" {kind}")[0], -1] for kind in CLASSES]
+    words += [[_ids(tokenizer, "#")[0], _ids(tokenizer, kind)[0]] for kind in CHARACTERS]
+    return named, torch.tensor(words)
+
+
+def symbols_of(pages: Pages, tokens: int) -> Tensor:
+    """Which symbol each of ``tokens`` x ``tokens`` image tokens should stand for, (B, tokens, tokens)."""
+    side = tokens * 42  # an image token stands for three patches of 14 pixels a side
+    cell = side / CELLS
+    room = ((cell - 1.5 * pages.heights) / 2).clamp(min=0)[..., None]
+    index = torch.arange(CELLS) + 0.5
+    middle = torch.stack(torch.meshgrid(index, index, indexing="ij"), -1) * cell
+    token = ((middle + pages.shifts * room) / 42).floor().long().clamp(0, tokens - 1)
+    found = torch.zeros(len(pages), tokens, tokens, dtype=torch.long)
+    places = (torch.arange(tokens) + 0.5) / tokens
+    reach = pages.large_height[:, None] / 2
+    near = [(places - pages.large_centre[:, axis, None]).abs() < reach for axis in (0, 1)]
+    covered = near[0][:, :, None] & near[1][:, None] & (pages.large >= 0)[:, None, None]
+    large = (1 + len(CLASSES) + pages.large.clamp(min=0))[:, None, None].expand_as(found)
+    found = torch.where(covered, large, found)
+    page, row, col = (pages.kinds > COVERED + 1).nonzero(as_tuple=True)
+    at = token[page, row, col]
+    found[page, at[:, 0], at[:, 1]] = 1 + pages.kinds[page, row, col]
+    return found
+
+
+def tokens_of_page(
+    pages: Pages, index: int, tokens: int, random: Random, tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a page's questions; of every other page, of its caption without the names."""
+    ids = [tokenizer.convert_tokens_to_ids(BOS)] + [tokenizer.convert_tokens_to_ids(IMAGE)] * tokens**2
+    labels = [IGNORED] * len(ids)
+    if random.random() < 0.5:
+        text, named = (
+            _ids(tokenizer, caption(pages, index, random) + "\n"),
+            set(_words(tokenizer)[0].flatten().tolist()),
+        )
+        return [*ids, *text], [*labels, *(IGNORED if token in named else token for token in text)]
+    for question in ask(pages, index, random):
+        asked, said = _ids(tokenizer, USER + question.text + ASSISTANT), _ids(tokenizer, question.answer + END)
+        ids += [*asked, *said]
+        labels += [*[IGNORED] * len(asked), *said]
+    return ids, labels
+
+
+@lru_cache(20_000)
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def start_as_matcher(model: Any) -> None:
+    """Let the first attention layer of the language model begin where the name of a cell finds the cell, and copies.
+
+    A question names a cell, and the tokens of the image name theirs. From weights without any order, to attend from one
+    to the other takes most of the training to find. Queries and keys begin as one map onto the channels that rotary
+    positions hardly turn, values and output as maps that together copy.
+
+    Args:
+        model: An `InfLlavaForConditionalGeneration` with a Llama.
+    """
+    attention = model.model.language_model.layers[0].self_attn
+    width, heads = model.config.text_config.hidden_size, model.config.text_config.num_attention_heads
+    per_head = width // heads
+    slow = torch.arange(per_head) % (per_head // 2) >= per_head // 4
+    frame = torch.linalg.qr(torch.randn(width, width))[0]
+    maps = (frame.view(heads, per_head, width) * slow[:, None] * MATCHING).flatten(0, 1)
+    attention.k_proj.weight.copy_(maps)
+    attention.q_proj.weight.copy_(maps @ turn(width).T)  # what stands on the page is named by a turned word
+    copies = torch.linalg.qr(torch.randn(width, width))[0]
+    attention.v_proj.weight.copy_(copies)
+    attention.o_proj.weight.copy_(copies.T)
+
+
+MATCHING = 2.0
+"""How sharply a word attends to itself in the beginning."""
+
+
+class ToldPages(Dataset[Told]):
+    """Batches of pages that are told, one for each step; each is drawn from a seed of its own.
+
+    Args:
+        tokenizer: Of the language model.
+        steps: How many batches.
+        seed: Of all of them.
+        batch: Pages in one. Each eighth batch is of pages with 24 x 24 image tokens, a quarter as many.
+    """
+
+    def __init__(self, tokenizer: Any, steps: int, seed: int = 0, batch: int = 8) -> None:
+        self.tokenizer, self.steps, self.seed, self.batch = tokenizer, steps, seed, batch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Told:
+        if step >= self.steps:
+            raise IndexError(step)
+        count, tokens = (max(1, self.batch // 4), 24) if step % 8 == 7 else (self.batch, 8)
+        seed = self.seed * 1_000_003 + step
+        pages, random = sample_pages(count, HEIGHTS, seed), Random(seed)
+        rows = [tokens_of_page(pages, index, tokens, random, self.tokenizer) for index in range(count)]
+        ids, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
+        padded = pad_sequence(ids, True, self.tokenizer.pad_token_id)
+        return Told(symbols_of(pages, tokens), padded, pad_sequence(labels, True, IGNORED))
+
+
+def warm_up(
+    model: Any,
+    pages: ToldPages,
+    *,
+    learning_rate: float = 5e-3,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    watch: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train the language model of an INF-LLaVA, in place, on pages that are told; nothing else of it is used.
+
+    Args:
+        model: An `InfLlavaForConditionalGeneration`.
+        pages: What it is told, step by step.
+        learning_rate: The highest; AdamW, 60 steps of warm-up, cosine.
+        device: Where to compute. The model is left there.
+        workers: Processes that draw pages.
+        watch: Called with step and loss.
+    """
+    start_as_matcher(model)
+    model = model.to(device).train()
+    language, head = model.model.language_model, model.lm_head
+    parameters = list({id(p): p for m in (language, head) for p in m.parameters()}.values())
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    for step, batch in enumerate(DataLoader(pages, batch_size=None, num_workers=workers)):
+        rate = min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / len(pages)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        symbols, ids, labels = (x.to(device) for x in batch)
+        words = language.get_input_embeddings()
+        page = told(symbols, words, pages.tokenizer)
+        embedded = torch.cat([words(ids[:, :1]), page, words(ids[:, 1 + symbols[0].numel() :])], 1)
+        states = language(inputs_embeds=embedded).last_hidden_state[:, :-1]
+        learnt = labels[:, 1:] != IGNORED
+        loss = nn.functional.cross_entropy(head(states[learnt]).float(), labels[:, 1:][learnt])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if watch is not None:
+            watch(step, float(loss.detach()))
+    model.eval()

@@ -1,0 +1,165 @@
+"""What the embedded model is trained on and with: words, pages that are told, rows, regression; and that it learns."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
+from dualview.reader.align import SeenPages, align, pictures
+from dualview.reader.building import build_model
+from dualview.reader.corpus import pages_of, write_corpus
+from dualview.reader.glyphs import CHARACTERS, CLASSES, HELD_OUT_FONTS, build_atlas
+from dualview.reader.pages import CELLS, EMPTY, sample_pages
+from dualview.reader.pretrain import PATCH, draw_tiles, pretrain
+from dualview.reader.questions import ask, place
+from dualview.reader.recipe import Recipe, train_embedded
+from dualview.reader.tokens import build_tokenizer
+from dualview.reader.warm_up import IGNORED, ToldPages, start_as_matcher, symbols_of, told, warm_up
+from dualview.train import FeatureCache, LlavaDataset
+
+ATLAS = build_atlas(("DejaVuSans",))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    return build_model(None, 112)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "pages-000"
+    write_corpus(folder, 10, 336, (12, 28), seed=4, atlas=ATLAS, chats=2)
+    return folder
+
+
+def test_words_of_the_tokenizer():
+    tokenizer = build_tokenizer()
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    for row in range(CELLS):
+        for col in range(CELLS):
+            assert len(tokenizer.tokenize(f" {place((row, col))}")) == 1
+    for text in ("What is in B5?", "7K3", "a star", "Überraschung? ~ 12"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer.tokenize("A5")) == 2, "characters of an answer are no name of a cell"
+    assert len(tokenizer) <= 448
+
+
+def test_symbols_lie_where_glyphs_lie():
+    pages = sample_pages(4, (8, 28), 3)
+    pages.large.fill_(EMPTY)
+    small, wide = symbols_of(pages, 8), symbols_of(pages, 24)
+    assert torch.equal(small, pages.kinds.clamp(min=EMPTY) + 1)
+    assert torch.equal(wide.view(4, 8, 3, 8, 3).amax((2, 4)), small)
+
+
+def test_the_name_of_a_cell_finds_the_cell_at_the_start(parts):
+    model, processor = parts
+    torch.manual_seed(0)
+    start_as_matcher(model)
+    model.set_attn_implementation("eager")
+    pages = sample_pages(1, (8, 28), 0)
+    words = model.get_input_embeddings()
+    names = [place((r, c)) for r in range(CELLS) for c in range(CELLS)]
+    ids = torch.tensor([processor.tokenizer("".join(f" {name}" for name in names))["input_ids"]])
+    page = told(symbols_of(pages, 8), words, processor.tokenizer, noise=0.0)
+    out = model.model.language_model(inputs_embeds=torch.cat([page, words(ids)], 1), output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    found = out.attentions[0][0].mean(0)[64:, :64].argmax(-1)
+    assert float((found == torch.arange(64)).float().mean()) > 0.9
+
+
+def test_rows_of_a_corpus_can_be_trained_on(parts, corpus):
+    processor = parts[1]
+    chats = LlavaDataset(processor, "chat").add(corpus / "chats.json")
+    assert len(chats) == 20
+    row, tokenizer = chats[3], processor.tokenizer
+    learnt = tokenizer.decode(row["input_ids"][row["labels"] != IGNORED])
+    turns = json.loads((corpus / "chats.json").read_text())[3]["conversations"]
+    assert learnt == "".join(turn["value"] + "<|end|>" for turn in turns if turn["from"] == "gpt")
+    pages = pages_of(corpus, 8)
+    assert len(pages) == 2
+    asked = ask(pages, 1, Random(pages.seed * 8 + 1))
+    turns = json.loads((corpus / "chats.json").read_text())[18]["conversations"]
+    assert [turn["value"].removeprefix("<image>\n") for turn in turns[::2]] == [question.text for question in asked]
+    assert row["pixel_values"].shape == (1, 3, 336, 336)
+
+
+def test_a_corpus_is_not_replaced(corpus):
+    with pytest.raises(FileExistsError):
+        write_corpus(corpus, 2, 336, (12, 28), seed=4, atlas=ATLAS)
+
+
+def test_told_pages_label_what_is_said(parts):
+    tokenizer = parts[1].tokenizer
+    batches = list(ToldPages(tokenizer, 8, seed=1, batch=4))
+    assert [len(batch.symbols) for batch in batches] == [4] * 7 + [1]
+    assert batches[7].symbols.shape == (1, 24, 24)
+    again = ToldPages(tokenizer, 8, seed=1, batch=4)[2]
+    assert all(torch.equal(a, b) for a, b in zip(again, batches[2], strict=True))
+    for batch in batches:
+        answers = batch.labels != IGNORED
+        assert torch.equal(batch.labels[answers], batch.input_ids[answers])
+        assert not answers[:, : 1 + batch.symbols[0].numel()].any()
+
+
+def test_regression_makes_image_tokens_more_like_what_was_told(parts, corpus, tmp_path):
+    model, processor = parts
+    cache = FeatureCache(tmp_path, model, processor, {"do_pad": True})
+    cache.fill(pictures(corpus), model)
+    seen, losses = SeenPages([corpus], cache, 112 // PATCH), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    align(model, processor.tokenizer, seen, epochs=8, watch=lambda step, loss: losses.append(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {"dem", "multi_modal_projector"}
+
+
+@pytest.mark.more
+def test_the_language_model_learns_what_it_is_told():
+    """A minute: the loss falls, and of 22 characters the right one is named far above chance, .1 at best."""
+    torch.manual_seed(0)
+    model, processor = build_model(None, 112)
+    tokenizer, losses = processor.tokenizer, []
+    warm_up(model, ToldPages(tokenizer, 150), learning_rate=2e-3, watch=lambda step, loss: losses.append(loss))
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    symbols, ids, labels = ToldPages(tokenizer, 1, seed=99, batch=32)[0]
+    words = model.get_input_embeddings()
+    page = told(symbols, words, tokenizer, noise=0.0)
+    with torch.inference_mode():
+        states = model.model.language_model(inputs_embeds=torch.cat([words(ids[:, :1]), page, words(ids[:, 65:])], 1))
+        named = model.lm_head(states.last_hidden_state[:, :-1]).argmax(-1)
+    written = torch.isin(labels[:, 1:], torch.tensor(tokenizer.convert_tokens_to_ids(list(CHARACTERS))))
+    assert float((named == labels[:, 1:])[written].float().mean()) > 0.4
+
+
+@pytest.mark.more
+def test_the_tower_learns_to_read():
+    """One minute: the loss falls, and large glyphs of fonts not trained on are named better than by chance, .04."""
+    torch.manual_seed(0)
+    tower, losses = ReaderVisionModel(ReaderVisionConfig()), []
+    head = pretrain(tower, 150, batch=8, watch=lambda step, loss: losses.append(loss))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    tiles = draw_tiles(32, 112, 14, torch.Generator().manual_seed(9), build_atlas(HELD_OUT_FONTS), cells=5)
+    glyph = (tiles.labels >= 0) & (tiles.labels < len(CLASSES))
+    with torch.inference_mode():
+        named = head(tower(tiles.pixels).last_hidden_state)[..., : len(CLASSES)].argmax(-1).view_as(tiles.labels)
+    assert float((named == tiles.labels)[glyph].float().mean()) > 0.15
+
+
+@pytest.mark.more
+def test_the_whole_recipe_runs_and_is_not_run_twice(tmp_path):
+    recipe = Recipe(1, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1)
+    lines: list[str] = []
+    train_embedded(tmp_path / "run", recipe, device="cpu", workers=0, report=lines.append)
+    for arm, has_dem in (("dual", True), ("low-res", False)):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / arm)
+        assert model.dtype == torch.float16
+        assert (model.model.dem is not None) == has_dem
+        assert AutoProcessor.from_pretrained(tmp_path / "run" / arm).image_seq_length == 64
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    train_embedded(tmp_path / "run", recipe, device="cpu", workers=0, report=lines.append)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
