@@ -48,11 +48,11 @@ def encode_dual_view(
     check_alike(batches, "pixels")
     masks = _masks(valid, batches, isinstance(pixels, Tensor))
     plans = _plans(parts, batches, grids)
-    shapes = [(len(batch), len(plan.views)) for batch, plan in zip(batches, plans, strict=True)]
+    shapes = [(batch.shape[0], len(plan.views)) for batch, plan in zip(batches, plans, strict=True)]
     counts = [images * views for images, views in shapes]
     if encoded is None:
         encoded = _encoded(parts, batches, grids, plans)
-    elif encoded.dim() != 4 or len(encoded) != sum(counts):
+    elif encoded.dim() != 4 or encoded.shape[0] != sum(counts):
         raise ValueError(
             f"features of shape {tuple(encoded.shape)} for {sum(counts)} sub-images: expected ({sum(counts)}, h', w', "
             "D), as encode_views makes them of the same pictures with the same model."
