@@ -44,6 +44,7 @@ EXAMPLES = """examples:
   dualview explain --preset paper           what a configuration computes
   dualview convert INF-LLaVA inf-llava      released weights to a directory for transformers
   dualview ask photo.jpg "What is this?" --model inf-llava
+  dualview probe                            does the second perspective help? A reduced table, in under 20 minutes
   dualview train CONFIG.yaml                the two stages of training, from LLaVA's JSON format to such a directory
 """
 
@@ -177,6 +178,22 @@ def _parser() -> Parser:
     chat = command("chat", "answer one question after the other, a line each")
     chat.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="a picture that they are about")
     _add_model(chat)
+
+    probe = command("probe", "measure on drawn pages whether the second perspective helps")
+    probe.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("probe.json"),
+        metavar="OUT.json",
+        help="results to write, with a figure beside them (default: probe.json)",
+    )
+    probe.add_argument("--full", action="store_true", help="all arms and three seeds: for a large GPU")
+    probe.add_argument("--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)")
+    probe.add_argument("--towers", type=Path, metavar="DIR", help="folder where trained encoders are kept, and found")
+    probe.add_argument(
+        "--minutes", type=_argument(_parse_width), metavar="N", help="after which no arm goes on; the rest is left out"
+    )
 
     trained = command("train", "train an INF-LLaVA in two stages")
     trained.add_argument("config", type=Path, metavar="CONFIG", help="YAML file: model, output, and data of the stages")

@@ -21,7 +21,7 @@ from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder
 from dualview.models.parts import Encoder
 from dualview.ops.enhance import DualPerspectiveEnhance
-from dualview.outputs import check_output, save_image
+from dualview.outputs import check_file, check_output, replace_file, save_image
 from dualview.terminal import native_messages_dropped, say
 from dualview.visualize import draw_tiles
 
@@ -134,6 +134,28 @@ def train(options: argparse.Namespace) -> None:
     from dualview.train import train as trained
 
     trained(TrainConfig.load(options.config), resume=options.resume)
+
+
+def probe(options: argparse.Namespace) -> None:
+    """Run `dualview probe`."""
+    from dualview.probe.figure import draw
+    from dualview.probe.results import table
+    from dualview.probe.run import FULL, SMALL, run_probe
+
+    picture = options.output.with_suffix(".png")
+    check_file(options.output)
+    check_output(picture)
+    document = run_probe(
+        FULL if options.full else SMALL,
+        options.output,
+        device=options.device,
+        towers=options.towers,
+        minutes=options.minutes,
+        progress=True,
+    )
+    replace_file(picture.resolve(), memoryview(draw(document)))
+    say(table(document))
+    say(f"wrote {options.output} and {picture}")
 
 
 def _chat(options: argparse.Namespace) -> Chat:

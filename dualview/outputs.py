@@ -31,6 +31,16 @@ def check_output(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() not in SAVED_AS:
         raise ImageError(f"{path}: the extension {path.suffix!r} is none of {', '.join(SAVED_AS)}: use one of them.")
+    check_file(path)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """The same for a file of any kind.
+
+    Raises:
+        ImageError: As for `check_output`, the extension aside.
+    """
+    path = Path(path)
     with _writing(path):
         if not path.parent.is_dir():
             raise ImageError(f"{path}: the folder {path.parent} does not exist: make it first.")

@@ -29,6 +29,7 @@ FLOORS = (  # from the ground up
     ("models/*.py", "visualize.py"),
     ("train/*.py",),
     ("reader/*.py",),
+    ("probe/*.py",),
     ("explain.py", "stages.py", "demo.py", "chat.py"),
     ("evaluation.py", "lmms_model.py"),
     ("commands.py",),

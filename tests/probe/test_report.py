@@ -1,0 +1,107 @@
+"""The page of the probe says what the committed results say, and these are of pages that can be drawn anew."""
+
+import re
+
+import pytest
+
+from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
+from benchmarks.probe_tables import by_offset, not_reached, of_paper, operating_points, signed
+from dualview.probe.arms import ARMS
+from dualview.probe.document import missing
+from dualview.probe.draws import Draw, digest
+from dualview.probe.questions import TASKS
+from dualview.probe.results import Results
+from dualview.probe.run import FULL
+from dualview.probe.statistics import Interval
+
+
+@pytest.fixture(scope="module")
+def document():
+    return load("h100")
+
+
+@pytest.fixture(scope="module")
+def results(document):
+    return Results(document)
+
+
+@pytest.mark.more
+def test_the_page_is_that_of_the_results(document):
+    assert PAGE.read_text(encoding="utf-8") == page(document), "run python -m benchmarks.probe_report"
+    assert FIGURE.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_results_are_of_these_pages_arms_and_tasks(document):
+    images, questions = digest(Draw("test", "test", 0, document["digest"]["pages"]))
+    assert document["digest"] == {"pages": 12, "images": images, "questions": questions}
+    assert document["tasks"] == TASKS
+    assert document["pages"] == {str(pixels): list(counts) for pixels, counts in FULL.plan.pages.items()}
+    assert document["planned"] == [[arm.name, arm.table, seed, arm.pixels] for arm, seed in FULL.plan.jobs()]
+    assert set(document["cost"]) == {arm.name for arm in ARMS}
+    assert document["machine"]["gpu"]
+
+
+def test_first_rank_is_complete(document):
+    left = {arm for arm, _ in missing(document)}
+    assert not left & {arm.name for arm in ARMS if arm.rank == 0}
+    text = not_reached(document)
+    assert all(re.search(rf"^- {re.escape(arm)}: seed", text, re.MULTILINE) for arm in left)
+
+
+@pytest.mark.more
+def test_every_task_has_a_thousand_items(results):
+    for task in TASKS:
+        assert results.weights(task).sum() >= 1000
+
+
+@pytest.mark.more
+def test_claims_of_the_text(results):
+    """The sentences that no number of the results is put into."""
+    by_name = {name: results.accuracy(arm, task, against=of) for name, (arm, of, task) in GAPS.items()}
+    better = ("thumbnail_helps", "thumbnail_helps_large", "thumbnail_in_dem", "paper_residual", "fixed_linear_place")
+    assert all(by_name[name].low > 0 for name in (*better, "fixed_linear", "smooth_gain"))
+    assert all(by_name[name].high < 0 for name in ("released_local", "released_linear", "paper_local"))
+    assert by_name["stride_thumbnail"].low < 0 < by_name["stride_thumbnail"].high
+    assert by_name["thumbnail_smooth"].low < 0 < by_name["thumbnail_smooth"].high
+    norm = results.accuracy("DEM paper + norm", against="DEM paper")
+    assert norm.low < 0 < norm.high
+    assert results.accuracy("DEM paper, logits x 8", against="DEM paper").high < 0
+    assert results.accuracy("DEM paper, 8 heads", against="DEM paper").low > 3 / 100
+    cost = results.document["cost"]
+    ratio = cost["DEM paper + residual + norm"]["operations"] / cost["MLP of as many parameters"]["operations"]
+    assert 14 < ratio < 16
+    for task in ("find a needle", "count"):
+        assert all(results.accuracy(arm, task).mean < 0.19 for arm in results.arms)
+
+
+@pytest.mark.more
+def test_tables_have_every_arm_that_was_trained(results):
+    for arm in (*MAIN, *WHY):
+        assert arm in results.rows
+    assert of_paper(results, "6").count("\n") == 7
+    assert "| DEM released |" in of_paper(results, "4")
+
+
+@pytest.mark.more
+def test_distance_of_a_glyph_in_its_cell(results):
+    rows = [line.split("|")[1:-1] for line in by_offset(results, ("local", "DEM released")).splitlines()[2:]]
+    local, released = ([float(cell) for cell in row[1:]] for row in rows)
+    assert abs(local[0] - released[0]) < 3
+    assert released[3] < 0.5 * local[3]
+
+
+def test_signs_and_bold():
+    assert signed(Interval(0.01, -0.02, 0.03)) == "+1.0 (-2.0 to +3.0)"
+    assert signed(Interval(-0.05, -0.06, -0.01)) == "**-5.0 (-6.0 to -1.0)**"
+
+
+def test_operating_points_are_the_largest_that_fit():
+    rows = [
+        {"grid": n, "what": what, "scores": scores, "training": training, "peak_bytes": peak}
+        for n, peak in ((1, 10 * 2**20), (2, 200 * 2**20), (3, None))
+        for what in ("as the readout needs", "all tokens", "direct cross-attention")
+        for scores in ("fused", "materialised")
+        for training in (False, True)
+    ]
+    lines = operating_points({"memory": rows}, (8, 32, 1024)).splitlines()
+    assert lines[2].split("|")[3:-1] == [" none ", " 336 ", " 672 "]
