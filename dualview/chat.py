@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
+from dualview.answers import reduced
+from dualview.canvas import fit_canvas
+from dualview.geometry import TileGrid
 from dualview.images import load_image
 from dualview.terminal import printable
 
@@ -67,6 +72,31 @@ class Chat:
             )
         self.model = loaded.to(self.device).eval()
         self.messages: Messages = []
+
+    def shown(self) -> tuple[Tensor, TileGrid]:
+        """The picture on the canvas that the model cuts into tiles, (3, H, W), and its grid.
+
+        Raises:
+            ValueError: The model is no INF-LLaVA, or there is no picture.
+        """
+        config = self.model.config
+        if self.image is None or config.model_type != "inf_llava":
+            raise ValueError(
+                f"{'no' if self.image is None else 'a'} picture, and a model of model_type={config.model_type!r}: "
+                "tiles are known of a picture that an INF-LLaVA is shown."
+            )
+        grid, tile = TileGrid.of(config.grid), config.vision_config.image_size
+        return fit_canvas(self.image, grid.map_size((tile, tile))), grid
+
+    def at_low_resolution(self) -> Chat:
+        """A new conversation with the same model about what is left of the picture at the size of one tile.
+
+        Raises:
+            ValueError: The model is no INF-LLaVA, or there is no picture.
+        """
+        other = copy.copy(self)
+        other.image, other.messages = reduced(*self.shown()), []
+        return other
 
     def ask(self, question: str, say: Callable[[str], None]) -> str:
         """Answer a question; ``say`` gets the answer piece by piece.

@@ -174,6 +174,14 @@ def _parser() -> Parser:
     ask = command("ask", "answer a question about a picture")
     ask.add_argument("image", type=Path, metavar="IMAGE", help="a picture; transparency is composited on white")
     ask.add_argument("question", metavar="QUESTION", help="what to answer")
+    ask.add_argument(
+        "--compare",
+        choices=("low-res",),
+        help="answer a second time, from what is left of the picture at the size of one tile",
+    )
+    ask.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="also write picture, tiles and answers as one file"
+    )
     _add_model(ask)
     chat = command("chat", "answer one question after the other, a line each")
     chat.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="a picture that they are about")

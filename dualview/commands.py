@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualview.answers import check_report, write_report
 from dualview.canvas import fit_to_grid, fit_to_tile
 from dualview.chat import Chat, questions, say_piece
 from dualview.demo import LOW_RES, SMALL, run_demo
@@ -116,8 +117,23 @@ def convert(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Run `dualview ask`."""
-    _chat(options).ask(options.question, say_piece)
-    say("")
+    if options.report is not None:
+        check_report(options.report)
+        _check_not_input(options.report, options.image)
+    model = _chat(options)
+    shown = None if options.report is None else model.shown()  # what cannot be reported is refused before it is asked
+    views = {"with tiles": model}
+    if options.compare:
+        views["low resolution"] = model.at_low_resolution()
+    answers = {}
+    for view, conversation in views.items():
+        if options.compare:
+            say(f"{view}:")
+        answers[view] = conversation.ask(options.question, say_piece)
+        say("")
+    if shown is not None:
+        write_report(options.report, options.image.name, *shown, options.question, answers)
+        say(f"wrote {options.report}")
 
 
 def chat(options: argparse.Namespace) -> None:

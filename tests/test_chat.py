@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
+from dualview.answers import reduced
 from dualview.chat import Chat
-from dualview.images import load_image
+from dualview.images import load_image, to_image
 from tests.checks import refuses
 from tests.released import write_released
 from tests.tiny import photograph
@@ -139,3 +140,29 @@ def test_weights_of_another_configuration_do_not_answer(place, tmp_path, layers)
     name = "model.language_model.layers."
     with refuses("weights and config.json do not belong together", name, "more", "Make the directory again"):
         Chat(str(tmp_path / "model"))
+
+
+def test_ask_compares_with_the_low_resolution_view_and_reports(place, tmp_path, capsys):
+    """The second answer is that about the picture at the size of one tile."""
+    report, argv = tmp_path / "report.html", ["--model", str(place / "model"), "--max-new-tokens", "12"]
+    asked = ["ask", str(place / "photo.png"), "what is this", *argv]
+    assert cli.main([*asked, "--compare", "low-res", "--report", str(report)]) == 0
+    said = capsys.readouterr().out
+    small, grid = Chat(str(place / "model"), place / "photo.png").shown()
+    assert small.shape[1:] == tuple(28 * n for n in grid)
+    to_image(reduced(small, grid)).save(tmp_path / "small.png")
+    assert cli.main(["ask", str(tmp_path / "small.png"), *asked[2:]]) == 0
+    of_small = capsys.readouterr().out.strip()
+    (of_full,) = answers(place, "what is this")
+    assert printed(f"with tiles:{of_full}low resolution:{of_small}wrote{report}", said)
+    assert "with tiles" in report.read_text(encoding="utf-8")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(place, tmp_path, capsys):
+    asked = ["ask", str(place / "photo.png"), "what", "--model", str(tmp_path / "none")]
+    assert cli.main([*asked, "--report", str(tmp_path / "report.pdf")]) == 1
+    assert "is not .html" in capsys.readouterr().err
+    same = tmp_path / "photo.html"
+    same.write_bytes((place / "photo.png").read_bytes())
+    assert cli.main(["ask", str(same), *asked[2:], "--report", str(same)]) == 1
+    assert "would be overwritten" in capsys.readouterr().err

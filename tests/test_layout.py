@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up
     ("ops/enhance.py", "ops/direct_readout.py", "ops/functional.py"),
     ("pixels.py", "picture_files.py", "images.py", "outputs.py", "canvas.py", "terminal.py", "testing.py"),
     ("large/*.py",),
-    ("models/*.py", "visualize.py"),
+    ("models/*.py", "visualize.py", "answers.py"),
     ("train/*.py",),
     ("reader/*.py",),
     ("probe/*.py",),
