@@ -1,5 +1,6 @@
 """INF-LLaVA where transformers, and what builds on it, look for things."""
 
+import copy
 from typing import get_args
 
 import pytest
@@ -244,6 +245,51 @@ def test_features_computed_before_are_those_of_images():
     for wrong in ({"images": features}, {"image": features.last_hidden_state}, {"image": features, "video": features}):
         with refuses("mm_encoder_outputs has [", '{"image": model.get_image_features(...)}'):
             model(input_ids=ids, mm_encoder_outputs=wrong)
+
+
+def kept_views(model):
+    """Pictures, and what takes their place."""
+    pixels = torch.randn(1, 3, 56, 84)
+    return pixels, {"view_features": model.get_view_features(pixels), "image_canvases": torch.tensor([[56, 84]])}
+
+
+def test_features_of_views_come_alone():
+    """What they cannot give is not made of something else."""
+    model = tiny_model()
+    pixels, views = kept_views(model)
+    expected = model.get_image_features(pixels).last_hidden_state
+    torch.testing.assert_close(model.get_image_features(**views).last_hidden_state, expected)
+    for name, value in {"pixel_values": pixels, "vision_feature_layer": -1, "output_hidden_states": True}.items():
+        with refuses("view_features", name):
+            model.get_image_features(**views, **{name: value})
+
+
+def test_features_of_views_are_not_lost_in_generation():
+    model = tiny_model()
+    pixels, views = kept_views(model)
+    given = {"input_ids": prompt(1), "max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    with refuses("view_features", "mm_encoder_outputs"):
+        model.generate(**given, **views)
+    again = model.generate(**given, mm_encoder_outputs={"image": model.get_image_features(**views)})
+    torch.testing.assert_close(again.logits, model.generate(**given, pixel_values=pixels).logits)
+
+
+def test_features_of_views_keep_their_type_before_quantised_weights():
+    model = tiny_model()
+    pixels, views = kept_views(model)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        layer.forward = copy.deepcopy(layer).forward
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.uint8), requires_grad=False)
+    found = model.get_image_features(**views).last_hidden_state
+    torch.testing.assert_close(found, model.get_image_features(pixels).last_hidden_state)
+
+
+def test_a_batch_of_text_alone_stays_finite_in_half_precision():
+    model = tiny_model().half().train()
+    bias = model.model.multi_modal_projector.linear_2.bias
+    bias.data.fill_(1000.0)
+    model(input_ids=torch.tensor([[1, 5, 6]]), labels=torch.tensor([[1, 5, 6]])).loss.backward()
+    assert (bias.grad == 0).all()
 
 
 def test_no_training_on_places_without_an_image():

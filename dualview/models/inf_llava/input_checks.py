@@ -171,6 +171,15 @@ def check_encoded(outputs: Mapping[str, Any] | None) -> Any:
     return images
 
 
+def check_alone(pixel_values: Tensor | None, vision_feature_layer: object) -> None:
+    """Raise a ValueError for what view_features leave no choice of."""
+    if pixel_values is not None or vision_feature_layer is not None:
+        raise ValueError(
+            f"view_features with {'vision_feature_layer' if pixel_values is None else 'pixel_values'}: they were made "
+            "of pictures and a layer before: omit it, or give pixel_values in place of view_features."
+        )
+
+
 def check_places(input_ids: Tensor | None, config: Any) -> None:
     """Raise a ValueError if a model is to be trained on places for images without one; not while a compiler traces."""
     if torch.compiler.is_compiling() or input_ids is None or input_ids.is_meta:

@@ -27,6 +27,7 @@ from dualview.models.hf_tower import HfTower, check_tower
 from dualview.models.inf_llava.configuration_inf_llava import InfLlavaConfig, Layers, listed
 from dualview.models.inf_llava.input_checks import (
     CACHE,
+    check_alone,
     check_encoded,
     check_features,
     check_language_model,
@@ -254,11 +255,14 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             - attentions, on request: a tuple of (num_images, heads, tokens, tokens)
 
         Raises:
-            ValueError: Tiles, grids and sizes do not fit each other, or there is no such layer.
+            ValueError: Tiles, grids and sizes do not fit each other, or there is no such layer; or ``view_features``
+                come with pictures, or with a request for another layer or for states of the tower.
         """
         valid = None
         if view_features is not None:
-            view_features = view_features.to(self.multi_modal_projector.linear_1.weight.dtype)
+            check_alone(pixel_values, vision_feature_layer)
+            floats = (p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
+            view_features = view_features.to(next(floats, self.dtype))  # quantised weights are integers
             pixels = _sizes_alone(view_features, image_canvases, uniform=image_grids is None)
         else:
             check_pictures(cast(Tensor, pixel_values), image_grids, image_sizes)
@@ -269,7 +273,7 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         if vision_feature_layer is not None:
             parts = parts._replace(encoder=self._encoder(self._checked(vision_feature_layer)))
         features = encode_dual_view(parts, pixels, valid, view_features).flatten(1, 2)
-        asked = self._states_of_low_view(pixels, kwargs)
+        asked = self._states_of_low_view(pixels if view_features is None else None, kwargs)
         projected = self.multi_modal_projector(features)
         tokens = projected if torch.compiler.is_exporting() else list(projected)  # a list has a fixed length
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tokens, **asked)
@@ -302,15 +306,17 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         device = like.device if of_tower.is_meta else of_tower.device  # offloaded weights are on meta between calls
         tile = torch.full((1, 3, *self.tile), 0.5, device=device, dtype=of_tower.dtype)
         tokens: Tensor = self.multi_modal_projector(encode_dual_view(self._parts(None, resize=False), tile))
-        return tokens.sum() * 0.0
+        return tokens.float().sum() * 0.0  # in half precision the sum could be infinite, and this NaN
 
-    def _states_of_low_view(self, images: Tensor | list[Tensor], options: Any) -> dict[str, Any]:
-        """What the tower says of its layers, where that is asked for."""
+    def _states_of_low_view(self, images: Tensor | list[Tensor] | None, options: Any) -> dict[str, Any]:
+        """What the tower says of its layers, where that is asked for; without images it must not be."""
         config, names = self.config.vision_config, {"hidden_states", "attentions"}
         asked = {f"output_{name}": options.get(f"output_{name}") for name in names}
         asked = {name: getattr(config, name, None) if value is None else value for name, value in asked.items()}
         if not any(asked.values()):
             return {}
+        if images is None:
+            raise ValueError(f"{asked}: view_features hold no states of the tower: give pixel_values to get them.")
         batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         low = torch.cat([interpolate(batch, self.tile) for batch in batches])
         states = self.vision_tower(low, return_dict=True, **asked)
@@ -557,6 +563,15 @@ class InfLlavaForConditionalGeneration(InfLlavaPreTrainedModel, GenerationMixin)
     def get_view_features(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> Tensor:
         """As [`InfLlavaModel.get_view_features`][dualview.models.InfLlavaModel.get_view_features]."""
         return self.model.get_view_features(pixel_values, image_grids)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What `generate` checks first: it would leave out ``view_features``, and answer without the images."""
+        if model_kwargs.get("view_features") is not None:
+            raise ValueError(
+                "generate takes no view_features: give it pixel_values, or "
+                'mm_encoder_outputs={"image": model.get_image_features(view_features=..., image_canvases=...)}.'
+            )
+        super()._validate_model_kwargs(model_kwargs)
 
     @can_return_tuple
     def forward(
