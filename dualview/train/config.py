@@ -165,7 +165,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_choice(self.form, "form", FORMS)
-        if not self.train or not set(self.train) <= set(PARTS):
+        if not self.train or not all(part in PARTS for part in self.train):
             raise ValueError(f"train={shown(list(self.train))}: must be some of {', '.join(PARTS)}.")
         for name in ("learning_rate", "epochs"):
             check_number(getattr(self, name), name, above=0)
@@ -179,6 +179,10 @@ class StageConfig:
         for name in ("weight_decay", "max_grad_norm"):
             if check_number(getattr(self, name), name) < 0:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: must not be negative.")
+        for name in ("scheduler", "feature_cache"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (name == "scheduler" or value is not None):
+                raise ValueError(f"{name}={shown(value)}: must be a text that is not empty.")
         check_choice(self.precision, "precision", PRECISIONS)
         check_choice(self.bad_rows, "bad_rows", ("error", "skip"))
         flags = ("pad_images", "group_by_length", "gradient_checkpointing")
@@ -302,7 +306,7 @@ def _stage(name: str, fields: Any) -> StageConfig:
         if given.get("lora") is not None:
             given["lora"] = _made(LoraConfig, {} if given["lora"] is True else given["lora"], "lora")
         train = given.get("train", STAGES[name]["train"])
-        given["train"] = (train,) if isinstance(train, str) else tuple(train or ())
+        given["train"] = tuple(train) if isinstance(train, (list, tuple)) else (train,)
         given["arguments"] = dict(_mapping(given.get("arguments") or {}, "arguments"))
         return StageConfig(**{**STAGES[name], **given})
     except ValueError as error:

@@ -112,7 +112,7 @@ def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
     if form == "plain" and ([turn.role for turn in turns] != ["user", "assistant"] or len(images) != 1):
         raise RowError(
             f"{place}: {len(turns)} turns and {len(images)} images; a caption row has one image, a human turn and a "
-            "gpt turn. For conversations use format: chat."
+            "gpt turn. For conversations use form: chat."
         )
     return Row(place, images, turns)
 
@@ -123,7 +123,7 @@ def _turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     found = []
     for number, turn in enumerate(conversations):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise RowError(f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}.")
         found.append(Turn(ROLES[role], text))
     spoken = found[1:] if found[0].role == "system" else found

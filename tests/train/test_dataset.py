@@ -18,6 +18,7 @@ BAD = {
     "no conversations": ({"image": "0.png"}, "conversations=None must be a list of turns"),
     "an empty conversation": (GOOD | {"conversations": []}, r"conversations=\[\] must be"),
     "an unknown role": (GOOD | {"conversations": [{"from": "bot", "value": "hi"}]}, "turn 0 is .*bot"),
+    "a role that is no text": (GOOD | {"conversations": [{"from": ["human"], "value": "hi"}]}, r"turn 0 is .*\['human'\]"),
     "a value that is no text": (GOOD | {"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
     "the assistant first": (GOOD | {"conversations": turns("a", "b")[::-1]}, r"turns are from \['gpt', 'human'\]"),
     "no answer": (GOOD | {"conversations": turns("<image> a")}, r"turns are from \['human'\]"),
@@ -75,7 +76,7 @@ def test_a_picture_that_cannot_be_read_is_found_when_it_is_read(place, tmp_path)
 
 
 def test_captions_have_one_image_and_one_answer(place, tmp_path):
-    with pytest.raises(RowError, match="row 0: 2 turns and 0 images; a caption row"):
+    with pytest.raises(RowError, match="row 0: 2 turns and 0 images; a caption row .* use form: chat"):
         dataset(place, tmp_path, [{"conversations": turns("a", "b")}], "plain")
     assert len(dataset(place, tmp_path, CAPTIONS, "plain")) == len(CAPTIONS)
 
