@@ -16,7 +16,7 @@ from dualview.terminal import say
 from dualview.train.config import FORMS
 from dualview.train.features import FeatureCache
 from dualview.train.labels import Tokens, check_processor, tokens_of
-from dualview.train.rows import Row, RowError, checked_rows, read_rows
+from dualview.train.rows import Row, RowError, check_files, checked_rows, read_rows
 
 BadRows = Literal["error", "skip"]
 CHARACTERS_PER_TOKEN = 4
@@ -84,12 +84,11 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: The file is missing or no JSON, a row is bad and ``bad_rows`` is "error", or all rows are bad.
         """
-        file = Path(check_path(file, "file"))
-        folder = file.parent if images is None else Path(check_path(images, "images"))
-        rows = read_rows(file, source=source)
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder of images.{f' Fetch it from {source}' if source else ''}")
-        good = []
+        check_path(file, "file")
+        if images is not None:
+            check_path(images, "images")
+        file, folder = check_files(file, images, source)
+        rows, good = read_rows(file), []
         for row in checked_rows(rows, file, folder, self.form):
             if isinstance(row, Row):
                 good.append(row)

@@ -49,18 +49,29 @@ class Row(NamedTuple):
         return sum(len(turn.text) for turn in self.turns)
 
 
-def read_rows(file: Path, *, source: str | None = None) -> list[Any]:
+def check_files(file: str | Path, images: str | Path | None, source: str | None) -> tuple[Path, Path]:
+    """A file of rows and the folder of its pictures, that of the file where ``images`` is None.
+
+    Raises:
+        ValueError: One of them is missing; the message names ``source``.
+    """
+    file = Path(file)
+    folder = file.parent if images is None else Path(images)
+    for path, found, kind in ((file, file.is_file(), "file"), (folder, folder.is_dir(), "folder of images")):
+        if not found:
+            raise ValueError(f"{path}: no such {kind}.{f' Fetch it from {source}' if source else ''}")
+    return file, folder
+
+
+def read_rows(file: Path) -> list[Any]:
     """The rows of a ``.json`` file (a list) or of a ``.jsonl`` file (one a line), not yet checked.
 
     Args:
         file: The file.
-        source: Where the file comes from, for the message if it is missing.
 
     Raises:
-        ValueError: There is no such file, or it is no JSON of this form.
+        ValueError: It is no JSON of this form.
     """
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file.{f' Fetch it from {source}' if source else ''}")
     try:
         with file.open(encoding="utf-8") as opened:
             rows = [_line(line, file, i) for i, line in enumerate(opened) if line.strip()] if _lines(file) else None

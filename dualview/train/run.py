@@ -19,8 +19,8 @@ from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
 from dualview.train.features import FeatureCache
 from dualview.train.logs import LossLog
-from dualview.train.rows import RowError
-from dualview.train.stages import freeze, training_arguments, with_lora
+from dualview.train.rows import RowError, check_files
+from dualview.train.stages import check_stage, freeze, training_arguments, with_lora
 from dualview.train.trainer import DualViewTrainer
 
 RECORD = "config.json"
@@ -55,6 +55,10 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
 
     state = PartialState(cpu=not torch.cuda.is_available())
     output = Path(config.output)
+    for name, stage in config.stages.items():  # all of them now: the first may take days
+        check_stage(stage, name, state.num_processes)
+        for one in stage.data:
+            check_files(one.file, one.images, one.source)
     if state.is_main_process:
         _begin(config, output, resume=resume)
     state.wait_for_everyone()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from dualview.arguments import check_choice, check_count, check_instance, check_path, shown
@@ -123,6 +123,23 @@ def rows_per_device(stage: StageConfig, name: str, processes: int) -> tuple[int,
     return rows, share // rows
 
 
+def check_stage(stage: StageConfig, name: str, processes: int) -> None:
+    """Raise a ValueError for what transformers would refuse when the stage begins, or do otherwise than is said."""
+    rows_per_device(stage, name, processes)
+    check_choice(stage.scheduler, f"{name}.scheduler", [each.value for each in SchedulerType])
+    known = {each.name for each in dataclasses.fields(TrainingArguments)}
+    for key in stage.arguments:
+        if key in FIXED:
+            raise ValueError(
+                f"{name}.arguments.{key}={shown(stage.arguments[key])}: is said by another field of the stage; use it."
+            )
+        if key not in known:
+            raise ValueError(
+                f"{name}.arguments.{key}={shown(stage.arguments[key])}: is no argument of transformers' "
+                "TrainingArguments."
+            )
+
+
 def training_arguments(
     stage: StageConfig, name: str, folder: str | Path, seed: int, processes: int = 1
 ) -> TrainingArguments:
@@ -150,6 +167,7 @@ def training_arguments(
     check_choice(name, "name", STAGES)
     check_path(folder, "folder")
     seed, processes = check_count(seed, "seed", low=0), check_count(processes, "processes")
+    check_stage(stage, name, processes)
     rows, passes = rows_per_device(stage, name, processes)
     gpu = torch.cuda.is_available() and not stage.arguments.get("use_cpu")
     values: dict[str, Any] = {theirs: getattr(stage, ours) for ours, theirs in GIVEN.items()}
@@ -175,11 +193,6 @@ def training_arguments(
         _checkpointing(): stage.gradient_checkpointing,
         f"{_checkpointing()}_kwargs": {"use_reentrant": False},
     }
-    for key in stage.arguments:
-        if key in FIXED:
-            raise ValueError(
-                f"{name}.arguments.{key}={shown(stage.arguments[key])}: is said by another field of the stage; use it."
-            )
     try:
         return TrainingArguments(**{**values, **stage.arguments})
     except TypeError as error:

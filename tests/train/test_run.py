@@ -120,6 +120,22 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
         train(changed, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"data": [{"file": "none.json", "source": "https://x"}]}, r"none\.json: no such file\. Fetch it from https://x"),
+        ({"scheduler": "cosin"}, "stage2.scheduler='cosin': must be"),
+        ({"arguments": {"nonsense": 1}}, "stage2.arguments.nonsense=1: is no argument"),
+        ({"rows_per_device": 3}, "stage2.rows_per_device=3: must divide 4"),
+    ],
+)
+def test_what_is_wrong_in_the_second_stage_is_said_before_the_first(place, tmp_path, wrong, message):
+    run = fields(place, **wrong) | {"output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig.of(run), report=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.more
 def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
     """From weights of bfloat16, which the result has, too."""
