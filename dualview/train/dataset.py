@@ -137,9 +137,9 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
             RowError: One of them cannot be read.
             ValueError: One of them is not in the cache.
         """
-        if self.cache is not None and (found := self.cache.read(row.images)) is not None:
-            return found
         try:
+            if self.cache is not None and (found := self.cache.read(row.images)) is not None:
+                return found
             loaded = [load_image(path) for path in row.images]
         except ImageError as error:
             raise RowError(f"{row.place}: {error}") from error

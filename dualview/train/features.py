@@ -54,9 +54,12 @@ class FeatureCache:
         self.key = _key_of(model, processor, images_kwargs)
         self.folder = Path(folder) / self.key
 
-    def _file_of(self, content: bytes) -> Path:
-        """Where the features of a picture with this content are, or would be."""
-        key = hashlib.sha256(content).hexdigest()
+    def _file_of(self, path: Path) -> Path:
+        """Where the features of a picture are, or would be."""
+        try:
+            key = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ImageError(f"{path} cannot be read: {error.strerror or error}.") from error
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def fill(self, pictures: Iterable[Path], model: Any, *, shown: bool = False) -> int:
@@ -79,12 +82,11 @@ class FeatureCache:
         with counted(len(pictures), "encoding pictures", "pictures", shown=shown) as done:
             for path in pictures:
                 done(1)
-                target = self._file_of(path.read_bytes())
-                if target.is_file():
-                    continue
                 with suppress(ImageError):  # the row is reported when it is read
-                    self._write(target, self._encoded(path, model), path)
-                    encoded += 1
+                    target = self._file_of(path)
+                    if not target.is_file():
+                        self._write(target, self._encoded(path, model), path)
+                        encoded += 1
         model.train(was_training)
         return encoded
 
@@ -113,8 +115,11 @@ class FeatureCache:
         Shape:
             - view_features: (sub-images of all pictures, h', w', width), of half precision
             - image_canvases, and image_grids, image_sizes where the processor gives them: (pictures, 2)
+
+        Raises:
+            ImageError: A picture cannot be read, so that it is not known which one it is.
         """
-        files = [self._file_of(path.read_bytes()) for path in paths]
+        files = [self._file_of(path) for path in paths]
         if not all(file.is_file() for file in files):
             return None
         found = [load_file(file) for file in files]  # mapped, not read

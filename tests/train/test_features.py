@@ -93,6 +93,23 @@ def test_a_picture_that_changes_is_a_miss(place, tmp_path):
     assert not torch.equal(cache.read([path])["view_features"], before)
 
 
+def test_a_picture_that_has_gone_is_a_bad_row(place, tmp_path):
+    model, processor, gone = tiny_model(), tiny_processor(), place / "images" / "gone.png"
+    shutil.copy(place / "images" / "0.png", gone)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    rows = [{"image": name, "conversations": turns} for name in ("gone.png", "1.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = []
+    data = LlavaDataset(processor, bad_rows="skip", report=said.append).add(tmp_path / "rows.json", place / "images")
+    data.cache = FeatureCache(tmp_path / "cache", model, processor, {})
+    gone.unlink()
+    assert data.cache.fill([gone, place / "images" / "1.png"], model) == 1
+    assert torch.equal(data[0]["view_features"], data[1]["view_features"])  # the next good row stands in
+    assert len(said) == 1
+    assert "row 0: " in said[0]
+    assert "gone.png cannot be read" in said[0]
+
+
 def test_features_that_do_not_fit_are_refused(place, tmp_path):
     model = tiny_model()
     model.model.vision_tower.encoder.layers[1].mlp.fc2.bias.data.fill_(1e6)
