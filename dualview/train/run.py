@@ -165,13 +165,16 @@ def load(source: str | Path) -> tuple[Any, Any]:
     """Model, with weights of float32, and processor of a directory.
 
     Raises:
-        ValueError: There is no INF-LLaVA.
+        ValueError: There is no INF-LLaVA, or no processor of one.
     """
     from dualview.models.inf_llava import InfLlavaForConditionalGeneration
 
     source = Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"model={shown(str(source))}: no model there; `dualview convert` makes such a directory.")
-    processor = AutoProcessor.from_pretrained(source)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"model={shown(str(source))}: its processor cannot be loaded: {error}") from error
     model = InfLlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     return model, processor

@@ -36,7 +36,8 @@ class DualViewTrainer(Trainer):
 
     Raises:
         TypeError: The dataset is another.
-        ValueError: Sharding is asked for, and accelerate would not do it.
+        ValueError: Sharding is asked for, and accelerate would not do it; or one process sees several GPUs, among which
+            transformers would split rows and images without regard to which belong together.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class DualViewTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_instance(train_dataset, "train_dataset", LlavaDataset, "a LlavaDataset")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs: start one for each, torchrun --nproc-per-node {args.n_gpu} -m "
+                "dualview train CONFIG.yaml, or show it a single one by CUDA_VISIBLE_DEVICES=0."
+            )
         self._in_staging = False
         self.progress: Progress | None = None
         self.keep = save_total_limit

@@ -79,6 +79,16 @@ def test_the_tower_rests_while_the_rest_is_trained(place, tmp_path):
     assert resting == {name for name, _ in model.named_modules() if name.startswith("model.vision_tower")}
 
 
+def test_one_process_does_not_train_on_several_gpus(place, tmp_path):
+    """transformers would use nn.DataParallel: batches larger than said, and images apart from their rows."""
+    model, processor = load(place / "base")
+    data = LlavaDataset(processor).add(place / "chats.jsonl", place / "images")
+    arguments = training_arguments(config(place).stages["stage2"], "stage2", tmp_path, 0)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match=r"one process sees 2 GPUs: .* --nproc-per-node 2 .*CUDA_VISIBLE_DEVICES"):
+        DualViewTrainer(model, arguments, data)
+
+
 class StoppedError(Exception):
     pass
 
@@ -120,10 +130,21 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
         train(changed, resume=True)
 
 
+def test_a_model_without_a_processor(place, tmp_path):
+    shutil.copytree(
+        place / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*processor*", "token*", "*.jinja")
+    )
+    with pytest.raises(ValueError, match=r"^model=.*base': its processor cannot be loaded: "):
+        load(tmp_path / "base")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"data": [{"file": "none.json", "source": "https://x"}]}, r"none\.json: no such file\. Fetch it from https://x"),
+        (
+            {"data": [{"file": "none.json", "source": "https://x"}]},
+            r"none\.json: no such file\. Fetch it from https://x",
+        ),
         ({"scheduler": "cosin"}, "stage2.scheduler='cosin': must be"),
         ({"arguments": {"nonsense": 1}}, "stage2.arguments.nonsense=1: is no argument"),
         ({"rows_per_device": 3}, "stage2.rows_per_device=3: must divide 4"),
