@@ -18,7 +18,10 @@ BAD = {
     "no conversations": ({"image": "0.png"}, "conversations=None must be a list of turns"),
     "an empty conversation": (GOOD | {"conversations": []}, r"conversations=\[\] must be"),
     "an unknown role": (GOOD | {"conversations": [{"from": "bot", "value": "hi"}]}, "turn 0 is .*bot"),
-    "a role that is no text": (GOOD | {"conversations": [{"from": ["human"], "value": "hi"}]}, r"turn 0 is .*\['human'\]"),
+    "a role that is no text": (
+        GOOD | {"conversations": [{"from": ["human"], "value": "hi"}]},
+        r"turn 0 is .*\['human'\]",
+    ),
     "a value that is no text": (GOOD | {"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
     "the assistant first": (GOOD | {"conversations": turns("a", "b")[::-1]}, r"turns are from \['gpt', 'human'\]"),
     "no answer": (GOOD | {"conversations": turns("<image> a")}, r"turns are from \['human'\]"),
@@ -76,7 +79,7 @@ def test_a_picture_that_cannot_be_read_is_found_when_it_is_read(place, tmp_path)
 
 
 def test_captions_have_one_image_and_one_answer(place, tmp_path):
-    with pytest.raises(RowError, match="row 0: 2 turns and 0 images; a caption row .* use form: chat"):
+    with pytest.raises(RowError, match=r"row 0: 2 turns and 0 images; a caption row .* use form: chat"):
         dataset(place, tmp_path, [{"conversations": turns("a", "b")}], "plain")
     assert len(dataset(place, tmp_path, CAPTIONS, "plain")) == len(CAPTIONS)
 
@@ -121,6 +124,13 @@ def test_a_batch_of_text_trains_nothing_of_images_and_leaves_none_out(place):
     model.train()(**batch).loss.backward()
     for part in (model.model.dem, model.model.multi_modal_projector):
         assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
+
+
+def test_a_batch_of_text_has_a_loss_in_half_precision(place):
+    model = tiny_model().half().train()
+    model.model.multi_modal_projector.linear_2.bias.data.fill_(6e4)  # two of them are no number of half precision
+    batch = Collator(0)([LlavaDataset(tiny_processor()).add(place / "chats.jsonl", place / "images")[7]])
+    assert model(**batch).loss.isfinite()
 
 
 LENGTHS = [5, -3, 8, -9, 7, 30, -2, 6, 31, -8, 9, 29, -4, 28]

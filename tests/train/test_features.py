@@ -49,6 +49,14 @@ def test_the_loss_and_its_gradients_are_those_without_a_cache(place, tmp_path, k
         torch.testing.assert_close(cached[name], value, rtol=0, atol=2e-3 * max(1e-2, value.abs().max().item()))
 
 
+def test_the_tower_says_nothing_of_pictures_that_are_not_given(place, tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    cache = FeatureCache(tmp_path, model, processor, {})
+    cache.fill(pictures(place)[:1], model)
+    with pytest.raises(ValueError, match="output_hidden_states=True: .* view_features"):
+        model.get_image_features(**cache.read(pictures(place)[:1]), output_hidden_states=True)
+
+
 def test_what_features_depend_on_is_in_the_key(place, tmp_path):
     model, processor = tiny_model(), tiny_processor()
 

@@ -242,7 +242,8 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
             view_features: What `get_view_features` has made of the same images before, in place of ``pixel_values``.
             image_canvases: With ``view_features``, height and width of each image in pixels.
             **kwargs: With ``output_hidden_states`` or ``output_attentions`` (or set so in ``vision_config``) the tower
-                is asked for them once more, for the low-resolution view of each image. Others are not used.
+                is asked for them once more, for the low-resolution view of each image in ``pixel_values``. Others are
+                not used.
 
         Shape:
             - pixel_values: (num_images, 3, H, W), or (total_tiles, 3, h, w)
