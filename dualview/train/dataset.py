@@ -36,7 +36,7 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         form: "plain": an image and its caption, which is learnt; "chat": a conversation, whose answers are learnt.
         max_length: Most tokens of a row; what lies beyond is cut off.
         bad_rows: Whether a bad row is an error, or is reported and skipped. For one that is found bad only when its
-            picture is read, the next good row stands in.
+            picture is read or its text is cut, the next good row stands in.
         images_kwargs: Arguments of the image processor, as ``{"do_pad": False}``.
         report: Called with a line for every bad row that is skipped.
 

@@ -25,6 +25,8 @@ from dualview.train.trainer import DualViewTrainer
 
 RECORD = "config.json"
 """What a folder of a run was begun with."""
+MAY_CHANGE = ("bad_rows", "workers")
+"""Fields of a stage that may be others when a run is resumed: a picture that cannot be read must not end it for good."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], None] = say) -> Path:
@@ -42,7 +44,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
     Raises:
         TypeError: The configuration is none.
         ValueError: Data or model are missing or wrong; the folder of the run is there already, and ``resume`` is False;
-            or the run was begun with another configuration.
+            or the run was begun with another configuration, ``bad_rows`` and ``workers`` aside.
 
     Example:
         ``train(TrainConfig.load("run.yaml"))``; the page on training has one that runs.
@@ -85,7 +87,7 @@ def _begin(config: TrainConfig, output: Path, *, resume: bool) -> None:
         raise ValueError(f"output={shown(str(output))}: exists already; resume the run in it, or name another folder.")
     if record.is_file():
         before, now = json.loads(record.read_text(encoding="utf-8")), json.loads(json.dumps(config.plain()))
-        changed = sorted(_differences(before, now))
+        changed = [each for each in _differences(before, now) if each.split("=")[0].split(".")[-1] not in MAY_CHANGE]
         if changed:
             raise ValueError(
                 f"{changed[0]} is not what {output} was begun with ({len(changed)} differences): resume with the same "

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dualview import cli
 from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, train, training_arguments
 from dualview.train.checkpoints import checkpoints
+from dualview.train.rows import RowError
 from dualview.train.run import load
 from dualview.train.sampler import EpochSampler
 from dualview.train.trainer import DualViewTrainer
@@ -155,6 +156,22 @@ def test_what_is_wrong_in_the_second_stage_is_said_before_the_first(place, tmp_p
     with pytest.raises(ValueError, match=message):
         train(TrainConfig.of(run), report=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_a_bad_row_has_ended_goes_on_without_it(place, tmp_path):
+    shutil.copy(place / "images" / "0.png", place / "images" / "good.png")
+    (place / "images" / "bad.png").write_bytes(b"no picture")
+    rows = [{"image": name, "conversations": turns("<image>", "a")} for name in ("good.png", "bad.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run = fields(place, max_steps=1, batch_size=2) | {"output": str(tmp_path / "run")}
+    run["stage2"]["data"][0]["file"] = str(tmp_path / "rows.json")
+    del run["stage1"]
+    with pytest.raises(RowError, match="row 1: "):
+        train(TrainConfig.of(run), report=lambda line: None)
+    run["stage2"]["bad_rows"] = "skip"
+    said = []
+    assert train(TrainConfig.of(run), resume=True, report=said.append).is_dir()
+    assert "row 1: " in said[0]
 
 
 @pytest.mark.more
