@@ -26,7 +26,7 @@ from dualview.train.trainer import DualViewTrainer
 RECORD = "config.json"
 """What a folder of a run was begun with."""
 MAY_CHANGE = ("bad_rows", "workers")
-"""Fields of a stage that may be others when a run is resumed: a picture that cannot be read must not end it for good."""
+"""Fields of a stage that may change when a run is resumed, so that a bad picture does not end it for good."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], None] = say) -> Path:

@@ -31,7 +31,7 @@ GIVEN = {
 FIXED: tuple[str, ...] = (
     *("output_dir", "seed", "data_seed", "remove_unused_columns", "save_total_limit", "max_steps", "bf16", "fp16"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("gradient_checkpointing", "activation_checkpointing"),
+    *("gradient_checkpointing", "activation_checkpointing", "train_sampling_strategy"),
     *GIVEN.values(),
 )
 """Arguments that fields of the configuration stand for."""

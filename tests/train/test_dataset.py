@@ -160,7 +160,8 @@ def test_steps_have_rows_of_a_length_and_of_a_kind():
 
 
 def test_lengths_are_known_without_a_picture(place, tmp_path):
-    data = dataset(place, tmp_path, [GOOD, {"conversations": turns("a" * 40, "b" * 40)}])
-    Image.open(place / "images" / "0.png").close()
+    Image.new("RGB", (8, 8)).save(place / "images" / "gone.png")
+    data = dataset(place, tmp_path, [GOOD | {"image": "gone.png"}, {"conversations": turns("a" * 40, "b" * 40)}])
+    (place / "images" / "gone.png").unlink()
     assert data.lengths()[0] > 0 > data.lengths()[1]
     assert abs(data.lengths()[1]) == 21
