@@ -72,6 +72,7 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         self.cache: FeatureCache | None = None
         self.rows: list[Row] = []
         self.skipped: list[str] = []
+        self._said: set[str] = set()  # of the same lines, for there may be many
 
     def add(self, file: str | Path, images: str | Path | None = None, *, source: str | None = None) -> LlavaDataset:
         """Add the rows of a file.
@@ -121,7 +122,8 @@ class LlavaDataset(Dataset[dict[str, Tensor]]):
         raise RowError("no row can be trained on.")
 
     def _skip(self, error: RowError) -> None:
-        if str(error) not in self.skipped:
+        if str(error) not in self._said:
+            self._said.add(str(error))
             self.skipped.append(str(error))
             self.report(f"skipped: {error}")
 
