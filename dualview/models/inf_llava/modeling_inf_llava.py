@@ -310,14 +310,16 @@ class InfLlavaModel(InfLlavaPreTrainedModel):
         return tokens.float().sum() * 0.0  # in half precision the sum could be infinite, and this NaN
 
     def _states_of_low_view(self, images: Tensor | list[Tensor] | None, options: Any) -> dict[str, Any]:
-        """What the tower says of its layers, where that is asked for; without images it must not be."""
+        """What the tower says of its layers, where that is asked for; without images a call must not."""
         config, names = self.config.vision_config, {"hidden_states", "attentions"}
         asked = {f"output_{name}": options.get(f"output_{name}") for name in names}
+        if images is None:
+            if wanted := [name for name, value in asked.items() if value]:
+                raise ValueError(f"{wanted[0]}=True: view_features hold no states of the tower: give pixel_values.")
+            return {}
         asked = {name: getattr(config, name, None) if value is None else value for name, value in asked.items()}
         if not any(asked.values()):
             return {}
-        if images is None:
-            raise ValueError(f"{asked}: view_features hold no states of the tower: give pixel_values to get them.")
         batches = [images] if isinstance(images, Tensor) else [image[None] for image in images]
         low = torch.cat([interpolate(batch, self.tile) for batch in batches])
         states = self.vision_tower(low, return_dict=True, **asked)
