@@ -154,13 +154,19 @@ def train(options: argparse.Namespace) -> None:
 
 def probe(options: argparse.Namespace) -> None:
     """Run `dualview probe`."""
+    from dualview.probe.document import missing
     from dualview.probe.figure import draw
     from dualview.probe.results import table
     from dualview.probe.run import FULL, SMALL, run_probe
 
-    picture = options.output.with_suffix(".png")
     check_file(options.output)
+    if options.output.suffix.lower() == ".png":
+        raise ImageError(
+            f"{options.output}: the figure beside the results has this name: give them another, as probe.json."
+        )
+    picture = options.output.with_suffix(".png")
     check_output(picture)
+    _check_device(options.device)
     document = run_probe(
         FULL if options.full else SMALL,
         options.output,
@@ -171,7 +177,16 @@ def probe(options: argparse.Namespace) -> None:
     )
     replace_file(picture.resolve(), memoryview(draw(document)))
     say(table(document))
+    if left := missing(document):
+        say(f"not trained in time: {len(left)} of {len(document['planned'])}")
     say(f"wrote {options.output} and {picture}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:  # the former of a torch that was built without CUDA
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _chat(options: argparse.Namespace) -> Chat:

@@ -15,6 +15,7 @@ from typing import TextIO
 EXTRA = {
     **dict.fromkeys(("PIL", "numpy", "matplotlib", "tqdm", "transformers"), "demo"),
     **dict.fromkeys(("accelerate", "peft", "yaml"), "train"),
+    **dict.fromkeys(("skimage", "sklearn"), "probe"),
 }
 """Packages that may be missing, and the extra that brings them."""
 NO_MEMORY = re.compile(r"(can't|cannot|unable to|failed to) (allocate|map)|out of memory", re.IGNORECASE)

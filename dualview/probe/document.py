@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +21,8 @@ from dualview.probe.questions import TASKS
 Document = dict[str, Any]
 
 
-def new_document(plan: Plan, device: torch.device, encoders: Sequence[dict[str, Any]]) -> Document:
-    """A document without rows: what was planned, and where."""
+def new_document(plan: Plan, device: torch.device) -> Document:
+    """A document without encoders and rows: what was planned, and where."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     sample = Draw("test", "test", 0, 12)
     images, questions = digest(sample)
@@ -37,7 +36,7 @@ def new_document(plan: Plan, device: torch.device, encoders: Sequence[dict[str, 
         "seeds": list(plan.seeds),
         "pages": {str(pixels): list(counts) for pixels, counts in plan.pages.items()},
         "digest": {"pages": sample.count, "images": images, "questions": questions},
-        "encoders": list(encoders),
+        "encoders": [],
         "planned": [[arm.name, arm.table, seed, arm.pixels] for arm, seed in plan.jobs()],
         "rows": [],
     }

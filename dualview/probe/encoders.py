@@ -40,9 +40,10 @@ def pretrained_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = ReaderVisionModel(ReaderVisionConfig())
-    pretrain(tower, steps, seed=seed, device=device, watch=watch)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
+    pretrain(tower, steps, seed=seed, device=device, watch=watch)
+    if kept is not None:
         with new_folder(kept) as half:
             tower.save_pretrained(half)
     trained: nn.Module = tower.eval()

@@ -163,12 +163,12 @@ def shipped(package: str, file: str) -> Path:
     """A file that a package ships, without importing the package.
 
     Raises:
-        ImportError: It is not installed.
+        ModuleNotFoundError: It is not installed.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise ImportError(
-            f'the probe needs {package}, which is not installed: pip install -e ".[probe]" in your clone.'
+        raise ModuleNotFoundError(
+            f'the probe needs {package}, which is not installed: pip install -e ".[probe]" in your clone.', name=package
         )
     return Path(spec.origin).parent / file
 

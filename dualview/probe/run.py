@@ -89,12 +89,12 @@ def run_probe(
     device, plan = torch.device(device), scale.plan
     processes = cores() if device.type == "cuda" else min(2, cores())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    encoders, facts = {}, []
+    document = new_document(plan, device)  # draws pages: what is not installed is missed before anything is trained
+    encoders = {}
     for seed in plan.seeds:
         tower, fact = _tower(seed, scale.encoder_steps, device, towers, progress)
         encoders[seed] = encoder_of(tower)
-        facts.append(fact)
-    document = new_document(plan, device, facts)
+        document["encoders"].append(fact)
     with drawing(processes) as pool:
         of_shift = {seed: [(draw, draw.chunks(pool)) for draw in scale.shift_draws(seed)] for seed in plan.seeds}
         drawn = plan.drawn(pool)  # the pool draws, the device does the rest

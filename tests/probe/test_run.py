@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dualview import cli
-from dualview.probe import encoders, run
+from dualview.probe import backgrounds, encoders, glyphs, run
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing, write
 from dualview.probe.draws import digest
@@ -20,6 +21,7 @@ from dualview.probe.questions import QUESTIONS, TASKS
 from dualview.probe.results import Results, chance, table
 from dualview.probe.run import FULL, SMALL, TINY, run_probe
 from dualview.probe.training import Budget
+from dualview.reader import pretrain as pretraining
 
 
 def small_tower(seed, steps, **_):
@@ -147,12 +149,36 @@ def test_a_tower_is_kept_and_found(tmp_path):
     torch.testing.assert_close(encoders.encoder_of(found, 1)(pixels), tokens, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json"])
+@pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png"])
 def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, monkeypatch, capsys, output):
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr(run, "run_probe", None)
     assert cli.main(["probe", "-o", str(tmp_path / output)]) == 1
     assert "probe" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused_first(tmp_path, capsys):
+    assert cli.main(["probe", "-o", str(tmp_path / "probe.json"), "--device", "gpu"]) == 1
+    assert capsys.readouterr().err.startswith("dualview probe: error: --device gpu: ")
+
+
+def test_a_file_in_the_place_of_the_towers_is_refused_before_any_training(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pretraining, "pretrain", None)
+    with pytest.raises(FileExistsError, match="file"):
+        encoders.pretrained_tower(0, 1, folder=tmp_path / "file")
+
+
+@pytest.mark.parametrize("package", ["sklearn", "skimage"])
+def test_a_missing_package_is_named_before_any_training(package, tmp_path, monkeypatch, capsys):
+    for cached in (glyphs.glyphs_of, backgrounds.photographs):
+        cached.cache_clear()
+    monkeypatch.setattr(glyphs, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(run, "pretrained_tower", None)
+    assert cli.main(["probe", "-o", str(tmp_path / "probe.json")]) == 1
+    assert capsys.readouterr().err == (
+        f'dualview probe: error: {package} is not installed: run pip install -e ".[probe]" in your clone\n'
+    )
 
 
 def test_a_hash_names_the_pages():
