@@ -142,10 +142,10 @@ def convergence(results: Results) -> str:
         curves = [row["curve"] for row in results.rows[arm].values()]
         half, late, end = (
             sum(curve[place][1] for curve in curves) / len(curves)
-            for place in (len(curves[0]) // 2 - 1, -max(2, len(curves[0]) // 4), -1)
+            for place in (len(curves[0]) // 2 - 1, len(curves[0]) * 9 // 10 - 1, -1)
         )
         rows.append([arm, str(curves[0][-1][0]), *(f"{100 * x:.1f}" for x in (half, late, end))])
-    return markdown(("arm", "steps", "after half", "after four fifths", "at the end"), rows)
+    return markdown(("arm", "steps", "after half", "after nine tenths", "at the end"), rows)
 
 
 def shift(document: Document) -> str:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
@@ -10,7 +11,7 @@ from dualview.probe.arms import ARMS
 from dualview.probe.document import missing
 from dualview.probe.draws import Draw, digest
 from dualview.probe.questions import TASKS
-from dualview.probe.results import Results
+from dualview.probe.results import TASK, Results
 from dualview.probe.run import FULL
 from dualview.probe.statistics import Interval
 
@@ -70,8 +71,33 @@ def test_claims_of_the_text(results):
     cost = results.document["cost"]
     ratio = cost["DEM paper + residual + norm"]["operations"] / cost["MLP of as many parameters"]["operations"]
     assert 14 < ratio < 16
-    for task in ("find a needle", "count"):
-        assert all(results.accuracy(arm, task).mean < 0.19 for arm in results.arms)
+    for task, most in {"find a needle": 0.14, "count": 0.19, "relate": 0.37, "is it there": 0.6}.items():
+        assert all(results.accuracy(arm, task).mean < most for arm in results.arms), task
+    on, off = (
+        results.accuracy("local + thumbnail, linear", "read at a seam", seam=seam, against="local").mean
+        for seam in (True, False)
+    )
+    assert (round(100 * on), round(100 * off)) == (8, 2)
+
+
+@pytest.mark.more
+def test_what_a_cover_alone_tells_of_what_is_there(results):
+    """On a page without a cover "no" or "yes", on one with it "yes" or "cannot tell": the more frequent of both."""
+    draw, kinds = Draw("test", "test", 0, len(results.questions)), list(TASKS)
+    answers = results.questions[results.questions[..., TASK] == kinds.index("is it there")][:, 7].reshape(
+        draw.count, -1
+    )
+    covered = np.array([any(glyph.hidden for glyph in draw.scene(i).glyphs) for i in range(draw.count)])
+    right = sum(np.unique(answers[which], return_counts=True)[1].max() for which in (covered, ~covered))
+    assert right / answers.size == pytest.approx(0.61, abs=0.005)
+
+
+@pytest.mark.more
+def test_arms_still_gained_in_the_second_half(results):
+    for arm in results.arms:
+        curves = [dict(map(tuple, row["curve"])) for row in results.rows[arm].values()]
+        gained = sum(curve[1500] - curve[750] for curve in curves) / len(curves)
+        assert 0.5 / 100 < gained < 3.5 / 100
 
 
 @pytest.mark.more
