@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def drawing(processes: int) -> Iterator[Pool | None]:
     if processes < 2:
         yield None
         return
-    with get_context("spawn").Pool(processes) as pool:
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # of ctrl-C the one that asked them speaks
+    with get_context("spawn").Pool(processes, signal.signal, ignored) as pool:
         yield pool
 
 

@@ -78,7 +78,7 @@ def train_embedded(
 
     Args:
         output: Folder of the run. ``dual`` and ``low-res`` in it are the results.
-        recipe: How much is trained. None: as the shipped model.
+        recipe: How much is trained. None: the defaults of `Recipe`.
         device: Where to compute; None for a GPU where there is one.
         workers: Processes that read pictures.
         arms: Which of the two models to train.
