@@ -18,8 +18,8 @@ from dualview.outputs import new_folder
 from dualview.reader.align import SeenPages, align, pictures
 from dualview.reader.building import build_model
 from dualview.reader.corpus import write_corpus
-from dualview.reader.glyphs import build_atlas
-from dualview.reader.pretrain import PATCH, pretrain
+from dualview.reader.glyphs import HELD_OUT_FONTS, build_atlas
+from dualview.reader.pretrain import PATCH, pretrain, reading_accuracy
 from dualview.reader.warm_up import HEIGHTS, ToldPages, warm_up
 from dualview.terminal import say
 from dualview.train import FeatureCache, TrainConfig, train
@@ -118,9 +118,11 @@ def train_tower(folder: Path, recipe: Recipe, device: str, minutes: Minutes) -> 
             head = pretrain(
                 tower, recipe.tower_steps, seed=recipe.seed, batch=recipe.tower_batch, device=device, watch=watch
             )
+        for height in (6, 8, 14, 28):
+            share = reading_accuracy(tower, head, height, seed=recipe.seed, fonts=HELD_OUT_FONTS)
+            minutes.report(f"tower: {share:.0%} of glyphs of {height} pixels in fonts never trained on")
         with new_folder(folder) as made:
             tower.cpu().save_pretrained(made)
-            torch.save(head.cpu().state_dict(), made / "head.pt")
     loaded: ReaderVisionModel = ReaderVisionModel.from_pretrained(folder)
     return loaded
 
