@@ -14,8 +14,7 @@ from tests.attach.matrix import CELLS, ENLARGED, PAGE, described, logits, on_pag
 
 FAMILIES = (*SQUARE, *PACKED)
 QUICK = ("llava", "qwen2_5_vl")  # every cell, always
-MORE = ("gemma3", "internvl", "mistral3", "qwen3_vl")  # every cell, by `make test-more`
-CHEAP = ("step 0", "gradients", "text alone", "detach")  # of all families, by `make test-more`; the rest by `test-all`
+MORE = ("gemma3", "internvl", "mistral3", "qwen3_vl")  # every cell, by `make test-more`; the others by `make test-all`
 
 
 def tries() -> Iterator[object]:
@@ -23,7 +22,7 @@ def tries() -> Iterator[object]:
         for cell in CELLS:
             slow = cell == "compile" and family != "llava"  # half a minute each
             quick = family in QUICK and cell != "compile"
-            often = quick or (not slow and (family in (*QUICK, *MORE) or cell in CHEAP))
+            often = quick or (not slow and family in (*QUICK, *MORE))
             if often or "TEST_ALL" in os.environ:
                 yield pytest.param(family, cell, marks=[] if quick else pytest.mark.more, id=f"{family}-{cell}")
 
