@@ -1,6 +1,7 @@
 """The scripts of examples/ do what the documentation says that they do."""
 
 import ast
+import os
 import re
 import runpy
 import sys
@@ -112,14 +113,16 @@ def test_attach_to_llava(capsys, monkeypatch, tmp_path):
     assert float(re.findall(r"the gate: 0 to ([\d.]+)", printed)[-1]) > 0.05
 
 
-@pytest.mark.more
-def test_attach_to_llava_with_trl(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    script = runpy.run_path(str(ROOT / "examples" / "attach_to_llava.py"))
-    host, processor = script["small_llava"]()
-    script["with_trainer"](host, script["examples"](14, 2000), processor, max_steps=100, learning_rate=3e-3)
-    model, larger = script["tuned"](host, processor, "hires", script["with_trl"])
-    first, last = map(float, re.findall(r"SFTTrainer: loss ([\d.]+) to ([\d.]+)", capsys.readouterr().out)[0])
-    assert last < first / 2
-    assert model.base_model.model.model.vision_tower.dualview.modules_to_save["default"].gate.abs().mean() > 0.05
-    assert script["right"](model, script["examples"](7, 200), larger) > 0.6
+if "TEST_ALL" in os.environ:  # it takes minutes
+
+    @pytest.mark.more
+    def test_attach_to_llava_with_trl(capsys, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        script = runpy.run_path(str(ROOT / "examples" / "attach_to_llava.py"))
+        host, processor = script["small_llava"]()
+        script["with_trainer"](host, script["examples"](14, 2000), processor, max_steps=100, learning_rate=3e-3)
+        model, larger = script["tuned"](host, processor, "hires", script["with_trl"])
+        first, last = map(float, re.findall(r"SFTTrainer: loss ([\d.]+) to ([\d.]+)", capsys.readouterr().out)[0])
+        assert last < first / 2
+        assert model.base_model.model.model.vision_tower.dualview.modules_to_save["default"].gate.abs().mean() > 0.05
+        assert script["right"](model, script["examples"](7, 200), larger) > 0.6
