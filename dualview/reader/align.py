@@ -6,7 +6,6 @@ of a page say more than the few words that a question asks for. Stage 1 begins f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dualview.reader.corpus import BATCH, pages_of
+from dualview.reader.descent import Descent
 from dualview.reader.warm_up import symbols_of, vocabulary
 from dualview.train import FeatureCache
 
@@ -74,13 +74,10 @@ def align(
     model = model.to(device)
     front = [part for part in (model.model.dem, model.model.multi_modal_projector) if part is not None]
     parameters = [p for part in front for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    random, step, steps = torch.Generator().manual_seed(seed), 0, epochs * len(pages)
+    descent = Descent(parameters, learning_rate, epochs * len(pages), warm_up=30, decay=0.01, watch=watch)
+    random = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for batch in DataLoader(pages, batch_size=None, shuffle=True, generator=random):
-            rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rate
             symbols, features, canvases = (
                 batch[name].to(device) for name in ("symbols", "view_features", "image_canvases")
             )
@@ -88,13 +85,7 @@ def align(
                 names, said = vocabulary(model.get_input_embeddings(), tokenizer, pages.tokens)
             given = model.get_image_features(view_features=features, image_canvases=canvases).pooler_output
             loss = _loss(torch.stack(list(given)), symbols.flatten(1), names, said)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            if watch is not None:
-                watch(step, float(loss.detach()))
-            step += 1
+            descent.step(loss)
 
 
 def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor:

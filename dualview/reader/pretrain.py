@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.models.reader.modeling_reader import FrozenBatchNorm, ReaderVisionModel, waves
+from dualview.reader.descent import Descent
 from dualview.reader.drawing import Lattice, backgrounds, bends, contrasting, draw, finish, uniform
 from dualview.reader.glyphs import CLASSES, Atlas, build_atlas
 
@@ -143,12 +144,9 @@ def pretrain(
     tower, head, atlas = tower.to(device).train(), head.to(device), build_atlas().to(device)
     places = places.to(device)
     parameters = [*tower.parameters(), *head.parameters(), *places.parameters()]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    descent = Descent(parameters, learning_rate, steps, watch=watch)
     learn_statistics(tower, True)
     for step in range(steps):
-        rate = min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
         large = step % 8 == 7
         tiles = draw_tiles(
             batch // 4 if large else batch, side * 2 if large else side, 12 if step * 12 < steps else 4, random, atlas
@@ -157,12 +155,7 @@ def pretrain(
         place = waves(tiles.labels.shape[1], tiles.labels.shape[2], tokens).flatten(0, 1)
         loss = _loss(head(tokens).flatten(0, 1).float(), tiles.labels.flatten())
         loss = loss + 2 * (places(tokens) - place).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if watch is not None:
-            watch(step, float(loss.detach()))
+        descent.step(loss)
     learn_statistics(tower, False)
     tower.eval()
     return head

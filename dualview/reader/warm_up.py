@@ -7,7 +7,6 @@ model with drawn weights would have nothing to say to a projector.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from random import Random
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from dualview.reader.descent import Descent
 from dualview.reader.glyphs import CHARACTERS, CLASSES
 from dualview.reader.pages import CELLS, COVERED, Pages, sample_pages
 from dualview.reader.questions import ask, caption, place
@@ -207,11 +207,8 @@ def warm_up(
     model = model.to(device).train()
     language, head = model.model.language_model, model.lm_head
     parameters = list({id(p): p for m in (language, head) for p in m.parameters()}.values())
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
-    for step, batch in enumerate(DataLoader(pages, batch_size=None, num_workers=workers)):
-        rate = min(1.0, (step + 1) / 60) * 0.5 * (1 + math.cos(math.pi * step / len(pages)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate
+    descent = Descent(parameters, learning_rate, len(pages), watch=watch)
+    for batch in DataLoader(pages, batch_size=None, num_workers=workers):
         symbols, ids, labels = (x.to(device) for x in batch)
         words = language.get_input_embeddings()
         page = told(symbols, words, pages.tokenizer)
@@ -219,10 +216,5 @@ def warm_up(
         states = language(inputs_embeds=embedded).last_hidden_state[:, :-1]
         learnt = labels[:, 1:] != IGNORED
         loss = nn.functional.cross_entropy(head(states[learnt]).float(), labels[:, 1:][learnt])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if watch is not None:
-            watch(step, float(loss.detach()))
+        descent.step(loss)
     model.eval()
