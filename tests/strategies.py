@@ -1,10 +1,29 @@
 """What Hypothesis draws from. The simplest example of every strategy has unequal height and width."""
 
+import os
+from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+ALL = "TEST_ALL" in os.environ
+"""Whether this is `make test-all`: with every case, also where a few show as much of what is likely to break."""
+
+
+def examples(count: int) -> int:
+    """So many examples on every push, ten times as many in `make test-all`."""
+    return count * (10 if ALL else 1)
+
+
+def some(cases: Iterable[Any], every: int) -> list[Any]:
+    """One of so many cases, all in `make test-all`.
+
+    Where they are a product, ``every`` should share no factor with its inner lengths: every value is then among them.
+    """
+    return list(cases)[:: 1 if ALL else every]
 
 
 def _pairs(most: int) -> list[tuple[int, int]]:

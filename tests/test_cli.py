@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -417,7 +416,7 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch):
 
 
 class TestAsAProcess:
-    """What only a process of its own shows."""
+    """What only a process of its own shows. At a width of 96 no encoder is counted, and no transformers loaded."""
 
     def run(self, *argv, before="", **env):
         shell = f"{before} exec {shlex.quote(sys.executable)} -m dualview {argv[0]}"
@@ -458,17 +457,17 @@ class TestAsAProcess:
         self.fails(self.run("explain", DUALVIEW_BACKEND="xyz"), "DUALVIEW_BACKEND='xyz': must be")
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-    @pytest.mark.parametrize("command", ["explain", "--help", "--version", "view --help"])
+    @pytest.mark.parametrize("command", ["explain --dim 96", "--help", "--version", "view --help"])
     def test_a_full_device(self, command):
         self.fails(self.run(f"{command} >/dev/full"), "standard output cannot be written: No space left on device")
 
     def test_no_output_at_all(self):
-        self.fails(self.run("explain >&-"), "standard output cannot be written: Bad file descriptor")
-        assert self.run("explain >&- 2>&-").returncode == 1
+        self.fails(self.run("explain --dim 96 >&-"), "standard output cannot be written: Bad file descriptor")
+        assert self.run("explain --dim 96 >&- 2>&-").returncode == 1
 
     def test_a_closed_pipe(self):
         done = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {shlex.quote(sys.executable)} -m dualview explain | true"],
+            ["bash", "-c", f"set -o pipefail; {shlex.quote(sys.executable)} -m dualview explain --dim 96 | true"],
             capture_output=True,
             text=True,
             check=False,
@@ -535,20 +534,14 @@ class TestAsAProcess:
         assert "Warning" not in done.stderr
         assert "TIFF" not in done.stderr.replace("PPM", "").split("format")[0]
 
-    def test_help_comes_at_once(self):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            assert self.run("--help").returncode == 0
-            times.append(time.perf_counter() - start)
-        assert min(times) < 0.5
 
-
-def test_the_command_loads_nothing_heavy():
+def test_help_loads_nothing_heavy():
+    """So it comes at once."""
     code = (
-        "import sys; before = set(sys.modules); import dualview.cli; "
+        "import sys; before = set(sys.modules); from dualview.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    print('ends with', end.code)\n"
         "print({name.partition('.')[0] for name in set(sys.modules) - before}"
         " & {'torch', 'PIL', 'numpy', 'matplotlib', 'tqdm', 'transformers', 'timm', 'open_clip', 'triton'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout.endswith("ends with 0\nset()\n")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import dualview as dv
 from tests import reference
 from tests.checks import refuses
-from tests.strategies import batches, numbered, perspectives
+from tests.strategies import batches, examples, numbered, perspectives
 from tests.strategies import tiles as pairs
 
 TILE = (4, 6)
@@ -171,7 +171,7 @@ class TestInverse:
 
 class TestMasks:
     @given(sides, sides, pairs, st.integers(0, 1), st.integers(0, 2))
-    @settings(max_examples=100)
+    @settings(max_examples=examples(40))
     def test_tokens_that_see_a_pixel(
         self, height: int, width: int, tokens: tuple[int, int], below: int, right: int
     ) -> None:

@@ -3,6 +3,7 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from dualview.geometry import LiveTiles
 from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration
 from dualview.ops.planned import products
 from tests.checks import refuses
+from tests.strategies import some
 
 TILE, TOKENS, DIM = (4, 9), (2, 3), 16
 GRIDS = [(2, 3), (1, 2), (3, 1), (1, 1)]
@@ -53,14 +55,17 @@ def rows_of(explanation: Explanation) -> dict[str, tuple[str, str]]:
     return rows
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, (3, 3), (5, 3)])
-@pytest.mark.parametrize("low_res", ["mean", "add", None])
-@pytest.mark.parametrize(
-    "dem",
-    [DualPerspectiveEnhance.paper(DIM), DualPerspectiveEnhance.released(DIM), DirectReadout("local"), None],
-    ids=["paper", "released", "direct", "none"],
-)
-def test_encoder_rows_are_what_is_encoded(grid: tuple[int, int], low_res: str | None, dem: nn.Module | None) -> None:
+DEMS = {
+    "paper": DualPerspectiveEnhance.paper(DIM),
+    "released": DualPerspectiveEnhance.released(DIM),
+    "direct": DirectReadout("local"),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("grid, low_res, name", some(product([*GRIDS, (3, 3), (5, 3)], ["mean", "add", None], DEMS), 5))
+def test_encoder_rows_are_what_is_encoded(grid: tuple[int, int], low_res: str | None, name: str) -> None:
+    dem = DEMS[name]
     model = DualViewEncoder(Patches(), dem, tile=TILE, low_res=low_res, max_tiles_per_pass=1000)
     rows = rows_of(explain(model, grid=grid, tokens=TOKENS))
     model.encoder.shapes.clear()

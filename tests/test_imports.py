@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dualview
+from tests.fresh import run_fresh
 
 OPTIONAL = {
     "transformers",
@@ -33,7 +34,8 @@ def loaded_after(statements: str) -> set[str]:
         "import json, sys, torch\nbefore = set(sys.modules)\n"
         f"{statements}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    run = run_fresh(code)
+    assert run.returncode == 0, run.stderr
     return set(json.loads(run.stdout))
 
 

@@ -1,10 +1,6 @@
 """A file is written whole, or what was there stays."""
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import dualview as dv
 from dualview import outputs
 from dualview.images import ImageError
 from dualview.outputs import SAVED_AS, save_image
+from tests.fresh import run_fresh
 from tests.pictures import noise
 
 PICTURE = Image.fromarray(noise(64, 64))
@@ -95,9 +92,7 @@ def test_a_file_that_may_not_grow(tmp_path):
     """
     path = tmp_path / "x.jpg"
     path.write_bytes(b"before")
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(path)], capture_output=True, text=True, check=True
-    )
+    run = run_fresh(code, str(path))
     assert run.stdout == f"{path} cannot be written: File too large.\n"
     assert path.read_bytes() == b"before"
     assert [each.name for each in tmp_path.iterdir()] == ["x.jpg"]
@@ -133,7 +128,6 @@ def test_interrupted_between_the_write_and_the_end(tmp_path):
     """
     path = tmp_path / "x.png"
     path.write_bytes(b"before")
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], capture_output=True, check=False)
-    assert run.returncode == -signal.SIGINT
+    assert run_fresh(code, str(path)).stderr.endswith("KeyboardInterrupt\n")
     assert path.read_bytes() == b"before"
     assert [each.name for each in tmp_path.iterdir()] == ["x.png"]

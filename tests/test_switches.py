@@ -2,9 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from itertools import permutations
@@ -19,6 +16,7 @@ from dualview import DualPerspectiveEnhance, DualViewEncoder
 from dualview.explain import explain
 from dualview.kernels.dispatch import BACKEND, choose, use_backend
 from dualview.switches import FULL, Switch, full_computation, planning
+from tests.fresh import run_fresh
 
 BONUS = {"off": 0.0, "on": 1.0, "more": 2.0}
 
@@ -212,7 +210,7 @@ def test_a_forked_child_has_the_blocks_of_its_thread_alone(held: str, within: st
     """Also where another thread holds the lock at that moment, which nobody in the child would release."""
     expected = [value, value, "more", "more", value, value]
     code = FORK.replace("HELD", held).replace("WITHIN", within).replace("EXPECTED", repr(expected))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    run = run_fresh(code)
     assert run.stdout.split() == ["0", "off", "off"], run.stderr
 
 
@@ -400,15 +398,15 @@ def test_a_wrong_backend_is_refused_in_a_graph() -> None:
 
 
 def test_the_environment_is_checked_at_import() -> None:
-    code = textwrap.dedent("""
+    code = """
         import os
         os.environ["DUALVIEW_BACKEND"] = "cuda"
         try:
             import dualview.kernels.dispatch
         except ValueError as error:
             print(error)
-    """)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    """
+    run = run_fresh(code)
     assert run.stdout.startswith("the environment variable DUALVIEW_BACKEND='cuda': must be"), run.stderr
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualview.kernels import dispatch
-from tests.strategies import laid_out
+from tests.strategies import examples, laid_out  # noqa: F401 - the tests here take both from here
 
 if not torch.cuda.is_available():
     assert "triton" not in sys.modules or dispatch.interpreting(), (
@@ -55,11 +55,6 @@ def _interpreter_rounds():
     ordinary_cast, InterpreterBuilder.cast_impl = InterpreterBuilder.cast_impl, cast
     yield
     InterpreterBuilder.cast_impl = ordinary_cast
-
-
-def examples(count: int) -> int:
-    """So many examples on every push, ten times as many in `make test-all`."""
-    return count * (10 if "TEST_ALL" in os.environ else 1)
 
 
 def poison(dtype: torch.dtype) -> float | int | bool:

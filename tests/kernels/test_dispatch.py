@@ -1,10 +1,6 @@
 """Who decides which implementation runs, and what it says about it."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,20 +14,14 @@ from dualview.ops import tiling
 from dualview.ops.normalized_crop import normalized_crop
 from dualview.ops.tile_attention import tile_attention
 from tests.checks import refuses
+from tests.fresh import run_fresh
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
 def in_a_fresh_interpreter(code, **environment):
     """What the code prints; where it fails, its errors."""
-    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DUALVIEW_BACKEND")}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_fresh(code, **environment)
     return run.stdout.strip() if run.returncode == 0 else run.stderr
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import dualview as dv
 from tests.checks import refuses
+from tests.strategies import examples
 
 PADDINGS = ["zeros", "reflect", "replicate"]
 
@@ -30,7 +31,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 class TestEqualsTheWholeMap:
     @given(st.data())
-    @settings(max_examples=60)
+    @settings(max_examples=examples(25))
     def test_a_model_within_its_margin(self, data: st.DataObject) -> None:
         torch.manual_seed(0)
         kernels = data.draw(st.lists(st.tuples(*[st.sampled_from([3, 1, 5])] * 2), min_size=1, max_size=3))
@@ -69,7 +70,7 @@ class TestEqualsTheWholeMap:
         assert (padded - model(x[None, :, :38])[0]).abs().max() > 1e-3
 
     @given(st.data())
-    @settings(max_examples=40)
+    @settings(max_examples=examples(20))
     def test_any_stride(self, data: st.DataObject) -> None:
         """Coarser by 2 to 4, finer by 2 and 3: where tiles start at multiples of the stride."""
         torch.manual_seed(0)
@@ -90,7 +91,7 @@ class TestEqualsTheWholeMap:
         close(out, model(x[None])[0].detach())
 
     @given(st.data())
-    @settings(max_examples=30)
+    @settings(max_examples=examples(15))
     def test_padding_gives_the_padded_map(self, data: st.DataObject) -> None:
         torch.manual_seed(0)
         k = data.draw(st.sampled_from([1, 2, 3]))

@@ -22,7 +22,7 @@ import dualview as dv
 from dualview.large import sources
 from tests.checks import fresh, refuses
 from tests.large.sources import Assigned, Chunked, values
-from tests.strategies import data_formats, grids
+from tests.strategies import data_formats, examples, grids
 from tests.strategies import tiles as tile_sizes
 from tests.test_blending import cases, windows
 
@@ -40,7 +40,7 @@ def picture(size: tuple[int, int], data_format: str, channels: int, dtype: objec
 
 class TestLocalTiles:
     @given(cases(), data_formats, st.sampled_from([np.uint8, np.float32, ">u2", np.int64, bool]))
-    @settings(max_examples=40)
+    @settings(max_examples=examples(20))
     def test_are_those_of_the_crop(self, case: dict, data_format: str, dtype: object) -> None:
         x = picture(case["size"], data_format, 3, dtype)
         options = {"tile": case["tile"], "overlap": case["overlap"], "border": case["border"]}
@@ -76,7 +76,7 @@ class TestLocalTiles:
 
 class TestStrideTiles:
     @given(grids, tile_sizes, data_formats, st.sampled_from([np.uint8, np.float32, ">u2"]), st.integers(1, 400))
-    @settings(max_examples=25)
+    @settings(max_examples=examples(15))
     def test_are_those_of_the_crop(
         self, grid: tuple[int, int], tile: tuple[int, int], data_format: str, dtype: object, budget: int
     ) -> None:
@@ -112,7 +112,7 @@ class TestStrideTiles:
         assert len(source.decoded) == 4 * 5
 
     @given(cases(), data_formats)
-    @settings(max_examples=25)
+    @settings(max_examples=examples(15))
     def test_padding_fills_up_with_zeros(self, case: dict, data_format: str) -> None:
         size, tile = case["size"], case["tile"]
         x = picture(size, data_format, 2)
@@ -136,7 +136,7 @@ class TestStrideTiles:
 
 class TestWriter:
     @given(cases(), windows, data_formats, st.sampled_from([torch.uint8, torch.float32, torch.float64, torch.int32]))
-    @settings(max_examples=40)
+    @settings(max_examples=examples(20))
     def test_is_blend_tiles(self, case: dict, window: str, data_format: str, dtype: torch.dtype) -> None:
         options = {key: case[key] for key in ("overlap", "border")}
         x = torch.from_numpy(picture(case["size"], data_format, 2))

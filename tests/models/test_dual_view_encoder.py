@@ -29,6 +29,7 @@ from dualview.ops.planned.live import LayerPlan
 from dualview.ops.tiling import crop
 from tests import reference
 from tests.checks import refuses
+from tests.strategies import examples
 
 DIM = 16
 PATCH = (2, 3)
@@ -131,7 +132,7 @@ DEMS = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(
     st.sampled_from(list(DEMS)),
     st.sampled_from(["mean", "add", None]),
@@ -424,7 +425,7 @@ def seen_tokens(valid: Tensor, grid: tuple[int, int], tile: tuple[int, int], per
     return reference.join(tokens, grid, perspective)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(15))
 @given(st.lists(st.sampled_from([(2, 3), (1, 2), (3, 1), (1, 1), (3, 3)]), min_size=1, max_size=4), st.integers(0, 99))
 def test_pixel_masks_become_token_masks_of_both_perspectives(grids: list[tuple[int, int]], seed: int) -> None:
     torch.manual_seed(seed)

@@ -1,14 +1,18 @@
 """Exported to ONNX and run by onnxruntime: the same as torch."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 import dualview as dv
+from tests.strategies import ALL, some
 from tests.tiny import prompt, tiny_model
 
-PRESETS = pytest.mark.parametrize("preset", ["released", "paper"])
+RELEASED, PAPER = (
+    pytest.mark.parametrize("preset", presets[: 1 + ALL]) for presets in (["released", "paper"], ["paper", "released"])
+)
 pytestmark = [pytest.mark.more, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
@@ -26,8 +30,9 @@ def same_in_onnxruntime(module, args, others, folder, **options):
             torch.testing.assert_close(torch.tensor(found[0]), module(*given), rtol=1e-4, atol=1e-5)
 
 
-@PRESETS
-@pytest.mark.parametrize("options", [{}, {"fusion": "conv3x3", "gate": True}])
+@pytest.mark.parametrize(
+    "preset, options", some(product(["released", "paper"], [{}, {"fusion": "conv3x3", "gate": True}]), 3)
+)
 def test_the_enhancement_module(preset, options, tmp_path):
     dem = getattr(dv.DualPerspectiveEnhance, preset)(32, **options).eval()
     for parameter in dem.parameters():
@@ -81,14 +86,14 @@ def tokens(count):
     return prompt(count), mask
 
 
-@PRESETS
+@PAPER
 def test_the_image_path(preset, tmp_path):
     batch = torch.export.Dim("batch", min=1, max=64)
     module = ImagePath(tiny_model(dem={"preset": preset}))
     same_in_onnxruntime(module, (images(2),), (images(3),), tmp_path, dynamic_shapes=({0: batch},))
 
 
-@PRESETS
+@RELEASED
 def test_the_whole_model(preset, tmp_path):
     """The first pass, from the tokens and the pixels to logits."""
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
@@ -98,9 +103,11 @@ def test_the_whole_model(preset, tmp_path):
     )
 
 
-@PRESETS
+@PAPER
 def test_the_exporter_of_transformers(preset, tmp_path):
     """It finds the enhancement module, and what it exports runs."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
     model = tiny_model(dem={"preset": preset})
     ids, mask = tokens(2)
     given = {"input_ids": ids, "attention_mask": mask, "pixel_values": images(2)}

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import dualview as dv
 from dualview.models.view_plan import View, plan_views
 from tests.checks import recorded
+from tests.strategies import examples
 
 TILE, DIM = (8, 12), 16
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3), (3, 2), (4, 4), (5, 3)]
@@ -92,7 +93,7 @@ def test_plan_of_stages_that_declare_nothing():
     assert dv.DualViewEncoder(Count(), None, tile=TILE).plan(TILE).enhance is None
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(30))
 @given(
     st.sampled_from(["paper", "released"]),
     st.sampled_from([None, "conv3x3", "multiplication", "weighted_addition"]),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import dualview as dv
 from tests import reference
 from tests.checks import assert_compiles_once, fresh, refuses
-from tests.strategies import batches, channels, dtypes, grids, map_shape, numbered
+from tests.strategies import batches, channels, dtypes, examples, grids, map_shape, numbered
 from tests.strategies import tiles as tile_sizes
 
 POLICIES = ["error", "pad", "crop", "resize"]
@@ -28,7 +28,7 @@ def check_tiles(out: dv.DualPerspectiveTiles, canvas: Tensor, grid: tuple[int, i
 
 class TestPolicies:
     @given(batches, channels, grids, tile_sizes, dtypes, st.sampled_from(POLICIES))
-    @settings(max_examples=100)
+    @settings(max_examples=examples(40))
     def test_whole_multiples_are_cut_as_they_are(
         self,
         batch: tuple[int, ...],
@@ -51,7 +51,7 @@ class TestPolicies:
             assert fresh(dcm.inverse(out, perspective), images, out.local, out.stride)
 
     @given(sides, sides, tile_sizes, batches, dtypes, st.integers(0, 200))
-    @settings(max_examples=100)
+    @settings(max_examples=examples(40))
     def test_pad(
         self, height: int, width: int, tile: tuple[int, int], batch: tuple[int, ...], dtype: torch.dtype, value: int
     ) -> None:

@@ -18,7 +18,7 @@ import dualview as dv
 from dualview.ops.fusion import FUSIONS
 from tests import reference
 from tests.checks import assert_compiles_once, assert_exports, refuses
-from tests.strategies import laid_out
+from tests.strategies import examples, laid_out
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PRESETS = {"paper": dv.DualPerspectiveEnhance.paper, "released": dv.DualPerspectiveEnhance.released}
@@ -94,7 +94,7 @@ class TestAgainstTheEquations:
         mask_kind=st.sampled_from([None, "batch", "shared", "pair"]),
         seed=st.integers(0, 999),
     )
-    @settings(max_examples=8)
+    @settings(max_examples=examples(4))
     def test_any_configuration(
         self,
         end: dict[str, Any],
@@ -682,7 +682,7 @@ class TestDirectReadout:
         st.sampled_from(["average", "bilinear", "centre", "none"]),
         st.integers(0, 99),
     )
-    @settings(max_examples=30)
+    @settings(max_examples=examples(15))
     def test_equals_the_loops(self, shape: tuple[Pair, Pair], source: str, readout: str, seed: int) -> None:
         torch.manual_seed(seed)
         grid, tile = shape

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dualview as dv
+from tests.strategies import some
 
 DIM = 32
 Pair = tuple[int, int]
@@ -283,12 +284,12 @@ def check_that_it_takes_effect(name: str, place: str, touch: Callable[[nn.Module
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
-@pytest.mark.parametrize("name, place, touch", list(touched_layers()))
+@pytest.mark.parametrize("name, place, touch", some(touched_layers(), 5))
 def test_what_is_done_to_a_layer(name: str, place: str, touch: Callable[[nn.Module, str], None]) -> None:
     check_that_it_takes_effect(name, place, touch)
 
 
-@pytest.mark.parametrize("name, place, touch", list(touched_modules()))
+@pytest.mark.parametrize("name, place, touch", some(touched_modules(), 5))
 def test_what_is_done_to_the_attention_or_the_fusion(
     name: str, place: str, touch: Callable[[nn.Module, str], None]
 ) -> None:
@@ -432,7 +433,7 @@ class TestAdapters:
         assert_same(found, truth)
         return merged
 
-    @pytest.mark.parametrize("name, part", list(adapted_parts()))
+    @pytest.mark.parametrize("name, part", some(adapted_parts(), 2))
     def test_lora(self, name: str, part: str) -> None:
         targets = self.targets(name, part)
         model = self.adapted(name, targets)
@@ -503,7 +504,7 @@ class TestOffloading:
         for _ in range(2):
             assert_same(outcome(dem, name), untouched(name), ENDS)
 
-    @pytest.mark.parametrize("name, place", layers_of(CASES))
+    @pytest.mark.parametrize("name, place", some(layers_of(CASES), 3))
     def test_one_layer(self, name: str, place: str) -> None:
         from accelerate import cpu_offload
 
@@ -551,7 +552,7 @@ class TestShards:
         for _ in range(2):
             assert_same(outcome(dem, name), untouched(name))
 
-    @pytest.mark.parametrize("name, place", layers_of(CASES))
+    @pytest.mark.parametrize("name, place", some(layers_of(CASES), 3))
     def test_one_layer(self, name: str, place: str, mesh: Any) -> None:
         self.check(name, [place], mesh)
 
@@ -671,7 +672,7 @@ class TestThatTheFastPathStays:
             make(name)(*tiles_of(name))
         assert counter.get_total_flops() == operations_of(make(name), name)
 
-    @pytest.mark.parametrize("name, place", layers_of(FASTER))
+    @pytest.mark.parametrize("name, place", some(layers_of(FASTER), 3))
     def test_touched_and_put_back(self, name: str, place: str) -> None:
         dem, fast = make(name), operations_of(make(name), name)
         layer = dem.get_submodule(place)
@@ -682,7 +683,7 @@ class TestThatTheFastPathStays:
         prune.remove(prune.l1_unstructured(layer, "weight", amount=1), "weight")
         assert operations_of(dem, name) == fast
 
-    @pytest.mark.parametrize("name, place", layers_of(FASTER))
+    @pytest.mark.parametrize("name, place", some(layers_of(FASTER), 2))
     def test_a_touched_layer_is_called_on_live_tokens(self, name: str, place: str) -> None:
         """A bilinear readout leaves most tokens dead; under an average all are live, but no work is added."""
         dem, seen = make(name), []

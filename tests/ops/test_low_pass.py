@@ -8,12 +8,12 @@ from torch.nn import functional as F
 import dualview as dv
 from tests import reference
 from tests.checks import assert_compiles_once, fresh, refuses
-from tests.strategies import batches, channels, data_formats, grids, map_shape
+from tests.strategies import batches, channels, data_formats, examples, grids, map_shape
 from tests.strategies import tiles as tile_sizes
 
 
 @given(batches, channels, grids, tile_sizes, data_formats)
-@settings(max_examples=25)
+@settings(max_examples=examples(15))
 def test_equals_the_loops(
     batch: tuple[int, ...], channel: int, grid: tuple[int, int], tile: tuple[int, int], data_format: str
 ) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import dualview as dv
 from tests import reference
 from tests.checks import assert_compiles_once, refuses
-from tests.strategies import batches, channels, grids, map_shape
+from tests.strategies import batches, channels, examples, grids, map_shape
 from tests.strategies import tiles as tile_sizes
 
 READOUTS = ["average", "bilinear", "centre", "none"]
@@ -23,7 +23,7 @@ def token_map(batch: tuple[int, ...], channel: int, grid: tuple[int, int], tile:
 
 @pytest.mark.parametrize("readout", READOUTS)
 @given(batch=batches, channel=channels, grid=grids, tile=tile_sizes)
-@settings(max_examples=25)
+@settings(max_examples=examples(15))
 def test_equals_the_loops(
     batch: tuple[int, ...], channel: int, grid: tuple[int, int], tile: tuple[int, int], readout: str
 ) -> None:

@@ -1,6 +1,7 @@
 """The live tokens with their products in any order: the results of the equations, nothing for dead tiles."""
 
 import copy
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.measure import peak_bytes
 from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.switches import planning
 from tests.ops.planned.rates import MACHINES, machine
+from tests.strategies import examples, some
 
 GRIDS = [(1, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 3), (3, 2), (4, 2), (4, 4), (5, 5), (5, 3), (1, 5), (6, 3)]
 FUSIONS = [
@@ -110,7 +112,7 @@ machines = st.sampled_from(list(MACHINES))
 seeds = st.integers(0, 999)
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(100))
 @given(
     options,
     st.sampled_from([*FUSIONS, *OWN]),
@@ -146,7 +148,7 @@ def test_planned_equals_the_equations_in_outputs_and_gradients(
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@settings(max_examples=60)
+@settings(max_examples=examples(25))
 @given(
     st.sampled_from(["paper", "released"]),
     st.fixed_dictionaries(of_every_preset) | options,
@@ -243,10 +245,10 @@ def test_planned_has_the_type_of_full_under_autocast(fusion, masked):
             assert planned.dtype == dem(*tiles, (3, 3), mask).dtype
 
 
-@pytest.mark.parametrize("arithmetic", ["float64", *ARITHMETICS])
-@pytest.mark.parametrize("readout", ["bilinear", "centre"])
-@pytest.mark.parametrize("fusion", ["bottleneck_concat", "conv3x3"])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid, fusion, readout, arithmetic",
+    some(product(GRIDS, ["bottleneck_concat", "conv3x3"], ["bilinear", "centre"], ["float64", *ARITHMETICS]), 3),
+)
 def test_dead_tiles_neither_act_nor_learn(grid, fusion, readout, arithmetic):
     """Noise in a dead tile leaves the output bit-equal; its gradient is exactly zero; every live tile acts."""
     torch.manual_seed(0)
