@@ -5,6 +5,7 @@ The truth is `full_computation` of the same model, which calls every layer, and 
 
 import importlib
 import tomllib
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dualview as dv
 from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration, InfLlavaModel
+from tests.strategies import some
 from tests.tiny import IMAGE, TINY_LLM, TINY_TOWER, photograph, prompt, tiny_config, tiny_model, tiny_processor
 
 PRESETS = pytest.mark.parametrize("preset", ["released", "paper"])
@@ -137,8 +139,8 @@ def test_quantised_weights(preset, kind, tmp_path):
         assert torch.nn.functional.cosine_similarity(found.flatten(), plain.flatten(), dim=0) > 0.9
 
 
-@PRESETS
-def test_the_whole_model_exports_with_a_batch_of_any_size(preset):
+@pytest.mark.parametrize("preset, part", some(product(["released", "paper"], ["logits", "prefix"]), 3))
+def test_the_whole_model_exports_with_a_batch_of_any_size(preset, part):
     model = tiny_model(dem={"preset": preset})
 
     class Logits(nn.Module):
@@ -154,13 +156,13 @@ def test_the_whole_model_exports_with_a_batch_of_any_size(preset):
             return self.model.get_image_features(pixel_values).pooler_output
 
     batch = torch.export.Dim("batch", min=1, max=64)
-    for wrapper in (Logits(), Prefix()):
-        program = torch.export.export(wrapper, tuple(given().values()), dynamic_shapes=({0: batch}, {0: batch}))
-        for size in (1, 3):
-            inputs = (prompt(size), torch.randn(size, 3, 56, 84))
-            expected = wrapper(*inputs)
-            expected = torch.stack(expected) if isinstance(expected, list) else expected
-            torch.testing.assert_close(program.module()(*inputs), expected)
+    wrapper = {"logits": Logits, "prefix": Prefix}[part]()
+    program = torch.export.export(wrapper, tuple(given().values()), dynamic_shapes=({0: batch}, {0: batch}))
+    for size in (1, 3):
+        inputs = (prompt(size), torch.randn(size, 3, 56, 84))
+        expected = wrapper(*inputs)
+        expected = torch.stack(expected) if isinstance(expected, list) else expected
+        torch.testing.assert_close(program.module()(*inputs), expected)
 
 
 def test_exporters_find_the_enhancement_module():
