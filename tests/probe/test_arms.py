@@ -23,7 +23,7 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 def views(batch=2, seed=0):
     random = torch.Generator().manual_seed(seed)
     local, stride, smooth = torch.randn(3, batch, 9, 8, 8, DIM, generator=random)
-    return Views(local, stride, smooth, torch.randn(batch, 8, 8, DIM, generator=random))
+    return Views(local, stride, torch.randn(batch, 8, 8, DIM, generator=random), smooth)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_sharper_start_is_the_same_module_with_larger_logits():
 def test_a_blank_view_tells_nothing(data):
     training = Training(BY_NAME["DEM released"], 0, data, Budget(steps=1, batch=2, points=1))
     seen, asked = data.test
-    changed = Views(seen.local, seen.stride.flip(1).roll(1, 0), seen.smooth, seen.thumb)
+    changed = Views(seen.local, seen.stride.flip(1).roll(1, 0), seen.thumb)
     torch.testing.assert_close(mean_of(seen, "stride"), mean_of(changed, "stride"))
     model = training.model.eval()
     index = torch.arange(6)
@@ -172,7 +172,7 @@ def test_views_show_the_same_pixels():
     """A stride tile of a page that is constant within cells of 3 x 3 is the page reduced."""
     small = torch.rand(1, 3, 28, 28)
     page = small.repeat_interleave(3, -1).repeat_interleave(3, -2)
-    tiles = tiles_of(page)
+    tiles = tiles_of(page, smooth=True)
     for k in range(9):
         torch.testing.assert_close(tiles["stride"][:, k], small)
     assert (tiles["thumb"] - small).abs().mean() < 0.12

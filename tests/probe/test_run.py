@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dualview import cli
+from dualview.models.reader import ReaderVisionConfig
 from dualview.probe import backgrounds, encoders, glyphs, run
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing, write
@@ -147,6 +148,17 @@ def test_a_tower_is_kept_and_found(tmp_path):
     assert tokens.shape == (2, 2, 3, 160)
     torch.testing.assert_close(encoders.encoder_of(found)(pixels), tokens)
     torch.testing.assert_close(encoders.encoder_of(found, 1)(pixels), tokens, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_has_the_name_of_all_that_decides_it(monkeypatch):
+    names = [encoders.name_of(0, 1), encoders.name_of(1, 1), encoders.name_of(0, 2)]
+    assert encoders.name_of(0, 1) == names[0]
+    monkeypatch.setattr(encoders.inspect, "getsource", lambda module: "another training")
+    names.append(encoders.name_of(0, 1))
+    monkeypatch.undo()
+    monkeypatch.setattr("dualview.models.reader.ReaderVisionConfig", lambda: ReaderVisionConfig(hidden_size=80))
+    names.append(encoders.name_of(0, 1))
+    assert len(set(names)) == 5
 
 
 @pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png"])
