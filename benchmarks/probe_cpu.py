@@ -1,7 +1,7 @@
 """Two readouts and a thumbnail, three seeds, on a CPU: `python -m benchmarks.probe_cpu OUT.json --towers DIR`.
 
-What the grid of the GPU did not reach: the released module read out by an average of every cell, and not by one token of
-it. At the scale of `make probe`, so that one thread is enough; its figures are no continuation of the large grid's.
+What the grid of the GPU did not reach: the released module read out by an average of every cell, in place of one token
+of it. At the scale of `make probe`, so that one thread is enough; its figures are no continuation of the large grid's.
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def run_probe(
         encoders[seed] = encoder_of(tower)
         document["encoders"].append(fact)
     with drawing(processes) as pool:
-        of_shift = {
-            seed: [(draw, draw.chunks(pool)) for draw in draws] for seed, draws in scale.shift_draws().items()
-        }
+        of_shift = {seed: [(draw, draw.chunks(pool)) for draw in draws] for seed, draws in scale.shift_draws().items()}
         drawn = plan.drawn(pool)  # the pool draws, the device does the rest
         document["memory"] = measured_memory() if device.type == "cuda" else []
         document["cost"] = cost_of_arms(plan.arms, device)
