@@ -45,7 +45,11 @@ class LossLog(TrainerCallback):
         self.folder = folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lines of a run that was killed after its last checkpoint are not those of this one."""
+        """Lines of a run that was killed after its last checkpoint are not those of this one.
+
+        How often to save and to log is what is asked for now; transformers goes on with what the checkpoint says.
+        """
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(f"{json.dumps(line)}\n" for line in state.log_history)

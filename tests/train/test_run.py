@@ -61,7 +61,7 @@ def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
     for stage, steps in (("stage1", 3), ("stage2", 6)):
         folder = place / "run" / stage
         assert {path.name for path in folder.iterdir() if not path.name.startswith(("checkpoint", "runs"))} == {
-            "log.jsonl", "loss.png", "model",
+            "data.json", "log.jsonl", "loss.png", "model",
         }  # fmt: skip
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
@@ -116,8 +116,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeyp
     epochs, drawn = [], EpochSampler.__iter__
     monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or drawn(self))
     torch.manual_seed(99)
+    again = TrainConfig.of(fields(place, save_steps=1) | {"output": str(tmp_path / "run")})
     train(again, resume=True, report=lambda line: None)
     assert epochs[-1] == 1  # the second epoch has an order of its own
+    assert [path.name for path in checkpoints(tmp_path / "run" / "stage2")] == ["checkpoint-5", "checkpoint-6"]
     for stage in ("stage1", "stage2"):
         expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -129,6 +131,28 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
     changed = TrainConfig.of(fields(place, learning_rate=1.0))
     with pytest.raises(ValueError, match=r"stage2.learning_rate=1.0 is not what .* was begun with"):
         train(changed, resume=True)
+
+
+def test_a_file_that_was_edited_is_seen_when_the_run_goes_on(place, tmp_path):
+    """Of a stage with checkpoints and no result: one that is done needs its rows no more."""
+    rows, model = place / "chats.jsonl", place / "run" / "stage2" / "model"
+    before = rows.read_text()
+    rows.write_text(before.replace("it is a", "it is b"))
+    try:
+        assert train(config(place), resume=True, report=lambda line: None) == model
+        model.rename(tmp_path / "model")
+        with pytest.raises(ValueError, match=r"chats\.jsonl: 12 good rows, .* was begun with 12 of"):
+            train(config(place), resume=True, report=lambda line: None)
+    finally:
+        (tmp_path / "model").rename(model)
+        rows.write_text(before)
+
+
+def test_a_model_that_is_missing_leaves_no_folder(place, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no model there"):
+            train(TrainConfig.of(fields(place) | {"model": "none", "output": str(tmp_path / "run")}))
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_a_processor(place, tmp_path):
@@ -201,6 +225,24 @@ def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
     shutil.rmtree(place / "lora" / "stage2" / "model")
     train(again, resume=True, report=lambda line: None)
     assert all(torch.equal(value, after[name]) for name, value in weights(place / "lora/stage2/model").items())
+
+
+@pytest.mark.more
+def test_resumed_with_fewer_rows_at_once(tmp_path):
+    """As where memory did not suffice: the steps have the same rows, and their sums are rounded otherwise."""
+    place = write_data(tmp_path)  # without dropout, which would draw other numbers
+    run = {name: value for name, value in fields(place).items() if name != "stage1"}
+    train(TrainConfig.of(run), report=lambda line: None)
+    whole = weights(place / "run" / "stage2" / "model")
+    shutil.rmtree(place / "run" / "stage2" / "model")
+    shutil.rmtree(checkpoints(place / "run" / "stage2")[-1])
+    run["stage2"]["rows_per_device"] = 1
+    said = []
+    train(TrainConfig.of(run), resume=True, report=said.append)
+    assert said[0].startswith("stage2.rows_per_device=1, and was 2")
+    found = weights(place / "run" / "stage2" / "model")
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=5e-5)
 
 
 @pytest.mark.more
