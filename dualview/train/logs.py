@@ -83,7 +83,7 @@ def drawn_curve(points: list[tuple[int, float]]) -> bytes:
     means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.95 * means[-1] + 0.05 * loss)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="loss")
     axes.plot(steps, means, color="tab:blue", label="running mean")

@@ -35,7 +35,7 @@ def hold(folder, held):
 def test_another_process_is_named_until_it_is_killed(tmp_path):
     context = multiprocessing.get_context("fork")
     held = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, held))
+    process = context.Process(target=hold, args=(tmp_path, held), daemon=True)
     process.start()
     assert held.wait(60)
     said = rf"^output='{re.escape(str(tmp_path / 'run'))}': process {process.pid} on .* trains in it; wait"

@@ -95,10 +95,18 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize(
-    "passes", [pytest.param(2, marks=pytest.mark.more), pytest.param(9, marks=pytest.mark.more), 13]
+    ("stages", "passes"),
+    [
+        pytest.param(("stage1", "stage2"), 2, marks=pytest.mark.more),
+        pytest.param(("stage1", "stage2"), 9, marks=pytest.mark.more),
+        (("stage2",), 10),
+    ],
 )
-def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, passes):
-    """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second."""
+def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, stages, passes):
+    """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second.
+
+    Stage 2 alone begins with what stage 1 gave.
+    """
     whole, left = DualViewTrainer.compute_loss, [passes]
 
     def stopping(self, *args, **kwargs):
@@ -107,20 +115,24 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeyp
             raise StoppedError
         return whole(self, *args, **kwargs)
 
-    shutil.copytree(place / "base", tmp_path / "base")
-    again = TrainConfig.of(fields(place) | {"output": str(tmp_path / "run")})
+    source = place / "base" if "stage1" in stages else place / "run" / "stage1" / "model"
+
+    def again(**stage2):
+        run = fields(place, **stage2)
+        chosen = {name: run[name] for name in ("seed", *stages)}
+        return TrainConfig.of({"model": str(source), "output": str(tmp_path / "run"), **chosen})
+
     monkeypatch.setattr(DualViewTrainer, "compute_loss", stopping)
     with pytest.raises(StoppedError):
-        train(again, report=lambda line: None)
+        train(again(), report=lambda line: None)
     monkeypatch.undo()
     epochs, drawn = [], EpochSampler.__iter__
     monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or drawn(self))
     torch.manual_seed(99)
-    again = TrainConfig.of(fields(place, save_steps=1) | {"output": str(tmp_path / "run")})
-    train(again, resume=True, report=lambda line: None)
+    train(again(save_steps=1), resume=True, report=lambda line: None)
     assert epochs[-1] == 1  # the second epoch has an order of its own
     assert [path.name for path in checkpoints(tmp_path / "run" / "stage2")] == ["checkpoint-5", "checkpoint-6"]
-    for stage in ("stage1", "stage2"):
+    for stage in stages:
         expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
