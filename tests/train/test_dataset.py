@@ -30,7 +30,7 @@ BAD = {
     "too few places": (GOOD | {"conversations": turns("hi", "a")}, "0 <image> in the text, but 1 images"),
     "too many places": (GOOD | {"conversations": turns("<image><image>", "a")}, "2 <image> in the text, but 1 images"),
     "a place in an answer": (GOOD | {"conversations": turns("hi", "a <image>")}, "in a turn that is not human"),
-    "a missing picture": (GOOD | {"image": "none.png"}, r"none\.png: no such file"),
+    "a missing picture": (GOOD | {"image": "none.png"}, r"none\.png': no such file"),
     "a picture that is no path": (GOOD | {"image": 3}, "image=3 must be a path"),
     "two fields of pictures": (GOOD | {"images": ["0.png"]}, "image and images are both given"),
     "no object": ([], r"\[\] must be an object"),

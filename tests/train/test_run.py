@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from io import BytesIO
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
-from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, train, training_arguments
+from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, logs, train, training_arguments
 from dualview.train.checkpoints import checkpoints
 from dualview.train.rows import RowError
 from dualview.train.run import load
@@ -19,6 +21,17 @@ from tests.train.data import config, fields, turns, weights, write_data
 
 ENCODER_TO_LLM = (".dem.", ".multi_modal_projector.")
 TRAINED = {"stage1": ENCODER_TO_LLM, "stage2": (*ENCODER_TO_LLM, "language", "lm_head")}
+
+
+drawn_curve = logs.drawn_curve
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    """What a curve is drawn of, in place of the picture, which takes a third of so small a training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "drawn_curve", lambda points: json.dumps(points).encode())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +77,16 @@ def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
             "data.json", "log.jsonl", "loss.png", "model",
         }  # fmt: skip
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
-        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        points = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+        assert [step for step, _ in points] == list(range(1, steps + 1))
+        assert json.loads((folder / "loss.png").read_bytes()) == points
         assert len(checkpoints(folder)) == 2
+
+
+def test_the_curve_is_a_picture():
+    with Image.open(BytesIO(drawn_curve([(1, 2.0), (2, 1.0)]))) as picture:
+        assert (picture.format, picture.size) == ("PNG", (840, 480))
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 9
 
 
 def test_the_tower_rests_while_the_rest_is_trained(place, tmp_path):
