@@ -159,6 +159,19 @@ def test_there_are_mixtures():
     assert [file.stem for file in CONFIGS] == ["inf_llava", "inf_llava_more_data"]
 
 
+def test_the_launchers_configurations_are_known_to_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    sharded = load_config_from_file(str(CONFIGS[0].with_name("fsdp2.yaml")))  # refuses keys that it does not know
+    assert (sharded.distributed_type, sharded.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    assert set(sharded.fsdp_config) <= {action.dest for action in launch_command_parser()._actions}
+    for stage in (2, 3):
+        zero = HfDeepSpeedConfig(str(CONFIGS[0].with_name(f"zero{stage}.json")))
+        assert (zero.is_zero2(), zero.is_zero3(), zero.is_offload()) == (stage == 2, stage == 3, False)
+
+
 def test_checkpoints_have_their_name_when_they_are_complete(tmp_path):
     for step in (2, 10, 4):
         written = staging(tmp_path) / f"checkpoint-{step}"
