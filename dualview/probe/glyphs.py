@@ -148,15 +148,19 @@ def _filled(polygons: list[Array], width: int, lines: int = 2) -> Array:
 
 def _handwriting(split: Split) -> list[tuple[int, Array]]:
     """Labels and images of handwritten digits, from the 8 x 8 pixels that scikit-learn ships."""
-    digits = np.loadtxt(shipped("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
     found = []
-    for row in digits[HANDWRITTEN[split].start : HANDWRITTEN[split].stop]:
+    for row in _digits()[HANDWRITTEN[split].start : HANDWRITTEN[split].stop]:
         image = row[:-1].reshape(8, 8) * (255 / 16)
         rows, cols = (np.flatnonzero(image.max(axis) > 40) for axis in (1, 0))
         image = np.pad(image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1], 1)
         image = _stretched(_stretched(image, 6).T, 6).T[3:-3, 3:-3]
         found.append((int(row[-1]), (image * 1.4).clip(0, 255).astype(np.uint8)))
     return found
+
+
+@cache
+def _digits() -> Array:
+    return np.loadtxt(shipped("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
 
 
 def shipped(package: str, file: str) -> Path:

@@ -7,6 +7,7 @@ import torch
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.readout import read_out
 from dualview.ops.tiling import recombine
+from dualview.probe import draws
 from dualview.probe.arms import ARMS, REDUCED
 from dualview.probe.attention import attention_of
 from dualview.probe.draws import Draw
@@ -180,16 +181,17 @@ def test_views_show_the_same_pixels():
     assert tiles["local"].shape == tiles["smooth"].shape == (1, 9, 3, 28, 28)
 
 
-def test_features_are_those_of_the_drawn_pages():
+def test_features_are_those_of_the_drawn_pages(monkeypatch):
     def encode(pixels):
         return pixels.movedim(1, -1).unflatten(2, (8, 14)).unflatten(1, (8, 14)).mean((2, 4))
 
-    draw = Draw("test", "check", 1, 33)  # more than one chunk
+    monkeypatch.setattr(draws, "CHUNK", 2)
+    draw = Draw("test", "check", 1, 3)  # more than one chunk
     seen, asked = encode_draw(encode, draw, dtype=torch.float32)
     assert np.array_equal(asked.numpy(), draw.questions())
-    page = torch.from_numpy(draw.page(32)[0]).movedim(-1, 0) / 255
-    torch.testing.assert_close(seen.local[32, 4], encode(page[None, :, 112:224, 112:224])[0])
-    torch.testing.assert_close(seen.stride[32, 5], encode(page[None, :, 1::3, 2::3])[0])
+    page = torch.from_numpy(draw.page(2)[0]).movedim(-1, 0) / 255
+    torch.testing.assert_close(seen.local[2, 4], encode(page[None, :, 112:224, 112:224])[0])
+    torch.testing.assert_close(seen.stride[2, 5], encode(page[None, :, 1::3, 2::3])[0])
 
 
 def test_direct_attention_needs_tiles_times_as_many_weights():

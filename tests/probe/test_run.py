@@ -12,7 +12,7 @@ from torch import nn
 
 from dualview import cli
 from dualview.models.reader import ReaderVisionConfig
-from dualview.probe import backgrounds, encoders, glyphs, pages, run
+from dualview.probe import backgrounds, encoders, figure, glyphs, pages, run
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing, write
 from dualview.probe.figure import draw
@@ -45,14 +45,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "SMALL", TINY)
 
 
-def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys):
-    path = tmp_path / "probe.json"
+def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys, monkeypatch):
+    path, drawn = tmp_path / "probe.json", []
+    monkeypatch.setattr(figure, "draw", lambda document: drawn.append(draw(document)) or drawn[0])
     assert cli.main(["probe", "-o", str(path)]) == 0
     document = json.loads(path.read_text())
     names = [arm.name for arm in TINY.plan.arms]
     assert [row["arm"] for row in document["rows"]] == names
     assert missing(document) == []
-    assert (tmp_path / "probe.png").read_bytes() == draw(document)
+    assert [(tmp_path / "probe.png").read_bytes()] == drawn
+    assert drawn[0].startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert table(document) in shown
     assert all(name in shown for name in names)
@@ -86,7 +88,9 @@ def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys):
 @pytest.mark.more
 def test_the_same_seed_gives_the_same_answers(quick, tmp_path):
     scale = replace(TINY, plan=replace(TINY.plan, arms=TINY.plan.arms[:2]))
-    first, second = (run_probe(scale, tmp_path / f"{name}.json")["rows"] for name in "ab")
+    documents = [run_probe(scale, tmp_path / f"{name}.json") for name in "ab"]
+    assert draw(documents[0]) == draw(json.loads((tmp_path / "b.json").read_text()))
+    first, second = (document["rows"] for document in documents)
     assert [row["right"] for row in first] == [row["right"] for row in second]
     assert [row["losses"] for row in first] == [row["losses"] for row in second]
 
@@ -185,6 +189,7 @@ def test_a_file_in_the_place_of_the_towers_is_refused_before_any_training(tmp_pa
 def test_a_missing_package_is_named_before_any_training(package, tmp_path, monkeypatch, capsys):
     for name, home in (("glyphs_of", glyphs), ("photographs", backgrounds)):  # not those that are loaded already
         monkeypatch.setattr(pages, name, getattr(home, name).__wrapped__)
+    monkeypatch.setattr(glyphs, "_digits", glyphs._digits.__wrapped__)
     monkeypatch.setattr(glyphs, "find_spec", lambda name: None if name == package else find_spec(name))
     monkeypatch.setattr(run, "pretrained_tower", None)
     assert cli.main(["probe", "-o", str(tmp_path / "probe.json")]) == 1

@@ -58,6 +58,7 @@ def test_what_was_learnt_is_answered(place, tmp_path, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     stage = fields(place)["stage2"] | {"data": [{"file": str(tmp_path / "rows.json"), "images": str(place / "images")}]}
     stage |= {"batch_size": 1, "rows_per_device": 1, "max_steps": 20, "learning_rate": 1e-2, "save_steps": 20}
+    stage |= {"gradient_checkpointing": False}
     run = {"model": str(place / "base"), "output": str(tmp_path / "run"), "stage2": stage}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
