@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dualview.outputs import new_folder
 from dualview.probe.features import Encode
+
+TRAINING = (
+    "dualview.models.reader.modeling_reader",
+    *(f"dualview.reader.{name}" for name in ("pretrain", "descent", "drawing", "glyphs")),
+)
+"""Modules whose code decides what a tower becomes, besides its seed, its steps and its sizes."""
 
 
 def pretrained_tower(
@@ -27,13 +37,13 @@ def pretrained_tower(
         seed: Of its weights and of its pages.
         steps: How many.
         device: Where to train.
-        folder: Where towers are kept, so that the next call need not train: under a name of seed and steps.
+        folder: Where towers are kept, so that the next call need not train: under the name that `name_of` gives.
         watch: Called with step and loss.
     """
     from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
     from dualview.reader.pretrain import pretrain
 
-    kept = None if folder is None else folder / f"tower-{seed}-{steps}"
+    kept = None if folder is None else folder / name_of(seed, steps)
     if kept is not None and kept.is_dir():
         found: nn.Module = ReaderVisionModel.from_pretrained(kept)
         return found.to(device).eval()
@@ -48,6 +58,22 @@ def pretrained_tower(
             tower.save_pretrained(half)
     trained: nn.Module = tower.eval()
     return trained
+
+
+def name_of(seed: int, steps: int) -> str:
+    """The name of a tower by all that decides its weights but rounding: other sizes or other code give another one.
+
+    Example:
+        >>> name_of(0, 2000).rpartition("-")[0]
+        'tower-0-2000'
+    """
+    from dualview.models.reader import ReaderVisionConfig
+
+    config: dict[str, Any] = ReaderVisionConfig().to_dict()
+    sizes = {name: value for name, value in config.items() if name != "transformers_version"}
+    said = [json.dumps([seed, steps, sizes], sort_keys=True)]
+    said += [inspect.getsource(importlib.import_module(module)) for module in TRAINING]
+    return f"tower-{seed}-{steps}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]}"
 
 
 def encoder_of(tower: nn.Module, at_once: int = 512) -> Encode:

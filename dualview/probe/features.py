@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,14 +27,14 @@ class Views:
     Attributes:
         local: Of local tiles, (B, 9, h, w, D).
         stride: Of stride tiles.
-        smooth: Of stride tiles of the page after a low-pass filter.
         thumb: Of the page reduced to one tile, (B, h, w, D).
+        smooth: Of stride tiles of the page after a low-pass filter; None where no arm asks for them.
     """
 
     local: Tensor
     stride: Tensor
-    smooth: Tensor
     thumb: Tensor
+    smooth: Tensor | None = None
 
     def pick(self, index: Tensor, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Some pages, of some views."""
@@ -44,14 +44,14 @@ class Views:
         return len(self.local)
 
 
-def tiles_of(pages: Tensor, low: bool = False) -> dict[str, Tensor]:
-    """The pixels of every view of pages (B, 3, H, W) from 0 to 1."""
-    return {
+def tiles_of(pages: Tensor, *, smooth: bool) -> dict[str, Tensor]:
+    """The pixels of the views of pages (B, 3, H, W) from 0 to 1, of smoothed stride tiles where they are wanted."""
+    tiles = {
         "local": crop(pages, (GRID, GRID), "local"),
         "stride": crop(pages, (GRID, GRID), "global"),
-        "smooth": crop(low_pass(pages, (GRID, GRID)), (GRID, GRID), "global"),
         "thumb": thumbnail(pages),
     }
+    return tiles | ({"smooth": crop(low_pass(pages, (GRID, GRID)), (GRID, GRID), "global")} if smooth else {})
 
 
 def thumbnail(pages: Tensor, by: int = GRID) -> Tensor:
@@ -68,6 +68,7 @@ def encode_draw(
     chunks: Iterable[tuple[Array, Array]] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float16,
+    smooth: bool = True,
     progress: bool = False,
 ) -> tuple[Views, Tensor]:
     """Features and questions of all pages of a draw, kept on the device.
@@ -78,16 +79,17 @@ def encode_draw(
         chunks: Its pages, where they are drawn already.
         device: Where to encode, and to keep the features.
         dtype: Of the features kept.
+        smooth: Whether smoothed stride tiles are encoded, too, a third of the work.
         progress: Whether a bar shows how many pages are done.
     """
-    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(Views)}
+    parts: dict[str, list[Tensor]] = {}
     questions = []
     with counted(draw.count, f"{draw.role} pages, seed {draw.seed}", "pages", shown=progress) as done:
         for pages, asked in draw.chunks() if chunks is None else chunks:
             pixels = torch.from_numpy(pages).to(device).float() / 255
-            for name, tiles in tiles_of(pixels).items():
+            for name, tiles in tiles_of(pixels, smooth=smooth).items():
                 flat = encode(tiles.flatten(0, -4))
-                parts[name].append(flat.unflatten(0, tiles.shape[:-3]).to(dtype))
+                parts.setdefault(name, []).append(flat.unflatten(0, tiles.shape[:-3]).to(dtype))
             questions.append(torch.from_numpy(asked).to(device))
             done(len(pages))
     return Views(**{name: torch.cat(of) for name, of in parts.items()}), torch.cat(questions)

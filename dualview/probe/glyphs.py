@@ -135,12 +135,12 @@ def _filled(polygons: list[Array], width: int, lines: int = 2) -> Array:
     start = np.concatenate([polygon[:-1] for polygon in polygons])
     end = np.concatenate([polygon[1:] for polygon in polygons])
     y = (np.arange(HEIGHT * lines)[:, None] + 0.5) / lines
-    crosses = (start[:, 1] <= y) != (end[:, 1] <= y)
-    rise = np.where(start[:, 1] == end[:, 1], 1, end[:, 1] - start[:, 1])
-    x = start[:, 0] + (y - start[:, 1]) * (end[:, 0] - start[:, 0]) / rise
-    turn = crosses * np.sign(end[:, 1] - start[:, 1])
-    columns = np.arange(width)[:, None]
-    covered = np.stack([((columns + 1 - row).clip(0, 1) * sign).sum(1) for row, sign in zip(x, turn, strict=True)])
+    line, edge = np.nonzero((start[:, 1] <= y) != (end[:, 1] <= y))  # where an edge crosses a scan line
+    (x, low), (to_x, high) = start[edge].T, end[edge].T
+    x = x + (y[line, 0] - low) * (to_x - x) / (high - low)
+    right_of_it = (np.arange(width) + 1 - x[:, None]).clip(0, 1)
+    covered = np.zeros((HEIGHT * lines, width))
+    np.add.at(covered, line, right_of_it * np.sign(high - low)[:, None])
     covered = np.abs(covered).clip(0, 1).reshape(HEIGHT, lines, width).mean(1)
     drawn: Array = np.floor(covered * 255 + (0.5 - 1e-6)).clip(0, 255).astype(np.uint8)
     return drawn
@@ -148,15 +148,19 @@ def _filled(polygons: list[Array], width: int, lines: int = 2) -> Array:
 
 def _handwriting(split: Split) -> list[tuple[int, Array]]:
     """Labels and images of handwritten digits, from the 8 x 8 pixels that scikit-learn ships."""
-    digits = np.loadtxt(shipped("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
     found = []
-    for row in digits[HANDWRITTEN[split].start : HANDWRITTEN[split].stop]:
+    for row in _digits()[HANDWRITTEN[split].start : HANDWRITTEN[split].stop]:
         image = row[:-1].reshape(8, 8) * (255 / 16)
         rows, cols = (np.flatnonzero(image.max(axis) > 40) for axis in (1, 0))
         image = np.pad(image[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1], 1)
         image = _stretched(_stretched(image, 6).T, 6).T[3:-3, 3:-3]
         found.append((int(row[-1]), (image * 1.4).clip(0, 255).astype(np.uint8)))
     return found
+
+
+@cache
+def _digits() -> Array:
+    return np.loadtxt(shipped("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
 
 
 def shipped(package: str, file: str) -> Path:

@@ -96,6 +96,7 @@ def run_grid(
         progress: Whether bars show what is done.
     """
     encoded: dict[tuple[int, Draw], tuple[Views, Tensor]] = {}
+    smooth = any("smooth" in arm.views for arm in plan.arms)
 
     def features(arm: Arm, seed: int) -> Data:
         parts = []
@@ -104,7 +105,7 @@ def run_grid(
                 drawn[draw] = list(drawn[draw])
             if (seed, draw) not in encoded:
                 encoded[seed, draw] = encode_draw(
-                    encoders[seed], draw, chunks=drawn[draw], device=device, progress=progress
+                    encoders[seed], draw, chunks=drawn[draw], device=device, smooth=smooth, progress=progress
                 )
             parts.append(encoded[seed, draw])
         return Data(*parts)

@@ -15,7 +15,7 @@ from dualview.large.progress import counted
 from dualview.probe.arms import ARMS, REDUCED
 from dualview.probe.document import Document, add_row, new_document, write
 from dualview.probe.draws import Draw, drawing
-from dualview.probe.encoders import encoder_of, pretrained_tower
+from dualview.probe.encoders import encoder_of, name_of, pretrained_tower
 from dualview.probe.grid import Plan, cost_of_arms, run_grid
 from dualview.probe.memory import measured_memory
 from dualview.probe.shift import domain_shift
@@ -29,16 +29,18 @@ class Scale:
     Attributes:
         plan: The arms and their budget.
         encoder_steps: Of each encoder's own training.
-        shift: Pages to fit on and to test on in the study of the encoder's shift.
+        shift: Pages to fit on and to test on in the study of the encoder's shift; None leaves it out.
     """
 
     plan: Plan
     encoder_steps: int
-    shift: tuple[int, int]
+    shift: tuple[int, int] | None = None
 
-    def shift_draws(self, seed: int) -> tuple[Draw, Draw]:
-        """The pages of that study."""
-        return Draw("train", "check", seed, self.shift[0]), Draw("test", "check", seed, self.shift[1])
+    def shift_draws(self) -> dict[int, tuple[Draw, Draw]]:
+        """The pages of that study, by seed."""
+        train, test = self.shift or (0, 0)
+        seeds = self.plan.seeds if self.shift else ()
+        return {seed: (Draw("train", "check", seed, train), Draw("test", "check", seed, test)) for seed in seeds}
 
 
 FULL = Scale(
@@ -61,7 +63,7 @@ SMALL = Scale(
 TINY = Scale(
     Plan(tuple(arm for arm in ARMS if arm.name in REDUCED[:4]), (0,), Budget(4, 4, points=2), {336: (8, 4, 8)}),
     encoder_steps=2,
-    shift=(8, 8),
+    shift=(4, 4),
 )
 """Nothing is learnt: for tests."""
 
@@ -96,7 +98,7 @@ def run_probe(
         encoders[seed] = encoder_of(tower)
         document["encoders"].append(fact)
     with drawing(processes) as pool:
-        of_shift = {seed: [(draw, draw.chunks(pool)) for draw in scale.shift_draws(seed)] for seed in plan.seeds}
+        of_shift = {seed: [(draw, draw.chunks(pool)) for draw in draws] for seed, draws in scale.shift_draws().items()}
         drawn = plan.drawn(pool)  # the pool draws, the device does the rest
         document["memory"] = measured_memory() if device.type == "cuda" else []
         document["cost"] = cost_of_arms(plan.arms, device)
@@ -121,7 +123,8 @@ def _tower(
             done(1)
 
         tower = pretrained_tower(seed, steps, device=device, folder=towers, watch=watch)
-    return tower, {"seed": seed, "steps": steps, "seconds": round(time.monotonic() - since, 1)}
+    seconds = round(time.monotonic() - since, 1)
+    return tower, {"seed": seed, "steps": steps, "tower": name_of(seed, steps), "seconds": seconds}
 
 
 def cores() -> int:

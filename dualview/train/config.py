@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +65,11 @@ class LoraConfig:
         check_count(self.rank, "lora.rank")
         check_count(self.alpha, "lora.alpha")
         _check_share(self.dropout, "lora.dropout")
-        if not isinstance(self.target_modules, str) or not self.target_modules:
+        try:
+            valid = bool(re.compile(self.target_modules).pattern) and isinstance(self.target_modules, str)
+        except (re.error, TypeError, RecursionError):
+            valid = False
+        if not valid:
             raise ValueError(f"lora.target_modules={shown(self.target_modules)}: must be a regular expression.")
 
 
@@ -94,7 +100,7 @@ class BaseConfig:
             if not (isinstance(value, str) and value) and (name != "chat_template" or value is not None):
                 raise ValueError(f"model.{name}={shown(value)}: must be a text that is not empty.")
         object.__setattr__(self, "grid", check_size(self.grid, "model.grid", high=128))
-        _mapping(self.dem, "model.dem")
+        object.__setattr__(self, "dem", _plain_mapping(self.dem, "model.dem"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ class TrainConfig:
         stages = {name: _stage(name, given[name]) for name in STAGES if given.get(name) is not None}
         if not stages:
             raise ValueError(f"{', '.join(STAGES)}: none is given; write at least one, with its data.")
-        seed = check_count(given.get("seed", 0), "seed", low=0)
+        seed = check_count(given.get("seed", 0), "seed", low=0, high=2**32 - 1)
         return cls(cast(str, model), given["output"], stages, seed)
 
     @classmethod
@@ -272,12 +278,21 @@ class TrainConfig:
         """
         import yaml
 
+        class Loader(yaml.SafeLoader):
+            """YAML itself would keep the last value of a key that is written twice."""
+
+            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+                keys = [key.value for key, _ in getattr(node, "value", ()) if isinstance(key, yaml.ScalarNode)]
+                if twice := [key for key in keys if keys.count(key) > 1]:
+                    raise yaml.YAMLError(f"{shown(twice[0])} is written twice, {node.start_mark}; keep one of them.")
+                return super().construct_mapping(node, deep)
+
         file = Path(check_path(file, "file"))
         if not file.is_file():
             raise ValueError(f"{file}: no such file.")
         try:
-            fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            fields = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file} is no YAML: {error}") from error
         try:
             return cls.of(fields)
@@ -307,7 +322,7 @@ def _stage(name: str, fields: Any) -> StageConfig:
             given["lora"] = _made(LoraConfig, {} if given["lora"] is True else given["lora"], "lora")
         train = given.get("train", STAGES[name]["train"])
         given["train"] = tuple(train) if isinstance(train, (list, tuple)) else (train,)
-        given["arguments"] = dict(_mapping(given.get("arguments") or {}, "arguments"))
+        given["arguments"] = _plain_mapping(given.get("arguments") or {}, "arguments")
         return StageConfig(**{**STAGES[name], **given})
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
@@ -329,6 +344,26 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name}={shown(value)}: must be fields with their values.")
     return value
+
+
+def _plain_mapping(value: Any, name: str) -> dict[str, Any]:
+    """A mapping of what JSON has, so that the record of a run can hold it."""
+    made: dict[str, Any] = _plain(_mapping(value, name))
+    _check_plain(made, name)
+    return made
+
+
+def _check_plain(value: Any, name: str) -> None:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, each in value.items():
+            _check_plain(each, f"{name}.{key}")
+    elif isinstance(value, list):
+        for each in value:
+            _check_plain(each, name)
+    elif not (value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError(
+            f"{name}={shown(value)}: must be a text, a finite number, true, false, or a list or fields of these."
+        )
 
 
 def _check_names(given: Mapping[str, Any], known: Any, prefix: str) -> None:

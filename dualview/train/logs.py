@@ -45,7 +45,11 @@ class LossLog(TrainerCallback):
         self.folder = folder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lines of a run that was killed after its last checkpoint are not those of this one."""
+        """Lines of a run that was killed after its last checkpoint are not those of this one.
+
+        How often to save and to log is what is asked for now; transformers goes on with what the checkpoint says.
+        """
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(f"{json.dumps(line)}\n" for line in state.log_history)
@@ -79,7 +83,7 @@ def drawn_curve(points: list[tuple[int, float]]) -> bytes:
     means: list[float] = []
     for loss in losses:
         means.append(loss if not means else 0.95 * means[-1] + 0.05 * loss)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="loss")
     axes.plot(steps, means, color="tab:blue", label="running mean")

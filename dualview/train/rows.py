@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,13 @@ from dualview.arguments import shown
 
 IMAGE = "<image>"
 """Where an image stands in the text of a row, whatever token the model's processor has for it."""
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can hold and no tokenizer reads."""
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class Twice(dict[str, Any]):
+    """An object of JSON with a key twice, of which Python keeps the last value."""
 
 
 class RowError(ValueError):
@@ -73,10 +80,12 @@ def read_rows(file: Path) -> list[Any]:
         ValueError: It is no JSON of this form.
     """
     try:
-        with file.open(encoding="utf-8") as opened:
+        with file.open(encoding="utf-8-sig") as opened:
             rows = [_line(line, file, i) for i, line in enumerate(opened) if line.strip()] if _lines(file) else None
-            rows = json.load(opened) if rows is None else rows
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            rows = json.load(opened, object_pairs_hook=_object) if rows is None else rows
+    except RowError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}): write a list of rows, or a row a line as .jsonl.") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{file} holds {shown(rows)}: must be a list of at least one row.")
@@ -89,9 +98,14 @@ def _lines(file: Path) -> bool:
 
 def _line(line: str, file: Path, index: int) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {index + 1} is no JSON: {error}.") from error
+        return json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{file}, line {index + 1} is no JSON: {error}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Twice(found)
 
 
 def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> Iterator[Row | RowError]:
@@ -113,6 +127,8 @@ def checked_rows(rows: list[Any], file: Path | str, folder: Path, form: str) -> 
 def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
     if not isinstance(row, Mapping):
         raise RowError(f"{place}: {shown(row)} must be an object with conversations.")
+    if isinstance(row, Twice):
+        raise RowError(f"{place}: a key of {shown(dict(row))} is written twice; keep one of them.")
     turns = _turns(row.get("conversations"), place)
     images = _images(row, place, folder)
     places = sum(turn.text.count(IMAGE) for turn in turns)
@@ -134,8 +150,14 @@ def _turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     found = []
     for number, turn in enumerate(conversations):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-            raise RowError(f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}.")
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str) or isinstance(turn, Twice):
+            raise RowError(
+                f"{place}: turn {number} is {shown(turn)}; must be {{from: human or gpt, value: text}}, each key once."
+            )
+        if HALF.search(text):
+            raise RowError(
+                f"{place}: turn {number} has half of a surrogate pair, {shown(text)}: write whole characters."
+            )
         found.append(Turn(ROLES[role], text))
     spoken = found[1:] if found[0].role == "system" else found
     wanted = ["user", "assistant"] * (len(spoken) // 2)
@@ -158,6 +180,10 @@ def _images(row: Mapping[str, Any], place: str, folder: Path) -> tuple[Path, ...
         raise RowError(f"{place}: image={shown(names)} must be a path, or a list of paths.")
     paths = tuple(folder / name for name in names)
     for path in paths:
-        if not path.is_file():
-            raise RowError(f"{place}: image {path}: no such file.")
+        try:
+            found = path.is_file()
+        except OSError:  # a name that no file can have
+            found = False
+        if not found:
+            raise RowError(f"{place}: image {shown(str(path))}: no such file.")
     return paths

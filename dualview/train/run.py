@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,17 @@ import torch
 from transformers import AutoProcessor
 
 from dualview.arguments import check_callable, check_flags, check_instance, shown
-from dualview.outputs import replace_file
 from dualview.terminal import say
 from dualview.train.base import make_base
 from dualview.train.checkpoints import checkpoints
 from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
 from dualview.train.features import FeatureCache
+from dualview.train.folder import check_rows, run_folder
 from dualview.train.logs import LossLog
 from dualview.train.rows import RowError, check_files
 from dualview.train.stages import check_stage, freeze, training_arguments, with_lora
 from dualview.train.trainer import DualViewTrainer
-
-RECORD = "config.json"
-"""What a folder of a run was begun with."""
-MAY_CHANGE = ("bad_rows", "workers")
-"""Fields of a stage that may change when a run is resumed, so that a bad picture does not end it for good."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], None] = say) -> Path:
@@ -44,7 +39,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
     Raises:
         TypeError: The configuration is none.
         ValueError: Data or model are missing or wrong; the folder of the run is there already, and ``resume`` is False;
-            or the run was begun with another configuration, ``bad_rows`` and ``workers`` aside.
+            another process trains in it; or the run was begun with another configuration or other rows.
 
     Example:
         ``train(TrainConfig.load("run.yaml"))``; the page on training has one that runs.
@@ -56,14 +51,18 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
     check_callable(report, "report", "a function of a line")
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    output = Path(config.output)
     for name, stage in config.stages.items():  # all of them now: the first may take days
         check_stage(stage, name, state.num_processes)
         for one in stage.data:
             check_files(one.file, one.images, one.source)
-    if state.is_main_process:
-        _begin(config, output, resume=resume)
-    state.wait_for_everyone()
+    alone = run_folder(config, resume=resume, report=report) if state.is_main_process else nullcontext()
+    with alone:
+        state.wait_for_everyone()
+        return _train_stages(config, state, report)
+
+
+def _train_stages(config: TrainConfig, state: Any, report: Callable[[str], None]) -> Path:
+    output = Path(config.output)
     if isinstance(config.model, str):
         source = Path(config.model)
     else:
@@ -79,30 +78,6 @@ def train(config: TrainConfig, *, resume: bool = False, report: Callable[[str], 
                 report(f"wrote {result}: dualview ask PICTURE QUESTION --model {result}")
         source = result
     return source
-
-
-def _begin(config: TrainConfig, output: Path, *, resume: bool) -> None:
-    record = output / RECORD
-    if output.exists() and not resume:
-        raise ValueError(f"output={shown(str(output))}: exists already; resume the run in it, or name another folder.")
-    if record.is_file():
-        before, now = json.loads(record.read_text(encoding="utf-8")), json.loads(json.dumps(config.plain()))
-        changed = [each for each in _differences(before, now) if each.split("=")[0].split(".")[-1] not in MAY_CHANGE]
-        if changed:
-            raise ValueError(
-                f"{changed[0]} is not what {output} was begun with ({len(changed)} differences): resume with the same "
-                "configuration, or begin another run in another folder."
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    replace_file(record.absolute(), memoryview(json.dumps(config.plain(), indent=1).encode()))
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [] if before == now else [f"{prefix}={shown(now)}"]
-    names = sorted(set(before) | set(now))
-    dot = f"{prefix}." if prefix else ""
-    return [each for name in names for each in _differences(before.get(name), now.get(name), dot + name)]
 
 
 def _train_stage(
@@ -123,8 +98,12 @@ def _train_stage(
         images_kwargs=images,
         report=report if PartialState().is_main_process else lambda line: None,
     )
+    files = []
     for one in stage.data:
+        before = len(data)
         data.add(one.file, one.images, source=one.source)
+        files.append((one.file, data.rows[before:]))
+    check_rows(files, folder, write=PartialState().is_main_process)
     if stage.feature_cache is not None:
         data.cache = _filled_cache(stage.feature_cache, model, data)
     data.report = report  # every process reads rows of its own

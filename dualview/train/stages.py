@@ -195,7 +195,7 @@ def training_arguments(
     }
     try:
         return TrainingArguments(**{**values, **stage.arguments})
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # what transformers stumbles over
         raise ValueError(f"{name}.arguments={shown(dict(stage.arguments))}: {error}") from error
 
 

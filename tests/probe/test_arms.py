@@ -7,6 +7,7 @@ import torch
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.readout import read_out
 from dualview.ops.tiling import recombine
+from dualview.probe import draws
 from dualview.probe.arms import ARMS, REDUCED
 from dualview.probe.attention import attention_of
 from dualview.probe.draws import Draw
@@ -23,7 +24,7 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 def views(batch=2, seed=0):
     random = torch.Generator().manual_seed(seed)
     local, stride, smooth = torch.randn(3, batch, 9, 8, 8, DIM, generator=random)
-    return Views(local, stride, smooth, torch.randn(batch, 8, 8, DIM, generator=random))
+    return Views(local, stride, torch.randn(batch, 8, 8, DIM, generator=random), smooth)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_sharper_start_is_the_same_module_with_larger_logits():
 def test_a_blank_view_tells_nothing(data):
     training = Training(BY_NAME["DEM released"], 0, data, Budget(steps=1, batch=2, points=1))
     seen, asked = data.test
-    changed = Views(seen.local, seen.stride.flip(1).roll(1, 0), seen.smooth, seen.thumb)
+    changed = Views(seen.local, seen.stride.flip(1).roll(1, 0), seen.thumb)
     torch.testing.assert_close(mean_of(seen, "stride"), mean_of(changed, "stride"))
     model = training.model.eval()
     index = torch.arange(6)
@@ -172,7 +173,7 @@ def test_views_show_the_same_pixels():
     """A stride tile of a page that is constant within cells of 3 x 3 is the page reduced."""
     small = torch.rand(1, 3, 28, 28)
     page = small.repeat_interleave(3, -1).repeat_interleave(3, -2)
-    tiles = tiles_of(page)
+    tiles = tiles_of(page, smooth=True)
     for k in range(9):
         torch.testing.assert_close(tiles["stride"][:, k], small)
     assert (tiles["thumb"] - small).abs().mean() < 0.12
@@ -180,16 +181,17 @@ def test_views_show_the_same_pixels():
     assert tiles["local"].shape == tiles["smooth"].shape == (1, 9, 3, 28, 28)
 
 
-def test_features_are_those_of_the_drawn_pages():
+def test_features_are_those_of_the_drawn_pages(monkeypatch):
     def encode(pixels):
         return pixels.movedim(1, -1).unflatten(2, (8, 14)).unflatten(1, (8, 14)).mean((2, 4))
 
-    draw = Draw("test", "check", 1, 34)  # more than one chunk
+    monkeypatch.setattr(draws, "CHUNK", 2)
+    draw = Draw("test", "check", 1, 3)  # more than one chunk
     seen, asked = encode_draw(encode, draw, dtype=torch.float32)
     assert np.array_equal(asked.numpy(), draw.questions())
-    page = torch.from_numpy(draw.page(33)[0]).movedim(-1, 0) / 255
-    torch.testing.assert_close(seen.local[33, 4], encode(page[None, :, 112:224, 112:224])[0])
-    torch.testing.assert_close(seen.stride[33, 5], encode(page[None, :, 1::3, 2::3])[0])
+    page = torch.from_numpy(draw.page(2)[0]).movedim(-1, 0) / 255
+    torch.testing.assert_close(seen.local[2, 4], encode(page[None, :, 112:224, 112:224])[0])
+    torch.testing.assert_close(seen.stride[2, 5], encode(page[None, :, 1::3, 2::3])[0])
 
 
 def test_direct_attention_needs_tiles_times_as_many_weights():

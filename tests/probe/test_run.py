@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dualview import cli
-from dualview.probe import backgrounds, encoders, glyphs, run
+from dualview.models.reader import ReaderVisionConfig
+from dualview.probe import backgrounds, encoders, figure, glyphs, pages, run
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing, write
-from dualview.probe.draws import digest
 from dualview.probe.figure import draw
 from dualview.probe.grid import Plan, packed, unpacked
 from dualview.probe.questions import QUESTIONS, TASKS
@@ -45,14 +45,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "SMALL", TINY)
 
 
-def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys):
-    path = tmp_path / "probe.json"
+def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys, monkeypatch):
+    path, drawn = tmp_path / "probe.json", []
+    monkeypatch.setattr(figure, "draw", lambda document: drawn.append(draw(document)) or drawn[0])
     assert cli.main(["probe", "-o", str(path)]) == 0
     document = json.loads(path.read_text())
     names = [arm.name for arm in TINY.plan.arms]
     assert [row["arm"] for row in document["rows"]] == names
     assert missing(document) == []
-    assert (tmp_path / "probe.png").read_bytes() == draw(document)
+    assert [(tmp_path / "probe.png").read_bytes()] == drawn
+    assert drawn[0].startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert table(document) in shown
     assert all(name in shown for name in names)
@@ -86,7 +88,9 @@ def test_a_run_from_pages_to_the_figure(quick, tmp_path, capsys):
 @pytest.mark.more
 def test_the_same_seed_gives_the_same_answers(quick, tmp_path):
     scale = replace(TINY, plan=replace(TINY.plan, arms=TINY.plan.arms[:2]))
-    first, second = (run_probe(scale, tmp_path / f"{name}.json")["rows"] for name in "ab")
+    documents = [run_probe(scale, tmp_path / f"{name}.json") for name in "ab"]
+    assert draw(documents[0]) == draw(json.loads((tmp_path / "b.json").read_text()))
+    first, second = (document["rows"] for document in documents)
     assert [row["right"] for row in first] == [row["right"] for row in second]
     assert [row["losses"] for row in first] == [row["losses"] for row in second]
 
@@ -94,7 +98,8 @@ def test_the_same_seed_gives_the_same_answers(quick, tmp_path):
 def test_what_time_does_not_suffice_for_is_listed(quick, tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 4))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    document = run_probe(TINY, tmp_path / "probe.json", minutes=1)
+    monkeypatch.setattr(run, "cost_of_arms", lambda *_: {})
+    document = run_probe(replace(TINY, shift=None), tmp_path / "probe.json", minutes=1)
     left = missing(document)
     assert 0 < len(left) < len(TINY.plan.arms)
     assert [(row["arm"], row["seed"]) for row in document["rows"]] + left == [(a.name, s) for a, s in TINY.plan.jobs()]
@@ -149,6 +154,17 @@ def test_a_tower_is_kept_and_found(tmp_path):
     torch.testing.assert_close(encoders.encoder_of(found, 1)(pixels), tokens, atol=1e-5, rtol=1e-4)
 
 
+def test_a_tower_has_the_name_of_all_that_decides_it(monkeypatch):
+    names = [encoders.name_of(0, 1), encoders.name_of(1, 1), encoders.name_of(0, 2)]
+    assert encoders.name_of(0, 1) == names[0]
+    monkeypatch.setattr(encoders.inspect, "getsource", lambda module: "another training")
+    names.append(encoders.name_of(0, 1))
+    monkeypatch.undo()
+    monkeypatch.setattr("dualview.models.reader.ReaderVisionConfig", lambda: ReaderVisionConfig(hidden_size=80))
+    names.append(encoders.name_of(0, 1))
+    assert len(set(names)) == 5
+
+
 @pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png"])
 def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, monkeypatch, capsys, output):
     (tmp_path / "folder.json").mkdir()
@@ -171,15 +187,12 @@ def test_a_file_in_the_place_of_the_towers_is_refused_before_any_training(tmp_pa
 
 @pytest.mark.parametrize("package", ["sklearn", "skimage"])
 def test_a_missing_package_is_named_before_any_training(package, tmp_path, monkeypatch, capsys):
-    for cached in (glyphs.glyphs_of, backgrounds.photographs):
-        cached.cache_clear()
+    for name, home in (("glyphs_of", glyphs), ("photographs", backgrounds)):  # not those that are loaded already
+        monkeypatch.setattr(pages, name, getattr(home, name).__wrapped__)
+    monkeypatch.setattr(glyphs, "_digits", glyphs._digits.__wrapped__)
     monkeypatch.setattr(glyphs, "find_spec", lambda name: None if name == package else find_spec(name))
     monkeypatch.setattr(run, "pretrained_tower", None)
     assert cli.main(["probe", "-o", str(tmp_path / "probe.json")]) == 1
     assert capsys.readouterr().err == (
         f'dualview probe: error: {package} is not installed: run pip install -e ".[probe]" in your clone\n'
     )
-
-
-def test_a_hash_names_the_pages():
-    assert digest(TINY.plan.draws(0, 336)[2]) != digest(TINY.plan.draws(1, 336)[0])

@@ -1,5 +1,6 @@
 """A configuration: the paper's values, and an error for whatever cannot be."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,12 @@ def test_the_stages_of_the_paper():
         (stage2(group_by_length=1), "stage2.group_by_length=1: must be True or False"),
         (stage2(lora={"rank": 0}), "stage2.lora.rank=0: must be"),
         (stage2(lora={"r": 8}), "stage2.lora.r=8: is no field"),
+        (stage2(lora={"target_modules": "("}), r"stage2.lora.target_modules='\(': must be a regular expression"),
+        (RUN | {"seed": 2**32, "stage1": DATA}, "seed=4294967296: must be an integer"),
         (RUN | {"stage1": DATA | {"lora": True}}, "stage1.lora=.*leaves the language model as it is"),
         (stage2(arguments=[1]), r"stage2.arguments=\[1\]: must be fields"),
+        (stage2(arguments={"run_name": date(2026, 1, 1)}), "stage2.arguments.run_name=.*: must be a text, a finite"),
+        (stage2(arguments={"a": [{"b": float("nan")}]}), "stage2.arguments.a.b=nan: must be a text, a finite"),
     ],
 )
 def test_errors_name_field_value_and_rule(fields, message):
@@ -90,8 +95,12 @@ def test_yaml(tmp_path):
     assert config.stages["stage2"].learning_rate == 1e-4
     assert config.stages["stage2"].lora.rank == 128
     assert TrainConfig.of(config.plain()) == config
-    file.write_text("a: [")
-    with pytest.raises(ValueError, match=r"run\.yaml is no YAML"):
+    for text in ("a: [", "[" * 500):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"run\.yaml is no YAML"):
+            TrainConfig.load(file)
+    file.write_text("model: a\nstage1: {data: [], epochs: 1, epochs: 2}")
+    with pytest.raises(ValueError, match=r"'epochs' is written twice, .*line 2"):
         TrainConfig.load(file)
     file.write_text("model: 3")
     with pytest.raises(ValueError, match=r"run\.yaml: model=3"):
@@ -108,6 +117,7 @@ def test_arguments_of_transformers():
         ({"bf16": False}, said),
         ({"train_sampling_strategy": "sequential"}, said),  # DualViewTrainer has an order of its own
         ({"nonsense": 1}, "nonsense"),
+        ({"fsdp": [1]}, "fsdp"),
     ):
         config = TrainConfig.of(stage2(arguments=arguments))
         with pytest.raises(ValueError, match=rf"stage2.arguments.*{message}"):
@@ -147,6 +157,19 @@ def test_the_papers_mixtures_name_what_to_fetch(file):
 
 def test_there_are_mixtures():
     assert [file.stem for file in CONFIGS] == ["inf_llava", "inf_llava_more_data"]
+
+
+def test_the_launchers_configurations_are_known_to_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    sharded = load_config_from_file(str(CONFIGS[0].with_name("fsdp2.yaml")))  # refuses keys that it does not know
+    assert (sharded.distributed_type, sharded.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    assert set(sharded.fsdp_config) <= {action.dest for action in launch_command_parser()._actions}
+    for stage in (2, 3):
+        zero = HfDeepSpeedConfig(str(CONFIGS[0].with_name(f"zero{stage}.json")))
+        assert (zero.is_zero2(), zero.is_zero3(), zero.is_offload()) == (stage == 2, stage == 3, False)
 
 
 def test_checkpoints_have_their_name_when_they_are_complete(tmp_path):

@@ -30,10 +30,12 @@ BAD = {
     "too few places": (GOOD | {"conversations": turns("hi", "a")}, "0 <image> in the text, but 1 images"),
     "too many places": (GOOD | {"conversations": turns("<image><image>", "a")}, "2 <image> in the text, but 1 images"),
     "a place in an answer": (GOOD | {"conversations": turns("hi", "a <image>")}, "in a turn that is not human"),
-    "a missing picture": (GOOD | {"image": "none.png"}, r"none\.png: no such file"),
+    "a missing picture": (GOOD | {"image": "none.png"}, r"none\.png': no such file"),
     "a picture that is no path": (GOOD | {"image": 3}, "image=3 must be a path"),
     "two fields of pictures": (GOOD | {"images": ["0.png"]}, "image and images are both given"),
     "no object": ([], r"\[\] must be an object"),
+    "a name that no file can have": (GOOD | {"image": "x" * 300}, "x': no such file"),
+    "half of a character": (GOOD | {"conversations": turns("<image>", "a \ud83d")}, "turn 1 has half of a surrogate"),
 }
 
 
@@ -94,11 +96,28 @@ def test_files_that_are_no_rows(place, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{')
     with pytest.raises(ValueError, match="line 2 is no JSON"):
         data.add(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"rows\.json is no JSON"):
+        data.add(tmp_path / "rows.json")
     (tmp_path / "rows.json").write_text("[]")
     with pytest.raises(ValueError, match="at least one row"):
         data.add(tmp_path / "rows.json")
     with pytest.raises(ValueError, match=r"no such folder of images\. Fetch it from https://x"):
         data.add(place / "captions.json", tmp_path / "none", source="https://x")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_keys_that_are_written_twice(place, tmp_path, name):
+    """Python would keep the last value and say nothing."""
+    good = json.dumps(GOOD)
+    for wrong in (
+        good.replace('{"image"', '{"image": "1.png", "image"'),
+        good.replace('"value"', '"value": "", "value"'),
+    ):
+        rows = f"{good}\n{wrong}" if name.endswith("l") else f"[{good}, {wrong}]"
+        (tmp_path / name).write_text(f"\ufeff{rows}", encoding="utf-8")  # as some editors begin a file
+        with pytest.raises(RowError, match=rf"{name}, row 1: .*(written twice|each key once)"):
+            LlavaDataset(tiny_processor()).add(tmp_path / name, place / "images")
 
 
 @pytest.mark.parametrize("options", [{}, {"max_tiles": 6}])

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from io import BytesIO
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
-from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, train, training_arguments
+from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, logs, train, training_arguments
 from dualview.train.checkpoints import checkpoints
 from dualview.train.rows import RowError
 from dualview.train.run import load
@@ -19,6 +21,17 @@ from tests.train.data import config, fields, turns, weights, write_data
 
 ENCODER_TO_LLM = (".dem.", ".multi_modal_projector.")
 TRAINED = {"stage1": ENCODER_TO_LLM, "stage2": (*ENCODER_TO_LLM, "language", "lm_head")}
+
+
+drawn_curve = logs.drawn_curve
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    """What a curve is drawn of, in place of the picture, which takes a third of so small a training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "drawn_curve", lambda points: json.dumps(points).encode())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,7 @@ def test_what_was_learnt_is_answered(place, tmp_path, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     stage = fields(place)["stage2"] | {"data": [{"file": str(tmp_path / "rows.json"), "images": str(place / "images")}]}
     stage |= {"batch_size": 1, "rows_per_device": 1, "max_steps": 20, "learning_rate": 1e-2, "save_steps": 20}
+    stage |= {"gradient_checkpointing": False}
     run = {"model": str(place / "base"), "output": str(tmp_path / "run"), "stage2": stage}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
@@ -61,12 +75,19 @@ def test_a_run_leaves_logs_and_a_curve_and_nothing_else(place):
     for stage, steps in (("stage1", 3), ("stage2", 6)):
         folder = place / "run" / stage
         assert {path.name for path in folder.iterdir() if not path.name.startswith(("checkpoint", "runs"))} == {
-            "log.jsonl", "loss.png", "model",
+            "data.json", "log.jsonl", "loss.png", "model",
         }  # fmt: skip
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
-        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        points = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+        assert [step for step, _ in points] == list(range(1, steps + 1))
+        assert json.loads((folder / "loss.png").read_bytes()) == points
         assert len(checkpoints(folder)) == 2
+
+
+def test_the_curve_is_a_picture():
+    with Image.open(BytesIO(drawn_curve([(1, 2.0), (2, 1.0)]))) as picture:
+        assert (picture.format, picture.size) == ("PNG", (840, 480))
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 9
 
 
 def test_the_tower_rests_while_the_rest_is_trained(place, tmp_path):
@@ -95,10 +116,18 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize(
-    "passes", [pytest.param(2, marks=pytest.mark.more), pytest.param(9, marks=pytest.mark.more), 13]
+    ("stages", "passes"),
+    [
+        pytest.param(("stage1", "stage2"), 2, marks=pytest.mark.more),
+        pytest.param(("stage1", "stage2"), 9, marks=pytest.mark.more),
+        (("stage2",), 10),
+    ],
 )
-def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, passes):
-    """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second."""
+def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch, stages, passes):
+    """In stage 1 before the first checkpoint; in stage 2 within the first epoch, and within the second.
+
+    Stage 2 alone begins with what stage 1 gave.
+    """
     whole, left = DualViewTrainer.compute_loss, [passes]
 
     def stopping(self, *args, **kwargs):
@@ -107,18 +136,24 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeyp
             raise StoppedError
         return whole(self, *args, **kwargs)
 
-    shutil.copytree(place / "base", tmp_path / "base")
-    again = TrainConfig.of(fields(place) | {"output": str(tmp_path / "run")})
+    source = place / "base" if "stage1" in stages else place / "run" / "stage1" / "model"
+
+    def again(**stage2):
+        run = fields(place, **stage2)
+        chosen = {name: run[name] for name in ("seed", *stages)}
+        return TrainConfig.of({"model": str(source), "output": str(tmp_path / "run"), **chosen})
+
     monkeypatch.setattr(DualViewTrainer, "compute_loss", stopping)
     with pytest.raises(StoppedError):
-        train(again, report=lambda line: None)
+        train(again(), report=lambda line: None)
     monkeypatch.undo()
     epochs, drawn = [], EpochSampler.__iter__
     monkeypatch.setattr(EpochSampler, "__iter__", lambda self: epochs.append(self.epoch) or drawn(self))
     torch.manual_seed(99)
-    train(again, resume=True, report=lambda line: None)
+    train(again(save_steps=1), resume=True, report=lambda line: None)
     assert epochs[-1] == 1  # the second epoch has an order of its own
-    for stage in ("stage1", "stage2"):
+    assert [path.name for path in checkpoints(tmp_path / "run" / "stage2")] == ["checkpoint-5", "checkpoint-6"]
+    for stage in stages:
         expected, found = weights(place / "run" / stage / "model"), weights(tmp_path / "run" / stage / "model")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -129,6 +164,28 @@ def test_a_run_is_not_overwritten_and_goes_on_with_its_own_configuration_only(pl
     changed = TrainConfig.of(fields(place, learning_rate=1.0))
     with pytest.raises(ValueError, match=r"stage2.learning_rate=1.0 is not what .* was begun with"):
         train(changed, resume=True)
+
+
+def test_a_file_that_was_edited_is_seen_when_the_run_goes_on(place, tmp_path):
+    """Of a stage with checkpoints and no result: one that is done needs its rows no more."""
+    rows, model = place / "chats.jsonl", place / "run" / "stage2" / "model"
+    before = rows.read_text()
+    rows.write_text(before.replace("it is a", "it is b"))
+    try:
+        assert train(config(place), resume=True, report=lambda line: None) == model
+        model.rename(tmp_path / "model")
+        with pytest.raises(ValueError, match=r"chats\.jsonl: 12 good rows, .* was begun with 12 of"):
+            train(config(place), resume=True, report=lambda line: None)
+    finally:
+        (tmp_path / "model").rename(model)
+        rows.write_text(before)
+
+
+def test_a_model_that_is_missing_leaves_no_folder(place, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no model there"):
+            train(TrainConfig.of(fields(place) | {"model": "none", "output": str(tmp_path / "run")}))
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_a_processor(place, tmp_path):
@@ -201,6 +258,24 @@ def test_lora_is_merged_and_leaves_the_rest_of_the_language_model(place):
     shutil.rmtree(place / "lora" / "stage2" / "model")
     train(again, resume=True, report=lambda line: None)
     assert all(torch.equal(value, after[name]) for name, value in weights(place / "lora/stage2/model").items())
+
+
+@pytest.mark.more
+def test_resumed_with_fewer_rows_at_once(tmp_path):
+    """As where memory did not suffice: the steps have the same rows, and their sums are rounded otherwise."""
+    place = write_data(tmp_path)  # without dropout, which would draw other numbers
+    run = {name: value for name, value in fields(place).items() if name != "stage1"}
+    train(TrainConfig.of(run), report=lambda line: None)
+    whole = weights(place / "run" / "stage2" / "model")
+    shutil.rmtree(place / "run" / "stage2" / "model")
+    shutil.rmtree(checkpoints(place / "run" / "stage2")[-1])
+    run["stage2"]["rows_per_device"] = 1
+    said = []
+    train(TrainConfig.of(run), resume=True, report=said.append)
+    assert said[0].startswith("stage2.rows_per_device=1, and was 2")
+    found = weights(place / "run" / "stage2" / "model")
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=5e-5)
 
 
 @pytest.mark.more
