@@ -56,6 +56,29 @@ def test_modules_of_ones_own(trial, tmp_path):
     assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
 
 
+def test_options_that_json_does_not_have(trial, tmp_path):
+    """A type is written by its name, the device is the host's, and options that are modules are given again."""
+    host = copy.deepcopy(trial.bare).bfloat16()
+    model = dv.attach(copy.deepcopy(host), dem={"preset": "paper", "dtype": torch.float32, "device": "cpu"})
+    open_gates(model)
+    dv.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / DESCRIPTION).read_text())["dem"] == {
+        "preset": "paper",
+        "gate": True,
+        "dtype": "float32",
+    }
+    again = dv.load_adapter(host, tmp_path)
+    assert {parameter.dtype for parameter in dv.attached(again).parameters()} == {torch.float32}
+    assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
+
+    options = {"preset": "paper", "fusion": dv.AdditionFusion()}
+    model = trial.model(True, dem=options)
+    dv.save_adapter(model, tmp_path)
+    refused(trial, tmp_path, "the same dem=")
+    again = dv.load_adapter(trial.model(False), tmp_path, dem=options)
+    assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
+
+
 def test_what_peft_has_trained_is_saved(trial, tmp_path):
     model = get_peft_model(
         trial.model(True, gates=False), LoraConfig(target_modules=["q_proj"], modules_to_save=["dualview"])
@@ -99,6 +122,8 @@ def test_tampered_and_foreign_files(trial, saved):
         ({"dem": {"preset": "unknown"}}, "unknown"),
         ({"dem": {"preset": ["paper"]}}, "preset"),
         ({"dem": {"preset": "paper", "device": "meta"}}, "meta"),
+        ({"dem": {"preset": "paper", "dtype": "float99"}}, "float99"),
+        ({"format": True}, DESCRIPTION),
         ({"grid": [-2, 2]}, "-2"),
         ({"dem": {"preset": "released", "gate": True}}, "does not fit"),
         ({"more": 1}, DESCRIPTION),
@@ -135,6 +160,7 @@ def test_weights_that_no_save_adapter_has_written(trial, saved):
         (whole[:-10], WEIGHTS, "safetensors"),
         (b"", WEIGHTS, "safetensors"),
         (save(weights | {first: torch.full_like(weights[first], torch.nan)}), first, "NaN"),
+        (save(weights | {first: weights[first].long()}), first, "int64", "float32"),
         (save({f"other.{name}": value for name, value in weights.items()}), "does not fit"),
         (save(weights | {first: torch.cat([weights[first]] * 2)}), first, "does not fit"),
     ):
@@ -161,8 +187,9 @@ def narrow_config(config: LlavaConfig) -> LlavaConfig:
 def test_a_file_where_the_folder_should_be(trial, saved):
     with refuses("holds no", error=FileNotFoundError):
         dv.load_adapter(trial.model(False), saved / WEIGHTS)
-    with refuses("cannot be made"):
-        dv.save_adapter(trial.model(True), saved / WEIGHTS)
+    for folder in (saved / WEIGHTS, "\0"):
+        with refuses("cannot be made"):
+            dv.save_adapter(trial.model(True), folder)
 
 
 def test_a_second_module_is_refused(trial, saved):
