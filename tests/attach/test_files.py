@@ -20,7 +20,7 @@ DESCRIPTION, WEIGHTS = "dualview_adapter.json", "dualview_adapter.safetensors"
 
 @pytest.fixture
 def trial():
-    return Trial("llava")
+    return trial_of("llava")
 
 
 @pytest.fixture
@@ -169,9 +169,7 @@ def test_weights_that_no_save_adapter_has_written(trial, saved):
 
 
 def test_another_width_and_another_family(trial, saved):
-    for family, *parts in (("llava_onevision", "llava_onevision", "'llava'"), ("gemma3n", "gemma3n", "family")):
-        other = trial_of(family)
-        refused(other, saved, *parts)
+    refused(trial_of("paligemma"), saved, "paligemma", "'llava'", "of that family")
     narrow = copy.deepcopy(trial)
     narrow.bare = LlavaForConditionalGeneration(narrow_config(trial.bare.config)).eval()
     narrow.before = logits(narrow.bare, narrow.inputs)
