@@ -28,6 +28,7 @@ from tests.attach.hosts import IMAGE, PACKED, SQUARE, built, inputs_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
 Inputs = dict[str, Tensor]
+AT_ONCE = {"max_tiles_per_pass": 64}  # by default a CPU gets one view after the other
 DECODING = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
 
 
@@ -68,7 +69,7 @@ class Trial:
         model = copy.deepcopy(self.bare)
         if with_module:
             torch.manual_seed(1)
-            attach(model, **{"max_tiles_per_pass": 64, **options})  # by default a CPU gets one view after the other
+            attach(model, **{**AT_ONCE, **options})
             if gates:
                 open_gates(model)
         return model
@@ -151,7 +152,7 @@ def saved(trial: Trial, with_module: bool) -> None:
         assert torch.equal(logits(again, trial.inputs), trial.before)
         if with_module:
             save_adapter(model, folder)
-            load_adapter(again, folder)
+            load_adapter(again, folder, **AT_ONCE)
             assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
 
 

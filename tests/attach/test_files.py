@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import dualview as dv
-from tests.attach.matrix import Trial, gradients, logits, open_gates, trial_of
+from tests.attach.matrix import AT_ONCE, Trial, gradients, logits, open_gates, trial_of
 from tests.checks import refuses
 
 DESCRIPTION, WEIGHTS = "dualview_adapter.json", "dualview_adapter.safetensors"
@@ -31,7 +31,7 @@ def saved(trial, tmp_path):
 
 
 def test_round_trip(trial, saved):
-    again = dv.load_adapter(trial.model(False), saved)
+    again = dv.load_adapter(trial.model(False), saved, **AT_ONCE)
     model = trial.model(True, grid=(2, 3), dem={"preset": "paper", "num_heads": 2})
     assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
     assert sorted(file.name for file in saved.iterdir()) == [DESCRIPTION, WEIGHTS]
@@ -40,7 +40,7 @@ def test_round_trip(trial, saved):
 
 def test_saving_twice_replaces_both(trial, saved):
     dv.save_adapter(trial.model(True), saved)
-    again = dv.load_adapter(trial.model(False), saved)
+    again = dv.load_adapter(trial.model(False), saved, **AT_ONCE)
     assert torch.equal(logits(again, trial.inputs), logits(trial.model(True), trial.inputs))
 
 
@@ -52,7 +52,7 @@ def test_modules_of_ones_own(trial, tmp_path):
     dv.save_adapter(model, tmp_path)
     with refuses("dem="):
         dv.load_adapter(trial.model(False), tmp_path)
-    again = dv.load_adapter(trial.model(False), tmp_path, dem=dem())
+    again = dv.load_adapter(trial.model(False), tmp_path, dem=dem(), **AT_ONCE)
     assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
 
 
@@ -75,7 +75,7 @@ def test_options_that_json_does_not_have(trial, tmp_path):
     model = trial.model(True, dem=options)
     dv.save_adapter(model, tmp_path)
     refused(trial, tmp_path, "the same dem=")
-    again = dv.load_adapter(trial.model(False), tmp_path, dem=options)
+    again = dv.load_adapter(trial.model(False), tmp_path, dem=options, **AT_ONCE)
     assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
 
 
