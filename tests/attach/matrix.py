@@ -1,12 +1,15 @@
 """The support matrix: what is tried with a family, cell by cell, and the page of the documentation made of it.
 
-`python -m tests.attach.matrix` writes the page anew. A cell is tried with the attached module; where that fails,
-without: what the host alone cannot do, either, is no fault of the attachment, and the page says so.
+`python -m tests.attach.matrix [FAMILY ...]` tries rows, all of them by default, and writes them into the page, with the
+version of transformers; to rows that were the same with other versions this one is added. A cell is tried with the
+attached module; where that fails, without: what the host alone cannot do, either, is no fault of the attachment, and
+the page says so.
 """
 
 import copy
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from tests.attach.hosts import IMAGE, PACKED, SQUARE, built, inputs_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
 Inputs = dict[str, Tensor]
+AT_ONCE = {"max_tiles_per_pass": 64}  # by default a CPU gets one view after the other
 DECODING = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
 
 
@@ -65,7 +69,7 @@ class Trial:
         model = copy.deepcopy(self.bare)
         if with_module:
             torch.manual_seed(1)
-            attach(model, **options)
+            attach(model, **{**AT_ONCE, **options})
             if gates:
                 open_gates(model)
         return model
@@ -148,7 +152,7 @@ def saved(trial: Trial, with_module: bool) -> None:
         assert torch.equal(logits(again, trial.inputs), trial.before)
         if with_module:
             save_adapter(model, folder)
-            load_adapter(again, folder)
+            load_adapter(again, folder, **AT_ONCE)
             assert torch.equal(logits(again, trial.inputs), logits(model, trial.inputs))
 
 
@@ -214,9 +218,9 @@ def text_alone(trial: Trial, with_module: bool) -> None:
     assert not [name for name in vars(model.base_model) if name.startswith("_dualview_")]
 
 
-def compiled(trial: Trial, with_module: bool) -> None:
-    """`torch.compile` of the features of images, which is what the module takes part in; graph breaks are allowed."""
-    model = trial.model(with_module, max_tiles_per_pass=64)  # passes are unrolled
+def compiled(trial: Trial, with_module: bool) -> str:
+    """`torch.compile` of the whole model, or of the features of images alone; graph breaks are allowed."""
+    model = trial.model(with_module)
     torch._dynamo.reset()
 
     def features(**given: Tensor) -> list[Tensor]:
@@ -224,9 +228,18 @@ def compiled(trial: Trial, with_module: bool) -> None:
             output = model.base_model.get_image_features(**given)
         return flat(output)
 
+    if trial.family in WHOLE:
+        made = logits(torch.compile(model, backend="eager"), trial.inputs)
+        torch.testing.assert_close(made, logits(model, trial.inputs), rtol=1e-4, atol=1e-5)
+        return "whole model"
     made = torch.compile(features, backend="eager")(**trial.images)
     for found, plain in zip(made, features(**trial.images), strict=True):
         torch.testing.assert_close(found, plain)
+    return "features"
+
+
+WHOLE = ("llava", "mistral3", "qwen2_5_vl")
+"""Families of which the whole model is compiled, which takes a minute for each."""
 
 
 def flat(value: object) -> list[Tensor]:
@@ -251,7 +264,7 @@ def detached(trial: Trial, with_module: bool) -> None:
         assert not module._forward_pre_hooks
 
 
-CELLS: dict[str, Callable[[Trial, bool], None]] = {
+CELLS: dict[str, Callable[[Trial, bool], str | None]] = {
     "step 0": identity,
     "gradients": trained,
     "generate": greedy,
@@ -270,25 +283,27 @@ CELLS: dict[str, Callable[[Trial, bool], None]] = {
 
 
 def tried(trial: Trial, cell: str) -> str:
-    """What a cell says: "yes", or "as host" where the host alone fails, too; an error where it does not."""
+    """What a cell says: "yes" or how far, or "as host" where the host alone fails, too; an error where it does not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            CELLS[cell](trial, True)
+            return CELLS[cell](trial, True) or "yes"
         except Exception as error:
             try:
                 CELLS[cell](trial, False)
             except Exception:
                 return "as host"
             raise AssertionError(f"{trial.family}, {cell}: {error}") from error
-    return "yes"
 
 
+RUN = "transformers"
+"""The column of the versions that a row was run with."""
+VERSION = ".".join(transformers.__version__.split(".")[:2])
 BEGIN, END = "<!-- written by python -m tests.attach.matrix -->\n", "<!-- to here -->"
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
-    head = ["family", "kind of tower", "sources", *CELLS]
+    head = ["family", "kind of tower", "sources", *CELLS, RUN]
     lines = [head, ["---"] * len(head)]
     lines += [[f"`{family}`", *described(family), *cells.values()] for family, cells in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -312,20 +327,26 @@ ENLARGED = ("gemma3", "internvl", "llava", "llava_next", "llava_onevision", "pal
 
 
 def on_page() -> dict[str, dict[str, str]]:
-    """What the page says, by family and cell."""
+    """What the page says, by family and column."""
     _, written, _ = re.split(f"{BEGIN}|{END}", PAGE.read_text(encoding="utf-8"))
     lines = [[one.strip() for one in line.strip("|\n ").split("|")] for line in written.splitlines()[2:]]
-    return {line[0].strip("`"): dict(zip(CELLS, line[3:], strict=True)) for line in lines}
+    return {line[0].strip("`"): dict(zip([*CELLS, RUN], line[3:], strict=True)) for line in lines}
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    rows = {}
-    for family in (*SQUARE, *PACKED):
-        trial = Trial(family)
-        rows[family] = {cell: tried(trial, cell) for cell in CELLS}
-        print(family, rows[family], flush=True)
+    for family in sys.argv[1:] or (*SQUARE, *PACKED):
+        trial = trial_of(family)
+        row, rows = {cell: tried(trial, cell) for cell in CELLS}, on_page()
+        before = rows.get(family, {})
+        versions = before[RUN].split(", ") if row.items() <= before.items() else []
+        row[RUN] = ", ".join(sorted({VERSION, *versions}))
+        write(rows | {family: row})
+        print(family, row, flush=True)
+
+
+def write(rows: dict[str, dict[str, str]]) -> None:
     before, _, after = re.split(f"({BEGIN}.*{END})", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     PAGE.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
 

@@ -19,7 +19,7 @@ def test_nobody_waits_for_a_process_without_an_image(family, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [run.communicate(timeout=300)[0].decode() for run in runs]
+    outputs = [run.communicate(timeout=600)[0].decode() for run in runs]
     for rank, (run, output) in enumerate(zip(runs, outputs, strict=True)):
         assert run.returncode == 0, output[-3000:]
         assert f"{rank} layers, all trained" in output

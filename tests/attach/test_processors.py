@@ -147,6 +147,15 @@ def test_a_host_with_large_images(family):
         logits(model, stock)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_images_in_half_precision(dtype):
+    host = built("llava").to(dtype)
+    inputs = processed(dv.adapt_processor(processor_of("llava")), picture(40, 70))
+    large = inputs["pixel_values"].to(dtype)
+    plain = logits(host, {**inputs, "pixel_values": bicubic(large.float(), (16, 16)).to(dtype)})
+    assert torch.equal(logits(dv.attach(host, (2, 2), "hires"), {**inputs, "pixel_values": large}), plain)
+
+
 def test_the_views_are_cut_from_the_large_image():
     model = built("paligemma")
     dv.attach(model, (2, 2), "hires", dem={"preset": "paper"})

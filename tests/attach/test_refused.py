@@ -108,13 +108,61 @@ def test_gates_of_some_modules_alone_are_refused() -> None:
     assert unharmed(trial)
 
 
+class Own(nn.Module):
+    """A module of a user's own, with a gate or without."""
+
+    def __init__(self, gate: bool = False, low_res: str = "mean") -> None:
+        super().__init__()
+        self.low_res = low_res
+        self.mix = nn.Linear(32, 32)
+        if gate:
+            self.gate = nn.Parameter(torch.zeros(32))
+
+    def forward(self, local_tiles, stride_tiles, grid):
+        return self.mix(local_tiles.mean(1) + stride_tiles.mean(1))
+
+
+class OfBase(Own):
+    def forward(self, local_tiles, stride_tiles, grid, key_mask=None, base=0):
+        return self.gate * (super().forward(local_tiles, stride_tiles, grid) - base)
+
+
+class OfPlan(Own):
+    def plan(self, grid, tokens):
+        raise AssertionError("attach needs no plan")
+
+
+def test_modules_that_cannot_be_called_as_they_would_be():
+    trial = trial_of("llava")
+    for dem, *parts in (
+        (Own(gate=True), "Own", "(local_tiles, stride_tiles, grid)", "key_mask, base", "gate"),
+        (OfPlan(), "grid, live)", "'live'"),
+        (nn.Linear(32, 32), "Linear", "(local_tiles, stride_tiles, grid)"),
+        (nn.ModuleDict(), "ModuleDict", "no forward"),
+    ):
+        with refuses(*parts):
+            dv.attach(trial.bare, dem=dem)
+        assert unharmed(trial)
+    for dem in (Own(), Own(gate=True, low_res="add"), OfBase(gate=True)):
+        logits(dv.attach(copy.deepcopy(trial.bare), dem=dem), trial.inputs)
+
+
+def test_modules_for_several_layers():
+    trial = trial_of("vipllava")
+    model = dv.attach(copy.deepcopy(trial.bare), layers=[-1, 1], dem=nn.ModuleList([Own(), Own()]))
+    assert len(dv.attached(model).dems) == 2
+    with refuses("low_res", "the same"):
+        dv.attach(trial.bare, layers=[-1, 1], dem=[Own(), Own(low_res="add")])
+    assert unharmed(trial)
+
+
 def compiled_inside(model: nn.Module) -> nn.Module:
     model.get_encoder(modality="image").compile(backend="eager")
     return model
 
 
-def failing_decoder(model: nn.Module) -> nn.Module:
-    model.get_decoder = lambda: {}["decoder"]
+def without_decoder(model: nn.Module) -> nn.Module:
+    model.get_decoder = lambda: None
     return model
 
 
@@ -126,14 +174,14 @@ def failing_decoder(model: nn.Module) -> nn.Module:
         (lambda model: torch.compile(model, backend="eager"), ("OptimizedModule", "inside")),
         (compiled_inside, ("vision_tower", "compiled", "loaded")),
         (lambda model: model.to("meta"), ("meta", "load")),
-        (failing_decoder, ("decoder",)),
+        (without_decoder, ("NoneType",)),
     ],
     ids=["PEFT", "DataParallel", "torch.compile", "a part compiled", "meta", "something fails inside"],
 )
 def test_hosts_that_are_not_as_they_were_loaded(change, parts):
     model = change(copy.deepcopy(trial_of("llava").bare))
     before, weights = state(model), {name: value.clone() for name, value in model.state_dict().items()}
-    with refuses(*parts, error=KeyError if change is failing_decoder else ValueError):
+    with refuses(*parts, error=AttributeError if change is without_decoder else ValueError):
         dv.attach(model)
     assert state(model) == before
     assert all(value.is_meta or torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -72,7 +72,7 @@ def main(rank: int, store: str, family: str) -> None:
         expected.append({name: (found[0][name] + found[1][name]) / 2 for name in names})
     assert all(len(one) == len(ours(host)) for one in expected)
 
-    init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=100))
     ways = ["ddp", "whole", "module", "layers", "layers, all trained", "tower"]
     if family == "llava":  # transformers collects hidden states by the class of a tower, which sharding changes
         ways[-1] = "encoder"

@@ -129,19 +129,23 @@ def attach(
             "the module's parameters would be on the meta device: load the host's weights first, then attach."
         )
 
-    owner, decoder = owner_of(model), cast(Any, model).get_decoder()  # from here on nothing fails
+    owner, decoder = owner_of(model), cast(Any, model).get_decoder()
     resize = source != "native"
     views = ViewOptions((1, 1), grid, None, resize=resize, max_tiles_per_pass=max_tiles_per_pass)
     hook = partial(_enhance, host.layout, tuple(places.values()), views)
-    handles: list[Any] = [tower.register_forward_hook(hook, with_kwargs=True)]
-    if source == "hires":
-        handles.append(tower.register_forward_pre_hook(partial(_reduce, host.layout, grid), with_kwargs=True))
     idle = partial(before, host, tower, grid, source)
-    handles.append(owner.register_forward_pre_hook(idle, with_kwargs=True))
-    handles.append(decoder.register_forward_pre_hook(partial(between, owner), with_kwargs=True))
-    handles.append(owner.register_forward_hook(after))
+    register = [
+        partial(tower.register_forward_hook, hook, with_kwargs=True),
+        partial(owner.register_forward_pre_hook, idle, with_kwargs=True),
+        partial(decoder.register_forward_pre_hook, partial(between, owner), with_kwargs=True),
+        partial(owner.register_forward_hook, after),
+    ]
+    if source == "hires":
+        reduce = partial(_reduce, host.layout, grid)
+        register.append(partial(tower.register_forward_pre_hook, reduce, with_kwargs=True))
+    handles = tuple(hang() for hang in register)  # from here on nothing fails
     setattr(tower, NAME, child)
-    setattr(tower, RECORD, Attachment(config.model_type, grid, source, tuple(places), options, tuple(handles)))
+    setattr(tower, RECORD, Attachment(config.model_type, grid, source, tuple(places), options, handles))
     return model
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from dualview.arguments import TEXTS, check_choice, check_flags, shown
 from dualview.models.adapter.hosts import Source
-from dualview.models.view_plan import gate_of
+from dualview.models.parts import low_res_of
+from dualview.models.view_plan import gate_of, method_of
 from dualview.ops.enhance import DualPerspectiveEnhance
 
 Dem: TypeAlias = Mapping[str, Any] | nn.Module | Sequence[nn.Module]
@@ -23,8 +25,8 @@ def dems_of(
     if isinstance(dem, Mapping) or dem is None:
         options = {"preset": "released", "gate": True, **(dem or {})}
         return [_made(options, width, like([], tower), source) for _ in range(count)], options
-    listed = isinstance(dem, Sequence) and not isinstance(dem, TEXTS)
-    dems = [dem] if isinstance(dem, nn.Module) else list(dem) if listed else []
+    listed = isinstance(dem, Sequence | nn.ModuleList) and not isinstance(dem, TEXTS)
+    dems = list(cast(Sequence[nn.Module], dem)) if listed else [dem] if isinstance(dem, nn.Module) else []
     if (not dems and not listed) or not all(isinstance(one, nn.Module) for one in dems):
         raise TypeError(f"dem={shown(dem)}: must be options, a module, or a module for each of {count} layers.")
     if len(dems) != count or len({id(one) for one in dems}) != count:
@@ -36,8 +38,11 @@ def dems_of(
             raise ValueError(f"a dem for tokens of width {shown(one.dim)}: this model reads tokens of width {width}.")
         if (readout := getattr(one, "readout", None)) is not None:
             _check_readout(readout, source)
+        _check_call(one)
     if len({gate_of(one) is None for one in dems}) > 1:
         raise ValueError(f"dem={shown(dem)}: some of these modules have a gate and some have none: all must, or none.")
+    if len({low_res_of(one) for one in dems}) > 1:
+        raise ValueError(f"dem={shown(dem)}: these modules declare more than one low_res: all must declare the same.")
     return dems, None
 
 
@@ -64,6 +69,25 @@ def _made(options: Mapping[str, Any], width: int, of_tensors: dict[str, Any], so
         return presets[preset](width, **{**of_tensors, **rest})
     except TypeError as error:
         raise ValueError(f"dem={dict(options)}: {error}. Options are the arguments of the preset's module.") from error
+
+
+def _check_call(dem: nn.Module) -> None:
+    """Its ``forward`` takes what `dualview.models.encode_views.mixed` gives."""
+    given = ["local_tiles", "stride_tiles", "grid"]
+    if gate_of(dem) is not None and low_res_of(dem) != "add":
+        given += ["key_mask", "base"]
+    named = {} if method_of(dem, "plan") is None else {"live": "live"}
+    signature = inspect.signature(dem.forward)
+    try:
+        if getattr(dem.forward, "__func__", None) is nn.Module.forward:
+            raise TypeError("it has no forward of its own")
+        signature.bind(*given, **named)
+    except TypeError as error:
+        why = " base: features that a module with a gate of its own subtracts before it." if "base" in given else ""
+        raise ValueError(
+            f"dem={type(dem).__name__}: its forward{signature} is called as ({', '.join([*given, *named])}): {error}. "
+            f"Take these arguments.{why}"
+        ) from error
 
 
 def _check_readout(readout: object, source: Source) -> None:

@@ -24,7 +24,8 @@ FORMAT = 1
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what is attached to a model into a folder: the weights, and the arguments of `attach`.
 
-    The host's own weights are not written. Each of the two files is replaced as a whole, or stays as it is.
+    The host's own weights are not written. Each of the two files is replaced as a whole, or stays as it is. Options of
+    the DEM that are modules cannot be written down: [`load_adapter`][dualview.load_adapter] then needs them again.
 
     Args:
         model: The model, or what has been put around it.
@@ -59,20 +60,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "grid": list(record.grid),
         "source": record.source,
         "layers": list(record.layers),
-        "dem": record.dem,
+        "dem": _written(record.dem),
         "sha256": sha256(content).hexdigest(),
     }
     folder = Path(check_path(folder, "folder"))
     try:
-        text = json.dumps(description, indent=2) + "\n"
-    except TypeError as error:
-        raise ValueError(f"dem={record.dem} cannot be written as JSON: {error}.") from error
-    try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder={shown(str(folder))} cannot be made: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"folder={shown(str(folder))} cannot be made: {getattr(error, 'strerror', error)}.") from error
     replace_file(folder / WEIGHTS, memoryview(content))
-    replace_file(folder / DESCRIPTION, memoryview(text.encode()))
+    replace_file(folder / DESCRIPTION, memoryview(f"{json.dumps(description, indent=2)}\n".encode()))
 
 
 def load_adapter(
@@ -87,7 +84,8 @@ def load_adapter(
     Args:
         model: A model of the family that it was attached to, with nothing attached.
         folder: What was written.
-        dem: The modules, where they were yours: as for [`attach`][dualview.attach]. Their weights are overwritten.
+        dem: Where modules of yours were attached, or options that hold any: as for [`attach`][dualview.attach]. Their
+            weights are overwritten.
         max_tiles_per_pass: As for [`attach`][dualview.attach].
 
     Returns:
@@ -123,12 +121,15 @@ def load_adapter(
             f"this one is {family!r}: load it into a model of that family."
         )
     if description["dem"] is None and dem is None:
-        raise ValueError(f"the modules in {folder} were of the caller's making: give them again as dem=.")
+        raise ValueError(
+            f"what {folder} holds was attached with modules of the caller's making: give load_adapter the same dem= as "
+            "attach."
+        )
     attach(
         model,
         description["grid"],
         description["source"],
-        dem=description["dem"] if dem is None else dem,
+        dem=_read(description["dem"]) if dem is None else dem,
         layers=description["layers"],
         max_tiles_per_pass=max_tiles_per_pass,
     )
@@ -140,20 +141,38 @@ def load_adapter(
     return model
 
 
+def _written(dem: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Options of DEMs as JSON has them, without the device; None if some of them are modules."""
+    written = {name: value for name, value in (dem or {}).items() if name != "device"}
+    if isinstance(dtype := written.get("dtype"), torch.dtype):
+        written["dtype"] = str(dtype).removeprefix("torch.")
+    try:
+        json.dumps(written)
+    except TypeError:
+        return None
+    return None if dem is None else written
+
+
+def _read(written: dict[str, Any]) -> dict[str, Any]:
+    """The options that `_written` has written."""
+    dtype = written.get("dtype")
+    return {**written, "dtype": getattr(torch, dtype, dtype)} if isinstance(dtype, str) else written
+
+
 def _described(path: Path) -> dict[str, Any]:
     """What the description says, checked."""
-    expected: dict[str, type | tuple[type, ...]] = {
-        "format": int,
-        "model_type": str,
-        "grid": list,
-        "source": str,
-        "layers": list,
+    expected: dict[str, tuple[type, ...]] = {
+        "format": (int,),
+        "model_type": (str,),
+        "grid": (list,),
+        "source": (str,),
+        "layers": (list,),
         "dem": (dict, type(None)),
-        "sha256": str,
+        "sha256": (str,),
     }
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        fits = set(found) == set(expected) and all(isinstance(found[name], kind) for name, kind in expected.items())
+        fits = set(found) == set(expected) and all(type(found[name]) in kinds for name, kinds in expected.items())
     except (ValueError, TypeError, RecursionError):
         fits = False
     if not fits:
@@ -173,7 +192,8 @@ def _fill(child: AttachedEnhance, content: bytes, folder: Path) -> None:
         raise ValueError(
             f"{folder / WEIGHTS} is no file of safetensors: {error}. Write it again with save_adapter."
         ) from error
-    own = {name: tuple(value.shape) for name, value in child.state_dict().items()}
+    own_weights = child.state_dict()
+    own = {name: tuple(value.shape) for name, value in own_weights.items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
     if own != given:
         differ = sorted({*own.items()} ^ {*given.items()})[0][0]
@@ -182,6 +202,12 @@ def _fill(child: AttachedEnhance, content: bytes, folder: Path) -> None:
             "here (None: it is missing). It was attached to a model of another size."
         )
     for name, value in weights.items():
+        here = own_weights[name].dtype
+        if value.dtype != here and not (value.is_floating_point() and here.is_floating_point):
+            raise ValueError(
+                f"{folder / WEIGHTS} holds {name} in {value.dtype}, and here it is {here}: numbers of another kind. "
+                "Write it again with save_adapter."
+            )
         if not value.isfinite().all():
             raise ValueError(
                 f"{folder / WEIGHTS} holds NaN or infinity in {name}, with which no host could answer: the training "

@@ -80,10 +80,10 @@ def example(host: Host, tower: nn.Module, grid: TileGrid, source: Source, config
             sizes = torch.tensor([[side, side]], device=like.device)
             return {"pixel_values": pixels[None].expand(-1, 1 + most, -1, -1, -1), "image_sizes": sizes}
         return {"pixel_values": pixels[None] if host.images == "sets" else pixels}
-    merge = getattr(config, "spatial_merge_size", getattr(config, "downsample_factor", 1))
-    packing = packing_of(host.layout, tower, merge)
-    size = 2 * packing.unit, 2 * packing.unit  # Mistral 3 takes no image of one token
-    size = grid.map_size(size) if source == "native" else size
+    packing = packing_of(host.layout, tower)
+    merged = getattr(config, "spatial_merge_size", getattr(config, "downsample_factor", 1))  # by a projector behind it
+    side = 2 * merged * packing.token  # Mistral 3 takes no image of one token
+    size = grid.map_size((side, side)) if source == "native" else (side, side)
     channels = 3 * config.vision_config.temporal_patch_size if isinstance(packing, Flat) else 3
     image = torch.full((channels, *size), 0.5, **options)
     arguments = packing.arguments([image])

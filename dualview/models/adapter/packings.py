@@ -21,10 +21,6 @@ class Packing(Protocol):
     """How a kind of towers packs images. An image is (C, H, W), its size (H, W) in pixels."""
 
     @property
-    def unit(self) -> int:
-        """Pixels of which height and width of an image are multiples."""
-
-    @property
     def token(self) -> int:
         """Height and width of what one token of the tower's output stands for, in pixels."""
 
@@ -46,11 +42,6 @@ class Flat(NamedTuple):
 
     patch: int
     merge: int
-
-    @property
-    def unit(self) -> int:
-        """A merged token."""
-        return self.patch * self.merge
 
     @property
     def token(self) -> int:
@@ -84,27 +75,16 @@ class Flat(NamedTuple):
 
 
 class Pixtral(NamedTuple):
-    """Pixtral: images padded to one size, tokens of all of them in one sequence."""
+    """Pixtral: images padded to one size, a token for each patch, those of all images in one sequence."""
 
-    patch: int
-    merge: int
-
-    @property
-    def unit(self) -> int:
-        """What the projector merges."""
-        return self.patch * self.merge
-
-    @property
-    def token(self) -> int:
-        """A patch."""
-        return self.patch
+    token: int
 
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Without the padding, and without what is left of a patch."""
         pixels, sizes = given(args, kwargs, "pixel_values", "image_sizes")
         if sizes is None:
             sizes = [pixels.shape[-2:]] * len(pixels)
-        whole = [[int(side) // self.patch * self.patch for side in size] for size in sizes]
+        whole = [[int(side) // self.token * self.token for side in size] for size in sizes]
         return [image[:, :h, :w] for image, (h, w) in zip(pixels, whole, strict=True)]
 
     def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
@@ -124,31 +104,20 @@ class Pixtral(NamedTuple):
 
 
 class NaFlex(NamedTuple):
-    """SigLIP 2: patches of each image in a row, padded to one number."""
+    """SigLIP 2: patches of each image in a row, padded to one number; a token for each."""
 
-    patch: int
-    merge: int
-
-    @property
-    def unit(self) -> int:
-        """What the projector merges."""
-        return self.patch * self.merge
-
-    @property
-    def token(self) -> int:
-        """A patch."""
-        return self.patch
+    token: int
 
     def images(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Without the padding."""
         patches, shapes = given(args, kwargs, "pixel_values", "spatial_shapes")
         grids = shapes.tolist()
-        return [from_rows(p[: h * w], (h, w), self.patch) for p, (h, w) in zip(patches, grids, strict=True)]
+        return [from_rows(p[: h * w], (h, w), self.token) for p, (h, w) in zip(patches, grids, strict=True)]
 
     def arguments(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Padded with zeros, which the mask hides."""
-        patches = [to_rows(image, self.patch) for image in images]
-        shapes = [[image.shape[1] // self.patch, image.shape[2] // self.patch] for image in images]
+        patches = [to_rows(image, self.token) for image in images]
+        shapes = [[image.shape[1] // self.token, image.shape[2] // self.token] for image in images]
         mask = [torch.ones(len(p), dtype=torch.int32, device=p.device) for p in patches]
         return {
             "pixel_values": pad_sequence(patches, batch_first=True),
@@ -158,7 +127,7 @@ class NaFlex(NamedTuple):
 
     def maps(self, features: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
         """Of what comes before the padding."""
-        grids = [(height // self.patch, width // self.patch) for height, width in sizes]
+        grids = [(height // self.token, width // self.token) for height, width in sizes]
         return [f[: h * w].unflatten(0, (h, w)) for f, (h, w) in zip(features, grids, strict=True)]
 
     def put(self, features: Tensor, maps: Sequence[Tensor]) -> Tensor:
@@ -172,11 +141,6 @@ class Gemma4(NamedTuple):
 
     patch: int
     pool: int
-
-    @property
-    def unit(self) -> int:
-        """A pooled token."""
-        return self.patch * self.pool
 
     @property
     def token(self) -> int:
@@ -213,16 +177,16 @@ class Gemma4(NamedTuple):
         return torch.cat([one.flatten(0, 1) for one in maps])
 
 
-def packing_of(layout: str, tower: nn.Module, merge: int = 2) -> Packing:
-    """What describes a kind of towers, for the sizes of this one; ``merge`` is of a projector behind it."""
+def packing_of(layout: str, tower: nn.Module) -> Packing:
+    """What describes a kind of towers, for the sizes of this one."""
     config = cast(Any, tower).config
     match layout:
         case "flat":
             return Flat(config.patch_size, config.spatial_merge_size)
         case "pixtral":
-            return Pixtral(config.patch_size, merge)
+            return Pixtral(config.patch_size)
         case "naflex":
-            return NaFlex(config.patch_size, merge)
+            return NaFlex(config.patch_size)
         case _:
             return Gemma4(config.patch_size, config.pooling_kernel_size)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualview.geometry import Size, TileGrid
-from dualview.interpolation import bicubic
+from dualview.interpolation import resized
 from dualview.models.adapter.hosts import Place
 from dualview.models.adapter.outputs import LARGE, features_at, put_features
 from dualview.models.encode_views import encode_dual_view
@@ -33,7 +33,7 @@ def reduced(args: tuple[Any, ...], kwargs: dict[str, Any], grid: TileGrid, tower
             f"it must be {wanted}: make the inputs with the processor that adapt_processor(processor, {tuple(grid)}) "
             'returns, or attach with source="upsample".'
         )
-    small = bicubic(pixels, tile)
+    small = resized(pixels, tile)
     setattr(small, LARGE, pixels)
     return ((small, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": small})
 
