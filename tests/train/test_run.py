@@ -215,6 +215,7 @@ def test_what_is_wrong_in_the_second_stage_is_said_before_the_first(place, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.more
 def test_a_run_that_a_bad_row_has_ended_goes_on_without_it(place, tmp_path):
     shutil.copy(place / "images" / "0.png", place / "images" / "good.png")
     (place / "images" / "bad.png").write_bytes(b"no picture")
