@@ -83,7 +83,7 @@ def measure(place: Place, batch: int) -> dict[str, object]:
     def attend(q: Tensor, k: Tensor, v: Tensor, *, members: int = 1) -> float:
         """Operations per second of two products with all scores, of which the second meets averages of cells only."""
         scores = q.shape[:-1].numel() * k.shape[2] * q.shape[-1]
-        call = partial(tile_attention, scale=0.03, members=members, backend="torch")
+        call = partial(tile_attention, scale=0.03, members=members)
         return 2 * (scores + scores / members) / median(lambda: call(q, k, v))
 
     attention = []

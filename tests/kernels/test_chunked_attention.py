@@ -64,7 +64,7 @@ class Call:
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         options = {"key_mask": self.mask} | averaging(self.average)
-        return tile_attention(q, k, k if v is None else v, scale=0.7, **options, backend="torch")
+        return tile_attention(q, k, k if v is None else v, scale=0.7, **options)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         return at_once(q, k, k if v is None else v, self.mask, self.average)

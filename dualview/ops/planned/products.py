@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
-from dualview.kernels.dispatch import BACKEND, capability
-from dualview.kernels.tile_attention import WIDEST_HEAD
+from dualview.kernels.dispatch import capability
 from dualview.ops.fusion import LinearConcatFusion, declared
 from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
@@ -151,7 +150,6 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
         commutes=commutes,
         concat=type(fusion) is LinearConcatFusion and all(type(layer) is nn.Linear for layer in fusion.children()),
         fusion_weights=sum(p.numel() for p in fusion.parameters()) if commutes else 0,
-        kernels=BACKEND.value()[0] == "triton",
     )
 
 
@@ -177,7 +175,6 @@ def choose_products(
     commutes: bool,
     concat: bool,
     fusion_weights: int,
-    kernels: bool,
 ) -> Products:
     """The arrangement with the least estimated time for one image; none without rates.
 
@@ -190,7 +187,6 @@ def choose_products(
         commutes: Whether the fusion may be applied to averages.
         concat: Whether it is the linear concatenation, into which W_v can be folded.
         fusion_weights: Its parameters, if it commutes: its multiply-additions per token.
-        kernels: Whether the Triton kernel must be able to attend: it takes no averages and no wide heads.
     """
     plan, rates, layers = plan_enhance(*spec), rates_of(device, dtype), [Layers(*values) for values in sizes]
     if rates is None:
@@ -198,22 +194,19 @@ def choose_products(
     averaged = plan.averages and commutes and all(layer.linear for layer in layers)
     timed = [
         candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
-        for candidate in _candidates(plan, layers, averaged=averaged, concat=concat, kernels=kernels)
+        for candidate in _candidates(plan, layers, averaged=averaged, concat=concat)
     ]
     return min(timed, key=lambda candidate: candidate.seconds or 0.0)
 
 
-def _candidates(
-    plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool, kernels: bool
-) -> Iterator[Products]:
+def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool) -> Iterator[Products]:
     """Every arrangement that gives the same result."""
     for pooled in (False, True) if averaged else (False,):
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
-            pool = ("map" if kernels else _pool(d, plan)) if pooled else None
+            pool = _pool(d, plan) if pooled else None
             folds = (False, True) if layer.heads == 1 else (False,)
-            absorbed = [] if kernels and layer.dim > WIDEST_HEAD else [Arrangement(True, fold, pool) for fold in folds]
-            ways.append([Arrangement(False, False, pool), *absorbed])
+            ways.append([Arrangement(False, False, pool), *(Arrangement(True, fold, pool) for fold in folds)])
         for directions in product(*ways):
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):

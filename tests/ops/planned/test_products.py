@@ -88,29 +88,6 @@ class TestByCountingOperations:
         assert [a.pool for a in found] == ["map", "map"], "cells of 3 rows lie across blocks of 5"
 
 
-class TestForTheKernel:
-    """Where "triton" is asked for, nothing is arranged as the kernel cannot compute it."""
-
-    @pytest.mark.parametrize("fastest", [name for name, rates in MACHINES.items() if rates is not None])
-    @pytest.mark.parametrize("preset, heads, dim", [("paper", 1, 256), ("paper", 4, 1024), ("released", 8, 1024)])
-    def test_no_average_is_taken_inside_and_no_wide_keys_are_absorbed(
-        self, preset: str, heads: int, dim: int, fastest: str
-    ) -> None:
-        dem = getattr(dv.DualPerspectiveEnhance, preset)(dim, num_heads=heads, device="meta")
-        with machine(fastest):
-            by_torch = dem.products((3, 3), (6, 6), LIKE_META)
-            with dv.use_backend("triton"):
-                found = dem.products((3, 3), (6, 6), LIKE_META)
-            assert dem.products((3, 3), (6, 6), LIKE_META) == by_torch, "the backend is part of what is remembered"
-        assert {a.pool for a in found.directions} <= {None, "map"}
-        assert not any(a.absorb for a in found.directions) or dim <= 256
-
-    def test_narrow_keys_are_absorbed(self) -> None:
-        with machine("attention is free"), dv.use_backend("triton"):
-            found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (6, 6), LIKE)
-        assert all(a.absorb and a.pool == "map" for a in found.directions)
-
-
 def attention_operations(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
     """Two products, of as many queries, keys and columns."""
     return 4 * math.prod(query) * key[2]
