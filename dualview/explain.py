@@ -167,7 +167,10 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
         return ""
     weight, products = _weight_of(dem), arranged_products(dem, grid, tokens)
     if products.seconds is not None:
-        return f"arranged for {weight.device}: {1000 * products.seconds:.1f} ms estimated for one image"
+        times = [
+            f"{1000 * seconds:.3g} ms" for seconds in (products.seconds, products.as_it_stands) if seconds is not None
+        ]
+        return f"arranged for {weight.device}: {times[0]} estimated for one image, {times[-1]} as the equations stand"
     if not planning():
         return "not rearranged: full_computation computes the equations as they stand"
     if rates_of(weight.device, weight.dtype) is None:

@@ -4,9 +4,9 @@ For a query i and a key j of one tile
 
     S_ij = scale q_i . k_j,    P = softmax_j(S),    O_i = sum_j P_ij v_j,
 
-and the results of queries that belong together may be averaged. Torch's fused kernel does what it can do. What it
-cannot do, average inside or spare the gradients of frozen keys, is done a few tiles at a time, with the scores computed
-anew in the backward pass, so that the scores of all tiles are never held.
+and the results of queries that belong together may be averaged, in a tile and over tiles. Torch's fused kernel does
+what it can do. What it cannot do, average inside or spare the gradients of frozen keys, is done a few tiles at a time,
+with the scores computed anew in the backward pass, so that the scores of all tiles are never held.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def tile_attention(
     *,
     scale: float,
     key_mask: Tensor | None = None,
-    members: int = 1,
+    cells: tuple[int, int, int, int] | None = None,
+    tiles: int = 0,
 ) -> Tensor:
     """Attention of the queries of every tile to the keys of the same tile.
 
@@ -50,13 +51,15 @@ def tile_attention(
         v: Values, of as many heads as the keys; may be the keys themselves.
         scale: Factor of the scores, positive.
         key_mask: True for keys that may be attended to. A query without any gives zeros.
-        members: Average over so many queries M of a tile, which stand G apart.
+        cells: (h, r, w, s): the Q queries of a tile are h * r rows of w * s tokens, and each r x s of them are
+            averaged, which leaves G = h * w; None: none are, and G = Q.
+        tiles: Add up the results of all tiles, divided by this number; 0 keeps tiles apart.
 
     Shape:
-        - q: (B, T, M * G, H, E)
+        - q: (B, T, Q, H, E)
         - k: (B, T, K, H or 1, E), v: (B, T, K, H or 1, V)
         - key_mask: (B or 1, T, K)
-        - result: (B, T, G, H, V)
+        - result: (B, T, G, H, V), or (B, 1, G, H, V) added up
 
     Raises:
         ValueError: Shapes or types do not fit together, or ``scale`` is not positive.
@@ -65,15 +68,17 @@ def tile_attention(
         >>> q, kv = torch.randn(1, 6, 2, 4, 8), torch.randn(1, 6, 3, 1, 8)  # 6 tiles of 2 queries and 3 keys
         >>> tile_attention(q, kv, kv, scale=0.1).shape
         torch.Size([1, 6, 2, 4, 8])
+        >>> tile_attention(q, kv, kv, scale=0.1, cells=(1, 2, 1, 1), tiles=6).shape
+        torch.Size([1, 1, 1, 4, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    problem = Problem(q, k, v, key_mask, float(scale), members)
+    problem = Problem(q, k, v, key_mask, float(scale), cells, tiles)
     check_attention(*problem)
-    in_cache = v is k and q.device.type in SCORES_AT_ONCE
-    wide = q.is_cuda and q.shape[-1] > WIDEST_HEAD  # for which no fused kernel is fast
-    if members > 1 or in_cache or wide or not _fused_is_right(problem):
+    # No fused kernel is fast for wide heads on a GPU, or as fast as scores in the cache of a CPU.
+    scores = q.shape[-1] > WIDEST_HEAD if q.is_cuda else v is k and q.device.type in SCORES_AT_ONCE
+    if cells or tiles or scores or not _fused_is_right(problem):
         of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
-        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, members))
+        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, *problem[3:]))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
@@ -85,8 +90,7 @@ def tile_attention(
     else:
         flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         found = F.scaled_dot_product_attention(rows, keys, values, attn_mask=flat_mask, scale=scale)
-    by_query = found.reshape(found.shape[0], q.shape[3], q.shape[2], found.shape[3])  # which copies nothing
-    out: Tensor = by_query.unflatten(0, q.shape[:2])
+    out = found.reshape(*q.shape[:2], q.shape[3], q.shape[2], found.shape[3])  # which copies nothing
     return by_head(out if alive is None else out.masked_fill(~alive, 0.0))
 
 
@@ -134,10 +138,11 @@ class _ByChunks(torch.autograd.Function):
         v: Tensor,
         key_mask: Tensor | None,
         scale: float,
-        members: int,
+        cells: tuple[int, int, int, int] | None,
+        tiles: int,
     ) -> Tensor:  # by the number of parameters torch.compile knows (2.11) that the context is none of them
         with _without_autocast(q):
-            return attend_by_chunks(Problem(q, k, v, key_mask, scale, members))
+            return attend_by_chunks(Problem(q, k, v, key_mask, scale, cells, tiles))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,7 +153,7 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         problem = Problem(*ctx.saved_tensors, *ctx.options)
         with _without_autocast(grad):
-            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None
+            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None, None
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from dualview.kernels.tile_attention import tile_attention
 from tests.checks import assert_compiles_once, refuses
 from tests.kernels.conftest import examples, guarded
 
-AVERAGES = (None, "members")
+AVERAGES = (None, "cells", "tiles")
 
 
 @dataclass
@@ -28,13 +28,14 @@ class Case:
     v: Tensor
     grad: Tensor
     key_mask: Tensor | None = None
-    members: int = 1
+    cells: tuple[int, int, int, int] | None = None
+    added: int = 0
     scale: float = 0.3
 
     def options(self, device: str) -> dict[str, Any]:
         """All arguments but the first three, on a device and between guards."""
         mask = None if self.key_mask is None else guarded(self.key_mask.to(device))
-        return {"scale": self.scale, "key_mask": mask, "members": self.members}
+        return {"scale": self.scale, "key_mask": mask, "cells": self.cells, "tiles": self.added}
 
     def operands(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Queries, keys and values between guards; values that are the keys are the same tensor."""
@@ -72,21 +73,23 @@ def a_case(
     """Random tensors.
 
     Args:
-        average: Over two members, over the tiles, or not at all.
+        average: Over two rows of the cells, over the tiles, or not at all.
         v: Width of the values, that of the keys if None.
         one_head: Keys of one head for all heads of queries.
         masked: The share of keys that may be attended to.
         **others: Sizes.
     """
-    members, of_keys = 2 if average == "members" else 1, (batch, tiles, keys, 1 if one_head else heads)
+    cells = (1, 2, groups, 1) if average == "cells" else None
+    of_keys = batch, tiles, keys, 1 if one_head else heads
     v = e if v is None else v
     return Case(
-        q=torch.randn(batch, tiles, members * groups, heads, e),
+        q=torch.randn(batch, tiles, 2 * groups if cells else groups, heads, e),
         k=torch.randn(*of_keys, e),
         v=torch.randn(*of_keys, v),
-        grad=torch.randn(batch, tiles, groups, heads, v),
+        grad=torch.randn(batch, 1 if average == "tiles" else tiles, groups, heads, v),
         key_mask=None if masked is None else torch.rand(batch, tiles, keys) < masked,
-        members=members,
+        cells=cells,
+        added=tiles if average == "tiles" else 0,
         scale=e**-0.5,
     )
 
@@ -119,8 +122,8 @@ def by_the_equation(case: Case) -> Tensor:
     for b, t, i, h in product(*(range(n) for n in (batch, tiles, queries, heads))):
         of_k, of_v = (x[b, t, :, h % x.shape[-2]] for x in (k, v))
         out[b, t, i, h] = of_one_query(q[b, t, i, h], of_k, of_v, allowed[b, t], case.scale)
-    groups = queries // case.members
-    return sum(out[:, :, m * groups : (m + 1) * groups] for m in range(case.members)) / case.members
+    out = out if case.cells is None else out.unflatten(2, case.cells).mean((3, 5)).flatten(2, 3)
+    return out.sum(1, keepdim=True) / case.added if case.added else out
 
 
 def cases_for_the_equation(**options: Any) -> st.SearchStrategy[Case]:
@@ -226,7 +229,7 @@ def test_compiles_to_one_graph_for_all_batches(device: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         call = partial(tile_attention, q, scale=0.3)
         shared = call(k[:, :, :, :1], v[:, :, :, :1])
-        return call(k, v, key_mask=mask) * 2, shared, call(k, v, key_mask=mask, members=2)
+        return call(k, v, key_mask=mask) * 2, shared, call(k, v, key_mask=mask, cells=(2, 2, 1, 1), tiles=2)
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
         q, k, v = (torch.randn(batch, *x.shape[1:], device=device) for x in (sizes.q, sizes.k, sizes.v))
@@ -255,7 +258,7 @@ def test_autocast_makes_all_of_one_type(device: str, average: str | None, same: 
 
 
 def test_autocast_leaves_float64_alone(device: str) -> None:
-    case = a_case(average="members")
+    case = a_case(average="cells")
     with torch.autocast(device, torch.bfloat16):
         assert case.run(*case.operands(torch.float64, device)).dtype == torch.float64
 
@@ -264,7 +267,7 @@ def test_meta_tensors_have_the_shape_of_the_result() -> None:
     for average in AVERAGES:
         case = a_case(average=average, v=5)
         q, k, v = (x.to("meta") for x in (case.q, case.k, case.v))
-        assert case.run(q, k, v).shape == (2, 2, 3, 2, 5)
+        assert case.run(q, k, v).shape == (2, 1 if average == "tiles" else 2, 3, 2, 5)
 
 
 def test_second_derivatives(device: str) -> None:
@@ -305,9 +308,11 @@ def test_says_what_does_not_fit(device: str) -> None:
         wrong = torch.ones(shape, dtype=dtype)
         with refuses("key_mask=", str(shape), str(dtype), "boolean", "(2, 2, 4) or (1, 2, 4)"):
             call(key_mask=wrong.to(device))
-    for members in (0, -1, 2):
-        with refuses(f"members={members}", "must divide the 3 queries"):
-            call(members=members)
+    for cells in ((2, 1, 1, 2), (-1, -3, 1, 1)):
+        with refuses(f"cells={cells}", "must be the 3 queries"):
+            call(cells=cells)
+    with refuses("tiles=-1"):
+        call(tiles=-1)
     for scale in (-1, 0, float("nan")):
         with refuses(f"scale={float(scale)}", "positive"):
             call(scale=scale)

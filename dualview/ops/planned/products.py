@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
 from dualview.kernels.dispatch import capability
-from dualview.ops.fusion import LinearConcatFusion, declared
+from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, declared
 from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
 
@@ -57,12 +57,17 @@ class Products(NamedTuple):
     Attributes:
         directions: One arrangement for each direction of the plan.
         fold_values: Whether W_v is folded into the linear layers of the fusion.
+        together: Whether the queries of both directions meet their layers in one product each: fewer launches, and one
+            more copy of what was attended.
         seconds: Estimated time for one image; None where the device has no rates.
+        as_it_stands: The same if nothing were rearranged.
     """
 
     directions: tuple[Arrangement, ...]
     fold_values: bool = False
+    together: bool = False
     seconds: float | None = None
+    as_it_stands: float | None = None
 
     @classmethod
     def as_written(cls, directions: int) -> Products:
@@ -194,13 +199,13 @@ def choose_products(
     averaged = plan.averages and commutes and all(layer.linear for layer in layers)
     timed = [
         candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
-        for candidate in _candidates(plan, layers, averaged=averaged, concat=concat)
+        for candidate in (*_candidates(plan, layers, averaged=averaged, concat=concat), *_together(plan, shared=shared))
     ]
-    return min(timed, key=lambda candidate: candidate.seconds or 0.0)
+    return min(timed, key=lambda candidate: candidate.seconds or 0.0)._replace(as_it_stands=timed[0].seconds)
 
 
 def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool) -> Iterator[Products]:
-    """Every arrangement that gives the same result."""
+    """Every arrangement that gives the same result; first that of the equations."""
     for pooled in (False, True) if averaged else (False,):
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
@@ -211,6 +216,14 @@ def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, conc
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
                 yield Products(directions, fold_values=True)
+
+
+def _together(plan: EnhancePlan, *, shared: bool) -> Iterator[Products]:
+    """Both directions in one, where they have as many queries and one asks one tile: its queries may have any order."""
+    counts = [(d.num_tiles * d.queries, d.num_tiles) for d in plan.directions]
+    alike = shared and len(counts) == 2 and counts[0][0] == counts[1][0] and 1 in (counts[0][1], counts[1][1])
+    if alike and not plan.looks_around:
+        yield Products.as_written(2)._replace(together=True)
 
 
 def _pool(d: DirectionPlan, plan: EnhancePlan) -> Pool:
@@ -244,6 +257,8 @@ def seconds_of(
             queries * dim if inside or (a.pool and d.cut == "local") else 0
         )  # to bring the tokens of cells together
         seconds += 2 * scores / rate + copied / rates.moved + (12 if inside else 8) * rates.launch
+    if chosen.together:  # two stacks, for queries are gathered in any case, and the weights of keys and values
+        seconds += (2 * queries * dim + 2 * dim**2) / rates.moved - 5 * rates.launch
     pooled = chosen.directions[0].pool is not None
     dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
     return seconds + 2 * dense / rates.dense
@@ -304,6 +319,20 @@ def _is_linear(layer: nn.Module, dim: int, like: Tensor) -> bool:
     return exactly and weight is not None and weight.shape == (dim, dim)
 
 
+def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
+    """Whether a fusion is the released one as it was made, with two bottlenecks alike."""
+    layers = [layer for layer in fusion.modules() if type(layer) is nn.Linear]
+    return (
+        type(fusion) is BottleneckConcatFusion
+        and nn.Linear.forward is LINEAR_FORWARD
+        and [type(layer) for layer in fusion.modules()] == BOTTLENECKS
+        and all(untouched(layer, like) for layer in fusion.modules())
+        and [layer.weight.shape for layer in layers[:2]] == [layer.weight.shape for layer in layers[2:]]
+        and all(layer.bias is not None for layer in layers)
+    )
+
+
+BOTTLENECKS = [BottleneckConcatFusion, *2 * [nn.Sequential, nn.Linear, nn.GELU, nn.Linear], nn.LayerNorm]
 LINEAR_FORWARD = nn.Linear.forward
 """As torch has it: somebody may put another one into the class."""
 LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList)
