@@ -30,7 +30,7 @@ Size = Literal["tiny", "quick", "full", "gpu"]
 Mode = Literal["forward", "frozen features", "features too"]
 OURS = "dualview"
 KERNELS = "dualview, Triton"
-OF_KERNELS = (KERNELS, "projected throughout, Triton")
+OF_KERNELS = (KERNELS,)
 """All sides that the kernels compute."""
 SEED = 0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -320,8 +320,6 @@ def _enhance(
         OURS: lambda: dem(local, stride, grid),
         LOOP: partial(peers.dem_per_tile, *given),
     }
-    if _with_kernels(place):
-        runs[KERNELS] = lambda: dem(local, stride, grid, backend="triton")
     if not only_loop:
         if not few or mode == "forward":
             runs["dualview, full computation"] = in_full
@@ -401,10 +399,6 @@ def _pixels_to_tokens(
         with dv.full_computation():
             return ours()
 
-    def by_kernels() -> Tensor:
-        with dv.use_backend("triton"):
-            return ours()
-
     schedule = f"{2 * n * n + 1} passes, {layers} layers, tile by tile"
     sides: dict[str, Run] = {
         OURS: ours,
@@ -418,8 +412,6 @@ def _pixels_to_tokens(
     views = batch * {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output
     of_tokens = batch * tokens[0] * tokens[1]
     planned += work.vit(tower, layers - 1, views, itemsize) + work.mlp(of_tokens, width, text, itemsize)
-    if _with_kernels(place):
-        sides[KERNELS] = by_kernels
     aim = 3.0 if place.device == "cuda" and batch == 1 else 1.9
     target = {schedule: aim} if layers == 24 and n == 3 else {}
     return Comparison(
@@ -512,22 +504,20 @@ def _either_way(grid: tuple[int, int], tokens: int, width: int, mode: Mode, plac
     local, stride = (place.randn(1, grid[0] * grid[1], tokens, tokens, width) for _ in range(2))
     weights, of_out = _learnt(dem), place.randn(1, tokens, tokens, width)
 
-    def call(backend: Backend) -> tuple[Tensor, ...]:
+    def call() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(mode != "forward"):
-            out = dem(local, stride, grid, backend=backend)
+            out = dem(local, stride, grid)
         return (out.detach(), *(torch.autograd.grad((out * of_out).sum(), weights) if mode != "forward" else ()))
 
-    def forced(arrangement: Arrangement, backend: Backend) -> tuple[Tensor, ...]:
+    def forced(arrangement: Arrangement) -> tuple[Tensor, ...]:
         with arranged(arrangement):
-            return call(backend)
+            return call()
 
     sides: dict[str, Run] = {
-        OURS: partial(call, "auto"),
-        "projected throughout": partial(forced, Arrangement(), "torch"),
-        "absorbed throughout": partial(forced, Arrangement(absorb=True), "torch"),
+        OURS: call,
+        "projected throughout": partial(forced, Arrangement()),
+        "absorbed throughout": partial(forced, Arrangement(absorb=True)),
     }
-    if _with_kernels(place):  # which takes no heads as wide as absorbed keys
-        sides["projected throughout, Triton"] = partial(forced, Arrangement(), "triton")
     return Comparison(sides, None, TOLERANCE[place.dtype])
 
 

@@ -25,7 +25,9 @@ from dualview.kernels.tile_attention import tile_attention
 from dualview.ops.planned import products
 from dualview.ops.planned.products import Arrangement, Products, Rates
 
-DIM, TILES, TOKENS, CELL = 1024, 9, 576, 9
+DIM, TILES, TOKENS = 1024, 9, 576
+CELLS = (8, 3, 8, 3)
+"""Rows of cells and their height, columns of cells and their width: the tokens of a tile."""
 WIDTHS = (64, 128, 256, 512, 1024)
 
 
@@ -80,23 +82,23 @@ def measure(place: Place, batch: int) -> dict[str, object]:
     x, weight = tokens(TILES * TOKENS, DIM), torch.randn(DIM, DIM, device=place.device, dtype=place.dtype)
     dense = 2 * batch * TILES * TOKENS * DIM**2 / median(lambda: F.linear(x, weight))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, members: int = 1) -> float:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, cells: tuple[int, int, int, int] | None = None) -> float:
         """Operations per second of two products with all scores, of which the second meets averages of cells only."""
         scores = q.shape[:-1].numel() * k.shape[2] * q.shape[-1]
-        call = partial(tile_attention, scale=0.03, members=members, backend="torch")
-        return 2 * (scores + scores / members) / median(lambda: call(q, k, v))
+        call = partial(tile_attention, scale=0.03, cells=cells)
+        return 2 * (scores + scores / (cells[1] * cells[3] if cells else 1)) / median(lambda: call(q, k, v))
 
     attention = []
     for width in WIDTHS[:-1]:
         heads = DIM // width
         attention.append((width, attend(*(tokens(TILES, TOKENS, heads, width) for _ in range(3)))))
     keys = tokens(TILES, TOKENS, 1, DIM)
-    attention.append((DIM, attend(tokens(TILES, TOKENS // CELL, 8, DIM), keys, keys)))  # absorbed
+    attention.append((DIM, attend(tokens(TILES, CELLS[0] * CELLS[2], 8, DIM), keys, keys)))  # absorbed
     q = tokens(TILES, TOKENS, 1, DIM)
     return {
         "dense": dense,
         "attention": attention,
-        "pooled": attend(q, keys, keys, members=CELL),
+        "pooled": attend(q, keys, keys, cells=CELLS),
         "moved": 2 * x.numel() * x.element_size() / median(x.clone),
         "launch": launch(place),
     }

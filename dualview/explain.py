@@ -15,7 +15,6 @@ from dualview.arguments import check_size, shown
 from dualview.cost import Cost, device_of
 from dualview.geometry import GridLike, Size, TileGrid
 from dualview.kernels.dispatch import BACKEND, choose
-from dualview.kernels.tile_attention import too_wide
 from dualview.models.parts import DualView
 from dualview.models.view_plan import method_of
 from dualview.ops.planned.products import rates_of
@@ -138,14 +137,13 @@ def _implementations(dem: Any) -> dict[str, str]:
     if dem is None or not enhances(dem):
         return {}
     weight: Tensor = next(dem.parameters())
-    like, refused = _weight_of(dem), too_wide(dem.dim // dem.attentions[0].num_heads)
-    found = {"retile": _choice("retile", like), "tile_attention": _choice("tile_attention", like, refused)}
-    return {name: _without_remedies(text) for name, text in found.items()} if weight.is_meta else found
+    found = _choice("retile", _weight_of(dem))
+    return {"retile": _without_remedies(found) if weight.is_meta else found}
 
 
-def _choice(kernel: str, weight: Tensor, refused: Sequence[str] = ()) -> str:
+def _choice(kernel: str, weight: Tensor) -> str:
     try:
-        choice = choose(kernel, weight, refused=refused)
+        choice = choose(kernel, weight)
     except RuntimeError as error:  # "triton" is asked for, and cannot run: to say why is what this is for
         return f"would raise an error: {error}"
     return f"by {choice.name}: {'; '.join(choice.reasons)}"
@@ -169,7 +167,10 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
         return ""
     weight, products = _weight_of(dem), arranged_products(dem, grid, tokens)
     if products.seconds is not None:
-        return f"arranged for {weight.device}: {1000 * products.seconds:.1f} ms estimated for one image"
+        times = [
+            f"{1000 * seconds:.3g} ms" for seconds in (products.seconds, products.as_it_stands) if seconds is not None
+        ]
+        return f"arranged for {weight.device}: {times[0]} estimated for one image, {times[-1]} as the equations stand"
     if not planning():
         return "not rearranged: full_computation computes the equations as they stand"
     if rates_of(weight.device, weight.dtype) is None:

@@ -5,6 +5,7 @@ All of them trace: under `torch.compile`, `torch.export`, `torch.vmap` and with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, cast
@@ -196,7 +197,15 @@ def check_queries(of: nn.Module | None, width: int | None, **named: Tensor) -> N
         )
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, members: int) -> None:
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    cells: tuple[int, int, int, int] | None,
+    tiles: int,
+) -> None:
     """Raise a ValueError unless these are what `dualview.kernels.tile_attention.tile_attention` takes."""
     if (
         not q.dim() == k.dim() == v.dim() == 5
@@ -212,11 +221,12 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, sc
             "with as many heads in k as in v, and all of one floating-point type. Cast them, or call it under "
             "torch.autocast."
         )
-    if members < 1 or q.shape[2] % members:
+    if cells is not None and (min(cells) < 0 or math.prod(cells) != q.shape[2]):
         raise ValueError(
-            f"tile_attention got {_shapes(q, k, v)} and members={members}: it must divide the {q.shape[2]} queries of "
-            "a tile."
+            f"tile_attention got {_shapes(q, k, v)} and cells={cells}: they must be the {q.shape[2]} queries of a "
+            "tile, as rows of cells, their height, columns of cells, their width."
         )
+    check_count(tiles, "tiles", low=0)
     if key_mask is not None:
         shapes = [(images, *k.shape[1:3]) for images in (k.shape[0], 1)]
         check_mask(key_mask, "key_mask", shapes, None, "keys that may be attended to")

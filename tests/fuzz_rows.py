@@ -121,7 +121,7 @@ def _enhancement() -> dict[str, Row]:
     return {
         **{cls.__name__: Row(cls, {"dim": 16, **MADE}) for cls in fusions},
         **{f"{cls.__name__}.forward": Row(cls(16), MAPS) for cls in fusions},
-        "tile_attention": Row(dv.tile_attention, {**attention, "backend": None}),
+        "tile_attention": Row(dv.tile_attention, attention),
         "TileAttention": Row(dv.TileAttention, {"dim": DIM, **ATTENTION, **MADE}),
         "TileAttention.forward": Row(
             dv.TileAttention(DIM, num_heads=2), {"query": QUERY, "key": KEY, "key_mask": torch.ones(6, 7) > 0}

@@ -26,6 +26,7 @@ from dualview import (
 )
 from dualview.cost import cost_of
 from dualview.geometry import LiveTiles
+from dualview.kernels import dispatch
 from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration
 from dualview.ops.planned import products
 from tests.checks import refuses
@@ -235,35 +236,25 @@ def test_last_line_says_what_runs() -> None:
     for dem in ("released", "paper"):
         with use_backend("torch"):
             made = explain(getattr(DualPerspectiveEnhance, dem)(DIM), grid=(2, 3))
-        (text,) = set(made.implementations.values())
-        assert text == 'by torch: backend="torch", by use_backend'
-        assert str(made).splitlines()[-1] == f"retile, tile_attention {text}"
+        assert made.implementations == {"retile": 'by torch: backend="torch", by use_backend'}
+        assert str(made).splitlines()[-1] == f"retile {made.implementations['retile']}"
 
 
-def test_last_line_says_that_a_call_would_raise() -> None:
-    dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64)
+def test_last_line_says_that_a_call_would_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "KERNEL_TYPES", {"retile": ()})
     with use_backend("triton"):
-        made = explain(dem, grid=(2, 3))
-    assert made.implementations["tile_attention"] in " ".join(str(made).split())
-    line = made.implementations["tile_attention"]
+        made = explain(DualPerspectiveEnhance.paper(DIM), grid=(2, 3))
+    line = made.implementations["retile"]
+    assert line in " ".join(str(made).split())
     assert line.startswith("would raise an error: ")
-    assert all(part in line for part in ("the kernel tile_attention cannot run", "float64", "cast them to"))
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_last_line_says_that_heads_are_too_wide(device: str) -> None:
-    with use_backend("triton"):
-        lines = [
-            explain(DualPerspectiveEnhance.paper(320, num_heads=heads, device=device), grid=(2, 3)).implementations
-            for heads in (1, 2)
-        ]
-    assert "heads of width 320" in lines[0]["tile_attention"]
-    assert not any("heads" in line for line in (lines[0]["retile"], *lines[1].values()))
+    assert all(part in line for part in ("the kernel retile cannot run", "float32", "cast them to"))
 
 
 def test_who_has_no_tensors_is_not_told_to_move_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a configuration that is only explained are nowhere."""
-    dem = DualPerspectiveEnhance.paper(DIM, dtype=torch.float64, device="meta")
+    monkeypatch.setattr(dispatch, "KERNEL_TYPES", {"retile": ()})
+    dem = DualPerspectiveEnhance.paper(DIM, device="meta")
     for backend in ("auto", "triton"):
         with use_backend(backend):
             text = str(explain(dem, grid=(2, 3)))
@@ -359,7 +350,10 @@ def test_arrangement_is_what_the_module_does() -> None:
     dem = DualPerspectiveEnhance.paper(64)
     chosen = dem.products((3, 3), (6, 6), torch.empty(0))
     text = " ".join(str(made(dem)).split())
-    assert f"products arranged for cpu: {1000 * chosen.seconds:.1f} ms estimated for one image" in text
+    times = [f"{1000 * seconds:.3g} ms" for seconds in (chosen.seconds, chosen.as_it_stands)]
+    said = "products arranged for cpu: {} estimated for one image, {} as the equations stand"
+    assert said.format(*times) in text
+    assert chosen.seconds < chosen.as_it_stands
     for stage, arranged in zip(made(dem).stages[1:3], chosen.directions, strict=True):
         for word, there in (
             ("absorbed", arranged.absorb),

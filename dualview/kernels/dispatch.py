@@ -31,7 +31,6 @@ MEASURED: dict[str, str] = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 KERNEL_TYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "tile_attention": (*FLOATS, torch.bool, torch.int32, torch.int64),  # the masks are boolean, the tables integers
     "retile": (*FLOATS, torch.float64, torch.bool, *INTEGERS),
     "crop_normalize": (*FLOATS, torch.uint8),
 }

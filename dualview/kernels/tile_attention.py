@@ -1,13 +1,12 @@
-"""Attention inside tiles: torch's version, the operators around the Triton kernels, and the choice between them.
+"""Attention inside tiles: by torch's own fused kernel, or a few tiles at a time.
 
 For a query i and a key j of one tile
 
     S_ij = scale q_i . k_j,    P = softmax_j(S),    O_i = sum_j P_ij v_j,
 
-and the results of queries that belong together may be averaged. Torch's version has two ways. Its own fused kernel does
+and the results of queries that belong together may be averaged, in a tile and over tiles. Torch's fused kernel does
 what it can do. What it cannot do, average inside or spare the gradients of frozen keys, is done a few tiles at a time,
-with the scores computed anew in the backward pass, so that the scores of all tiles are never held. The Triton kernel
-does plain attention of heads up to `WIDEST_HEAD`.
+with the scores computed anew in the backward pass, so that the scores of all tiles are never held.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dualview.kernels.chunked_attention import (
 from dualview.tensors import check_attention
 
 WIDEST_HEAD = 256
-"""The widest head of flash attention: of torch's and of the Triton kernel."""
+"""The widest head of torch's flash attention."""
 
 
 def tile_attention(
@@ -41,8 +40,8 @@ def tile_attention(
     *,
     scale: float,
     key_mask: Tensor | None = None,
-    members: int = 1,
-    backend: dispatch.Backend | None = None,
+    cells: tuple[int, int, int, int] | None = None,
+    tiles: int = 0,
 ) -> Tensor:
     """Attention of the queries of every tile to the keys of the same tile.
 
@@ -52,71 +51,34 @@ def tile_attention(
         v: Values, of as many heads as the keys; may be the keys themselves.
         scale: Factor of the scores, positive.
         key_mask: True for keys that may be attended to. A query without any gives zeros.
-        members: Average over so many queries M of a tile, which stand G apart.
-        backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says.
+        cells: (h, r, w, s): the Q queries of a tile are h * r rows of w * s tokens, and each r x s of them are
+            averaged, which leaves G = h * w; None: none are, and G = Q.
+        tiles: Add up the results of all tiles, divided by this number; 0 keeps tiles apart.
 
     Shape:
-        - q: (B, T, M * G, H, E)
+        - q: (B, T, Q, H, E)
         - k: (B, T, K, H or 1, E), v: (B, T, K, H or 1, V)
         - key_mask: (B or 1, T, K)
-        - result: (B, T, G, H, V)
+        - result: (B, T, G, H, V), or (B, 1, G, H, V) added up
 
     Raises:
         ValueError: Shapes or types do not fit together, or ``scale`` is not positive.
-        RuntimeError: ``backend`` is "triton", and the kernel cannot run.
 
     Example:
         >>> q, kv = torch.randn(1, 6, 2, 4, 8), torch.randn(1, 6, 3, 1, 8)  # 6 tiles of 2 queries and 3 keys
         >>> tile_attention(q, kv, kv, scale=0.1).shape
         torch.Size([1, 6, 2, 4, 8])
+        >>> tile_attention(q, kv, kv, scale=0.1, cells=(1, 2, 1, 1), tiles=6).shape
+        torch.Size([1, 1, 1, 4, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    problem = Problem(q, k, v, key_mask, float(scale), members)
+    problem = Problem(q, k, v, key_mask, float(scale), cells, tiles)
     check_attention(*problem)
-    read = (q, k, v) if key_mask is None else (q, k, v, key_mask)
-    if dispatch.choose("tile_attention", *read, backend=backend, refused=_refused(problem)).name == "torch":
-        return _by_torch(problem)
-    k, v = (x.expand(-1, -1, -1, q.shape[3], -1) for x in (k, v))  # torch sums the gradients of a head that all ask
-    return cast(Tensor, _attend(q, k, v, key_mask, problem.scale)[0])
-
-
-def _refused(problem: Problem) -> list[str]:
-    """Why the kernel cannot do this."""
-    width, of_values = problem.q.shape[-1], problem.v.shape[-1]
-    refused = too_wide(width)
-    if problem.members > 1:
-        refused.append("it averages nothing: average the result of all queries")
-    if of_values != width:
-        refused.append(f"values of width {of_values} for keys of {width}: make them equally wide")
-    return refused
-
-
-def too_wide(width: int) -> list[str]:
-    """Why the kernel takes no heads of a width; empty if it does."""
-    return [] if width <= WIDEST_HEAD else [f"heads of width {width}: use more heads, of at most {WIDEST_HEAD}"]
-
-
-def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in autocast's type, as for torch's own attention. If ``v`` is ``k``, it stays so."""
-    device = q.device.type
-    if q.is_meta or q.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    key = k.to(dtype)
-    return q.to(dtype), key, key if v is k else v.to(dtype)
-
-
-# --- By torch --------------------------------------------------------------------------------------------------------
-
-
-def _by_torch(problem: Problem) -> Tensor:
-    """The result; any number of times differentiable where it is made by chunks."""
-    q, k, v, key_mask, scale, members = problem
-    in_cache = v is k and q.device.type in SCORES_AT_ONCE
-    wide = q.is_cuda and q.shape[-1] > WIDEST_HEAD  # for which no fused kernel is fast
-    if members > 1 or in_cache or wide or not _fused_is_right(problem):
+    # No fused kernel is fast for wide heads on a GPU, or as fast as scores in the cache of a CPU.
+    scores = q.shape[-1] > WIDEST_HEAD if q.is_cuda else v is k and q.device.type in SCORES_AT_ONCE
+    if cells or tiles or scores or not _fused_is_right(problem):
         of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
-        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, members))
+        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, *problem[3:]))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
@@ -128,9 +90,18 @@ def _by_torch(problem: Problem) -> Tensor:
     else:
         flat_mask = None if mask is None else mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
         found = F.scaled_dot_product_attention(rows, keys, values, attn_mask=flat_mask, scale=scale)
-    by_query = found.reshape(found.shape[0], q.shape[3], q.shape[2], found.shape[3])  # which copies nothing
-    out: Tensor = by_query.unflatten(0, q.shape[:2])
+    out = found.reshape(*q.shape[:2], q.shape[3], q.shape[2], found.shape[3])  # which copies nothing
     return by_head(out if alive is None else out.masked_fill(~alive, 0.0))
+
+
+def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in autocast's type, as for torch's own attention. If ``v`` is ``k``, it stays so."""
+    device = q.device.type
+    if q.is_meta or q.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    key = k.to(dtype)
+    return q.to(dtype), key, key if v is k else v.to(dtype)
 
 
 def _fused_is_right(problem: Problem) -> bool:
@@ -167,10 +138,11 @@ class _ByChunks(torch.autograd.Function):
         v: Tensor,
         key_mask: Tensor | None,
         scale: float,
-        members: int,
+        cells: tuple[int, int, int, int] | None,
+        tiles: int,
     ) -> Tensor:  # by the number of parameters torch.compile knows (2.11) that the context is none of them
         with _without_autocast(q):
-            return attend_by_chunks(Problem(q, k, v, key_mask, scale, members))
+            return attend_by_chunks(Problem(q, k, v, key_mask, scale, cells, tiles))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -181,7 +153,7 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         problem = Problem(*ctx.saved_tensors, *ctx.options)
         with _without_autocast(grad):
-            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None
+            return *gradients_by_chunks(problem, grad, ctx.needs_input_grad[:3]), None, None, None, None
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -189,68 +161,3 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
     device = x.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
-
-
-# --- By Triton -------------------------------------------------------------------------------------------------------
-
-PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale"
-
-
-@torch.library.custom_op("dualview::tile_attention", mutates_args=(), schema=f"({PROBLEM}) -> (Tensor, Tensor)")
-def _attend(*given: Any) -> tuple[Tensor, Tensor]:
-    """The result and, for the backward pass, ``lse``: (B, T, G, H)."""
-    problem = Problem(*given)
-    if dispatch.runs_on(problem.q):
-        from dualview.kernels.tile_attention_triton import forward
-
-        return forward(problem)
-    return attend_by_chunks(problem).contiguous(), problem.q.new_zeros(problem.q.shape[:-1], dtype=torch.float32)
-
-
-@_attend.register_fake
-def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "dualview::tile_attention_backward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, Tensor out, Tensor lse, Tensor grad, bool of_keys) -> Tensor[]",
-)
-def _attend_backward(*given: Any) -> list[Tensor]:
-    """The gradient of q and, if asked for, those of k and v."""
-    problem, (out, lse, grad, of_keys) = Problem(*given[:5]), given[5:]
-    if dispatch.runs_on(problem.q):
-        from dualview.kernels.tile_attention_triton import backward
-
-        return backward(problem, out, lse, grad, of_keys)
-    return [x.contiguous() for x in gradients_by_chunks(problem, grad, (True, of_keys, of_keys)) if x is not None]
-
-
-@_attend_backward.register_fake
-def _(*given: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (given[:3] if given[-1] else given[:1])]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    of_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dq, *others = _attend_backward(*tensors, ctx.scale, out, lse, grad, of_keys)
-    return dq, *(others or (None, None)), None, None
-
-
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        'the Triton kernel of tile_attention has no second derivative: use backend="torch", within '
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for torch's fused kernels have none, either."
-    )
-
-
-_attend.register_autograd(_backward, setup_context=_save)
-_attend_backward.register_autograd(_refuse)

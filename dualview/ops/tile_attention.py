@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dualview.arguments import check_choice, check_count, check_flags
 from dualview.kernels import tile_attention as kernel
-from dualview.kernels.dispatch import Backend
 from dualview.tensors import check_mask, check_queries, check_width
 from dualview.views import per_token
 
@@ -23,7 +22,6 @@ def tile_attention(
     *,
     num_heads: int = 1,
     key_mask: Tensor | None = None,
-    backend: Backend | None = None,
 ) -> Tensor:
     """Attend from every tile of one map to the tile of the same index of another (Eq. 20-21, 24-25).
 
@@ -35,7 +33,6 @@ def tile_attention(
         value: Projected values.
         num_heads: Number of heads that share the width D.
         key_mask: True where a key may be attended to. A tile without any such key gives zeros.
-        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says.
 
     Shape:
         - query: (..., Q, D); key, value: (..., K, D); key_mask: broadcastable to (..., K)
@@ -44,7 +41,6 @@ def tile_attention(
     Raises:
         ValueError: The widths or leading dimensions differ, or D is no multiple of ``num_heads``.
         TypeError: One of the three is no tensor.
-        RuntimeError: "triton" was asked for and cannot run.
 
     Example:
         >>> q, kv = torch.randn(2, 6, 20, 32), torch.randn(2, 6, 20, 32)
@@ -62,7 +58,7 @@ def tile_attention(
     means = "keys that may be attended to"
     mask = None if key_mask is None else by_tile(check_mask(key_mask, "key_mask", [key.shape[:-1]], key, means, True))
     scale = float((query.shape[-1] / num_heads) ** -0.5)
-    attended = kernel.tile_attention(q, k, v, scale=scale, key_mask=mask, backend=backend)
+    attended = kernel.tile_attention(q, k, v, scale=scale, key_mask=mask)
     return attended.reshape(query.shape)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualview as dv
 from dualview.geometry import LiveTiles
-from tests.ops.planned.rates import machine
+from dualview.kernels import dispatch
 
 pytest.importorskip("triton")
 
@@ -55,13 +55,6 @@ def test_enhancement(preset: str, tokens: tuple[int, int], masked: bool, device:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
 
 
-def test_tile_attention(device: str) -> None:
-    q, k, v = (torch.randn(2, 6, n, 32, device=device) for n in (3, 5, 5))
-    mask = torch.rand(2, 6, 5, device=device) < 0.5
-    results = [dv.tile_attention(q, k, v, num_heads=4, key_mask=mask, backend=b) for b in ("torch", "triton")]
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("perspective", ["local", "global"])
 def test_crops(perspective: str, device: str) -> None:
     crop = {"local": dv.local_crop, "global": dv.global_stride_crop}[perspective]
@@ -84,29 +77,11 @@ def test_normalized_crop(live: LiveTiles | None, device: str) -> None:
         dv.normalized_crop(pixels, GRID, **options, backend="triton")
 
 
-def test_what_cannot_run_says_so(device: str) -> None:
-    dem = dv.DualPerspectiveEnhance.paper(32).double().to(device)
-    local, stride = (x.double() for x in tiles(device, (2, 2)))
-    with pytest.raises(RuntimeError, match=r"the kernel .* cannot run.*float64"), dv.use_backend("triton"):
-        dem(local, stride, GRID)
-
-
-@pytest.mark.parametrize("fastest", ["attention is free", "operations count"])
-def test_heads_that_fit_are_projected(fastest: str, device: str) -> None:
-    """Absorbed keys would be as wide as the tokens, too wide for the kernel."""
-    dem = randomised(dv.DualPerspectiveEnhance.paper(320, num_heads=2, out_proj=True)).to(device)
-    given = [torch.randn(1, 6, 2, 3, 320, device=device) for _ in range(2)]
-    with torch.no_grad(), machine(fastest):
-        by_torch, by_triton = (dem(*given, GRID, backend=backend) for backend in ("torch", "triton"))
-    torch.testing.assert_close(by_triton, by_torch, rtol=1e-4, atol=1e-5 * by_torch.abs().max().item())
-
-
-def test_heads_that_are_too_wide_are_refused(device: str) -> None:
-    dem, given = dv.DualPerspectiveEnhance.paper(320).to(device), torch.randn(2, 1, 6, 2, 3, 320, device=device)
-    with pytest.raises(
-        RuntimeError, match=r'heads of width 320: use more heads, of at most 256; or use backend="auto"'
-    ):
-        dem(*given, GRID, backend="triton")
+def test_what_cannot_run_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton_installed", False)
+    dem = dv.DualPerspectiveEnhance.paper(32).to(device)
+    with pytest.raises(RuntimeError, match=r"the kernel retile cannot run. triton is not installed"):
+        dem(*tiles(device, (2, 2)), GRID, backend="triton")
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -122,19 +97,18 @@ def test_compiled_as_one_graph(preset: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("unguarded")
-@pytest.mark.parametrize("preset", ["paper", "released"])
-def test_exported(preset: str, device: str) -> None:
+def test_exported(device: str) -> None:
     class OnAGrid(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.dem = randomised(PRESETS[preset](32)).to(device)
+            self.dem = randomised(PRESETS["paper"](32)).to(device)
 
         def forward(self, local: Tensor, stride: Tensor) -> Tensor:
             return self.dem(local, stride, GRID, backend="triton")
 
     module, given = OnAGrid(), tiles(device, (2, 2))
     program = torch.export.export(module, given)
-    assert any("dualview.tile_attention" in str(node.target) for node in program.graph.nodes)
+    assert any("dualview.retile" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*given), module.dem(*given, GRID), rtol=1e-4, atol=2e-5)
 
 

@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.kernels.tile_attention import tile_attention
 
-AVERAGES = (None, "members")
-TILES, ROWS, KEYS, MEMBERS = 6, 12, 5, 3
-"""Of every image, of every tile and head, of every tile, and of every average."""
+AVERAGES = (None, "cells", "tiles", "cells and tiles")
+TILES, ROWS, KEYS = 6, 12, 5
+"""Of every image, of every tile and head, and of every tile."""
+CELLS = (2, 1, 2, 3)
+"""The queries of a tile as 2 x 2 cells of 1 x 3."""
 
 
 def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, average: str | None) -> Tensor:
@@ -31,7 +33,9 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, average: str |
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
     out = torch.einsum("btqhk,btkhv->btqhv", weights, v)
-    return out.unflatten(2, (MEMBERS, -1)).mean(2) if average == "members" else out
+    if "cells" in (average or ""):
+        out = out.unflatten(2, CELLS).mean((3, 5)).flatten(2, 3)
+    return out.mean(1, keepdim=True) if "tiles" in (average or "") else out
 
 
 def queries(heads: int, *, batch: int = 2) -> Tensor:
@@ -40,7 +44,8 @@ def queries(heads: int, *, batch: int = 2) -> Tensor:
 
 def averaging(average: str | None) -> dict[str, Any]:
     """The arguments that ask for an average."""
-    return {"members": MEMBERS if average == "members" else 1}
+    average = average or ""
+    return {"cells": CELLS if "cells" in average else None, "tiles": TILES if "tiles" in average else 0}
 
 
 def keys(heads: int, *, batch: int = 2, count: int = KEYS, width: int = 4) -> Tensor:
@@ -64,7 +69,7 @@ class Call:
 
     def ours(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         options = {"key_mask": self.mask} | averaging(self.average)
-        return tile_attention(q, k, k if v is None else v, scale=0.7, **options, backend="torch")
+        return tile_attention(q, k, k if v is None else v, scale=0.7, **options)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         return at_once(q, k, k if v is None else v, self.mask, self.average)
@@ -102,7 +107,7 @@ def test_equals_all_at_once(average: str | None, kind: str, masked: bool) -> Non
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("average, kind", [(None, "shared"), ("members", "own"), ("members", "shared")])
+@pytest.mark.parametrize("average, kind", [(None, "shared"), *product(("cells", "cells and tiles"), ("own", "shared"))])
 def test_double_backward(average: str | None, kind: str, masked: bool) -> None:
     call = a_call(average, kind, masked=masked)
 
@@ -172,7 +177,7 @@ class Operations(TorchDispatchMode):
     "average, kind, needed",
     [
         (average, kind, needed)
-        for average, kind in [("members", "own"), ("members", "shared"), (None, "shared")]
+        for average, kind in [("cells", "own"), ("cells and tiles", "shared"), (None, "shared")]
         for needed in product([False, True], repeat=3 if kind == "own" else 2)
         if any(needed)
     ],

@@ -12,7 +12,6 @@ from dualview.kernels import dispatch
 from dualview.kernels.dispatch import KERNEL_TYPES, choose, use_backend
 from dualview.ops import tiling
 from dualview.ops.normalized_crop import normalized_crop
-from dualview.ops.tile_attention import tile_attention
 from tests.checks import refuses
 from tests.fresh import run_fresh
 
@@ -81,7 +80,7 @@ def test_auto_takes_what_was_measured_on_a_gpu(x, monkeypatch):
     assert reasons == ('no GPU is known on which the kernel is faster; backend="triton" asks for it',)
     monkeypatch.setitem(dispatch.MEASURED, "retile", "2.0x on some GPU")
     assert choose("retile", x) == ("triton", ("2.0x on some GPU",))
-    assert choose("tile_attention", x).name == "torch"
+    assert choose("crop_normalize", x).name == "triton"
 
 
 def test_auto_is_torch_under_the_interpreter(x, monkeypatch):
@@ -153,10 +152,6 @@ def crop_photograph(device):
     normalized_crop(torch.zeros(3, 4, 6, device=device), (2, 3), mean=[0.5] * 3, std=[0.5] * 3)
 
 
-def attend(device):
-    tile_attention(*torch.zeros(3, 1, 6, 4, 8, device=device), num_heads=2)
-
-
 @pytest.mark.parametrize(
     "call, kernel",
     [
@@ -164,7 +159,6 @@ def attend(device):
         (recombine_tokens, "retile"),
         (retile_tokens, "retile"),
         (crop_photograph, "crop_normalize"),
-        (attend, "tile_attention"),
     ],
 )
 def test_a_call_chooses_once(device, monkeypatch, call, kernel):

@@ -255,6 +255,22 @@ def plan_layers(needed: int, total: int, *, norm: bool, full: bool, has_norm: bo
     return LayerPlan(total if full else needed, total, norm or (full and has_norm))
 
 
+@constant
+def regular(
+    positions: tuple[int, ...], cut: int, perspective: Perspective, tiles: int, size: int, there: tuple[int, ...]
+) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """Slices of the tiles ``there`` are and of what is inside them that give these positions, in their order.
+
+    None where no slices do, or where they take neither one tile nor one for each of the ``cut`` tiles.
+    """
+    place = {position(perspective, tile, u, tiles, size): (i, u) for i, tile in enumerate(there) for u in range(size)}
+    places = [place[p] for p in positions]
+    of_axes = [sorted(set(indices)) for indices in zip(*places, strict=True)]
+    of_tiles, inside = ((x[0], x[-1] + 1, x[1] - x[0] if len(x) > 1 else 1) for x in of_axes)
+    fits = len(of_axes[0]) in (1, cut) and places == [(i, u) for i in range(*of_tiles) for u in range(*inside)]
+    return (of_tiles, inside) if fits else None
+
+
 def _both(of_axis: Callable[..., R], *pairs: Iterable[Any]) -> tuple[R, R]:
     """The same for rows and for columns."""
     rows, cols = (of_axis(*axis) for axis in zip(*pairs, strict=True))

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
-from dualview.kernels.dispatch import BACKEND, capability
-from dualview.kernels.tile_attention import WIDEST_HEAD
-from dualview.ops.fusion import LinearConcatFusion, declared
+from dualview.kernels.dispatch import capability
+from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, declared
 from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
 
@@ -58,12 +57,17 @@ class Products(NamedTuple):
     Attributes:
         directions: One arrangement for each direction of the plan.
         fold_values: Whether W_v is folded into the linear layers of the fusion.
+        together: Whether the queries of both directions meet their layers in one product each: fewer launches, and one
+            more copy of what was attended.
         seconds: Estimated time for one image; None where the device has no rates.
+        as_it_stands: The same if nothing were rearranged.
     """
 
     directions: tuple[Arrangement, ...]
     fold_values: bool = False
+    together: bool = False
     seconds: float | None = None
+    as_it_stands: float | None = None
 
     @classmethod
     def as_written(cls, directions: int) -> Products:
@@ -151,7 +155,6 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
         commutes=commutes,
         concat=type(fusion) is LinearConcatFusion and all(type(layer) is nn.Linear for layer in fusion.children()),
         fusion_weights=sum(p.numel() for p in fusion.parameters()) if commutes else 0,
-        kernels=BACKEND.value()[0] == "triton",
     )
 
 
@@ -177,7 +180,6 @@ def choose_products(
     commutes: bool,
     concat: bool,
     fusion_weights: int,
-    kernels: bool,
 ) -> Products:
     """The arrangement with the least estimated time for one image; none without rates.
 
@@ -190,7 +192,6 @@ def choose_products(
         commutes: Whether the fusion may be applied to averages.
         concat: Whether it is the linear concatenation, into which W_v can be folded.
         fusion_weights: Its parameters, if it commutes: its multiply-additions per token.
-        kernels: Whether the Triton kernel must be able to attend: it takes no averages and no wide heads.
     """
     plan, rates, layers = plan_enhance(*spec), rates_of(device, dtype), [Layers(*values) for values in sizes]
     if rates is None:
@@ -198,26 +199,31 @@ def choose_products(
     averaged = plan.averages and commutes and all(layer.linear for layer in layers)
     timed = [
         candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
-        for candidate in _candidates(plan, layers, averaged=averaged, concat=concat, kernels=kernels)
+        for candidate in (*_candidates(plan, layers, averaged=averaged, concat=concat), *_together(plan, shared=shared))
     ]
-    return min(timed, key=lambda candidate: candidate.seconds or 0.0)
+    return min(timed, key=lambda candidate: candidate.seconds or 0.0)._replace(as_it_stands=timed[0].seconds)
 
 
-def _candidates(
-    plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool, kernels: bool
-) -> Iterator[Products]:
-    """Every arrangement that gives the same result."""
+def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool) -> Iterator[Products]:
+    """Every arrangement that gives the same result; first that of the equations."""
     for pooled in (False, True) if averaged else (False,):
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
-            pool = ("map" if kernels else _pool(d, plan)) if pooled else None
+            pool = _pool(d, plan) if pooled else None
             folds = (False, True) if layer.heads == 1 else (False,)
-            absorbed = [] if kernels and layer.dim > WIDEST_HEAD else [Arrangement(True, fold, pool) for fold in folds]
-            ways.append([Arrangement(False, False, pool), *absorbed])
+            ways.append([Arrangement(False, False, pool), *(Arrangement(True, fold, pool) for fold in folds)])
         for directions in product(*ways):
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
                 yield Products(directions, fold_values=True)
+
+
+def _together(plan: EnhancePlan, *, shared: bool) -> Iterator[Products]:
+    """Both directions in one, where they have as many queries and one asks one tile: its queries may have any order."""
+    counts = [(d.num_tiles * d.queries, d.num_tiles) for d in plan.directions]
+    alike = shared and len(counts) == 2 and counts[0][0] == counts[1][0] and 1 in (counts[0][1], counts[1][1])
+    if alike and not plan.looks_around:
+        yield Products.as_written(2)._replace(together=True)
 
 
 def _pool(d: DirectionPlan, plan: EnhancePlan) -> Pool:
@@ -251,6 +257,8 @@ def seconds_of(
             queries * dim if inside or (a.pool and d.cut == "local") else 0
         )  # to bring the tokens of cells together
         seconds += 2 * scores / rate + copied / rates.moved + (12 if inside else 8) * rates.launch
+    if chosen.together:  # two stacks, for queries are gathered in any case, and the weights of keys and values
+        seconds += (2 * queries * dim + 2 * dim**2) / rates.moved - 5 * rates.launch
     pooled = chosen.directions[0].pool is not None
     dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
     return seconds + 2 * dense / rates.dense
@@ -311,6 +319,20 @@ def _is_linear(layer: nn.Module, dim: int, like: Tensor) -> bool:
     return exactly and weight is not None and weight.shape == (dim, dim)
 
 
+def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
+    """Whether a fusion is the released one as it was made, with two bottlenecks alike."""
+    layers = [layer for layer in fusion.modules() if type(layer) is nn.Linear]
+    return (
+        type(fusion) is BottleneckConcatFusion
+        and nn.Linear.forward is LINEAR_FORWARD
+        and [type(layer) for layer in fusion.modules()] == BOTTLENECKS
+        and all(untouched(layer, like) for layer in fusion.modules())
+        and [layer.weight.shape for layer in layers[:2]] == [layer.weight.shape for layer in layers[2:]]
+        and all(layer.bias is not None for layer in layers)
+    )
+
+
+BOTTLENECKS = [BottleneckConcatFusion, *2 * [nn.Sequential, nn.Linear, nn.GELU, nn.Linear], nn.LayerNorm]
 LINEAR_FORWARD = nn.Linear.forward
 """As torch has it: somebody may put another one into the class."""
 LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple, cast
 
@@ -18,11 +18,13 @@ from dualview.kernels.chunked_attention import chunks
 from dualview.kernels.retile import retile
 from dualview.kernels.tables import index_tensor, table
 from dualview.kernels.tile_attention import tile_attention
-from dualview.ops.fusion import LinearConcatFusion, fuse
-from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan
-from dualview.ops.planned.products import Arrangement, Products
+from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, fuse
+from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan, regular
+from dualview.ops.planned.products import Arrangement, Products, plain_bottlenecks
 from dualview.ops.tile_attention import TileAttention
+from dualview.ops.tile_attention import tile_attention as attend
 from dualview.ops.tiling import crop, recombine
+from dualview.views import per_token
 
 
 class TileMap(NamedTuple):
@@ -62,6 +64,8 @@ def enhance_live(
     Shape:
         (B, h, w, D), or (B, H, W, D) if the readout reads everything and averages nothing
     """
+    if products.together:
+        return enhance_together(plan, grid, attentions[0], fusion, maps, masks)
     folded: dict[TileAttention, Tensor] = {}  # both directions may share one matrix
     enhanced = []
     for d, a, attention in zip(plan.directions, products.directions, attentions, strict=True):
@@ -82,6 +86,48 @@ def enhance_live(
     return mean_of_cells(fused, plan.tokens) if plan.averages else fused
 
 
+def enhance_together(
+    plan: EnhancePlan,
+    grid: TileGrid,
+    attention: TileAttention,
+    fusion: nn.Module,
+    maps: Mapping[Perspective, list[TileMap]],
+    masks: Mapping[Perspective, Tensor | None],
+) -> Tensor:
+    """The same with the queries of both directions in one tensor, (2, B, Q of all tiles, D), V_loc first.
+
+    One direction asks one tile, so its queries may have any order: that of the other one.
+    """
+    order = max(plan.directions, key=lambda d: d.num_tiles)
+    axes = order.query_rows, order.query_cols
+    views = [take_regular(maps[d.query], *axes, order.cut, grid) for d in plan.directions]
+    asking = torch.stack(views).flatten(2, -2)
+    found, project = [], keys_and_values(attention)
+    for d, queries in zip(plan.directions, per_token(attention.q_proj, asking), strict=True):
+        (key,) = take_tiles(maps[KEYS_OF_QUERY[d.query]], d.key_rows, d.key_cols, d.cut, grid, [slice(0, d.num_tiles)])
+        q, (k, v) = queries.unflatten(1, (d.num_tiles, d.queries)), project(key)
+        found.append(attend(q, k, v, num_heads=attention.num_heads, key_mask=mask_of(d, masks, grid)).flatten(1, 2))
+    both = attention.finish(torch.stack(found), asking)
+
+    def back(tokens: Tensor) -> Tensor:
+        return put_back(tokens.unflatten(1, (order.num_tiles, order.queries)), *axes, order.cut, grid)
+
+    if plain_bottlenecks(fusion, both):
+        fused = back(fuse_together(cast(BottleneckConcatFusion, fusion), both))
+    else:
+        fused = fuse(fusion, *map(back, both))
+    return mean_of_cells(fused, plan.tokens) if plan.averages else fused
+
+
+def mask_of(d: DirectionPlan, masks: Mapping[Perspective, Tensor | None], grid: TileGrid) -> Tensor | None:
+    """Which keys of the tiles of a direction may be attended to, (B or 1, T, K)."""
+    if (mask := masks[KEYS_OF_QUERY[d.query]]) is None:
+        return None
+    live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
+    cut = crop(mask.unsqueeze(-1), grid, d.cut, data_format="channels_last", backend="torch").flatten(2)
+    return select(cut, 1, live)
+
+
 def enhance_direction(
     plan: EnhancePlan,
     d: DirectionPlan,
@@ -99,30 +145,28 @@ def enhance_direction(
     Shape:
         (B, live rows, live columns, D), or (B, h, w, D) averaged
     """
-    keys_of = KEYS_OF_QUERY[d.query]
-    mask = masks[keys_of]
-    if mask is not None:
-        live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
-        cut = crop(mask.unsqueeze(-1), grid, d.cut, data_format="channels_last", backend="torch").flatten(2)
-        mask = select(cut, 1, live)
+    keys_of, mask = KEYS_OF_QUERY[d.query], mask_of(d, masks, grid)
     groups = tiles_at_a_time(d, a, attention, maps[d.query][0].tiles)
     queries = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid, groups)
     keys = take_tiles(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid, groups)
     if a == Arrangement():
         return put_back(attention(next(queries), next(keys), mask), d.query_rows, d.query_cols, d.cut, grid)
 
-    r, s = plan.cell if a.pool == "cells" else (1, 1)
-    rows = d.query_rows.per_tile // r
+    (r, s), cells = plan.cell, None
+    if a.pool == "cells":
+        cells = d.query_rows.per_tile // r, r, d.query_cols.per_tile // s, s
+    # Over strides, each cell has one token in every tile, at the same index: attention by chunks adds them up itself.
+    added_up = d.num_tiles if a.absorb and a.pool == "map" and d.cut == "global" else 0
 
     def attended() -> Iterator[dict[str, Tensor]]:
         """Of each group, what its queries collect and what is averaged together with it: arguments of `finished`."""
         for tiles, query, key in zip(groups, queries, keys, strict=True):
-            by_cell = rearrange(query, "b t (i r j s) d -> b t (r s i j) d", i=rows, r=r, s=s)
             key_mask = None if mask is None else mask[:, tiles]
-            found = attend_arranged(attention, a, by_cell, key, key_mask, members=r * s, folded=folded)
+            found = attend_arranged(attention, a, query, key, key_mask, cells=cells, tiles=added_up, folded=folded)
             part = {"found": found.flatten(3)}
             if attention.residual:
-                part["query"] = by_cell.unflatten(2, (r * s, -1)).mean(2) if r * s > 1 else query
+                block = query.unflatten(2, (d.query_rows.per_tile, d.query_cols.per_tile))
+                part["query"] = mean_of_cells(block, cells[::2]).flatten(2, 3) if cells else query
             if key_mask is not None:
                 part["any_key"] = key_mask.any(-1)[:, :, None, None].to(query.dtype).expand(-1, -1, found.shape[2], 1)
             yield part
@@ -133,7 +177,7 @@ def enhance_direction(
         return attention.finish(found, cast(Tensor, query))
 
     if a.pool == "map":
-        means = mean_across_tiles(attended(), plan, d, grid)
+        means = mean_across_tiles(attended(), plan, d, grid, added_up=bool(added_up))
         return cast(Tensor, finished(**means).squeeze(1).unflatten(1, plan.tokens))
     parts = [finished(**part) for part in attended()]
     tokens = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -163,7 +207,8 @@ def attend_arranged(
     key: Tensor,
     key_mask: Tensor | None,
     *,
-    members: int,
+    cells: tuple[int, int, int, int] | None,
+    tiles: int,
     folded: Tensor | None,
 ) -> Tensor:
     """What every query, or every average of queries, collects: of the projected values, or of the keys themselves.
@@ -171,14 +216,15 @@ def attend_arranged(
     Args:
         attention: The layers.
         a: The order of the products.
-        query: Queries; those that are averaged over cells stand ``members`` apart.
+        query: Queries.
         key: Keys.
         key_mask: True where a key may be attended to.
-        members: Queries of a cell that ask one tile, 1 where none are averaged inside it.
+        cells: The queries of a tile as cells that are averaged, None where none are.
+        tiles: Over how many tiles results are averaged inside of the attention, 0 if they are not.
         folded: W_q W_k^T, with ``a.fold``.
 
     Shape:
-        - query: (B, T, members * G, D); key: (B, T, K, D); key_mask: (B or 1, T, K)
+        - query: (B, T, Q, D); key: (B, T, K, D); key_mask: (B or 1, T, K)
         - result: (B, T, G, heads, D / heads), or (..., heads, D) absorbed; T is 1 if averaged over tiles
     """
     heads = attention.num_heads
@@ -196,14 +242,38 @@ def attend_arranged(
         v,
         scale=1.0 if a.fold else float((attention.dim / heads) ** -0.5),
         key_mask=key_mask,
-        members=members,
+        cells=cells,
+        tiles=tiles,
     )
+
+
+def keys_and_values(attention: TileAttention) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Both projections of keys, (B, T, K, D): by one product, unless a backward pass would have to join gradients."""
+    k_proj, v_proj, dim = attention.k_proj, attention.v_proj, attention.dim
+    biases = [bias for bias in (k_proj.bias, v_proj.bias) if bias is not None]
+    if torch.is_grad_enabled() or len(biases) == 1:
+        return lambda key: (k_proj(key), v_proj(key))
+    weights = torch.cat([x.flatten() for x in (k_proj.weight, v_proj.weight, *biases)])
+    matrix, bias = weights[: 2 * dim**2].unflatten(0, (-1, dim)), weights[2 * dim**2 :]
+    return lambda key: F.linear(key, matrix, bias if biases else None).chunk(2, -1)
+
+
+def fuse_together(fusion: BottleneckConcatFusion, both: Tensor) -> Tensor:
+    """The released fusion with a product for both bottlenecks at a time. (2, B, Q, D), V_loc first -> (B, Q, D)"""
+    pairs = list(zip(fusion.local_bottleneck.parameters(), fusion.global_bottleneck.parameters(), strict=True))
+    weights = torch.cat([x.flatten() for pair in pairs for x in pair])  # in one launch, then apart again
+    parts = weights.split([2 * local.numel() for local, _ in pairs])
+    down, of_down, up, of_up = (x.unflatten(0, (2, *local.shape)) for x, (local, _) in zip(parts, pairs, strict=True))
+    inside = F.gelu(torch.baddbmm(of_down.unsqueeze(1), both.flatten(1, 2), down.mT))
+    halves = torch.baddbmm(of_up.unsqueeze(1), inside, up.mT).unflatten(1, both.shape[1:3]).permute(1, 2, 0, 3)
+    added = (both[0] + both[1]).unflatten(-1, (2, -1)) + halves
+    return cast(Tensor, fusion.norm(added.flatten(2)))
 
 
 def query_key_matrix(attention: TileAttention) -> Tensor:
     """W_q W_k^T / sqrt(D) of one head, as a weight of `torch.nn.functional.linear`."""
-    scaled: Tensor = attention.q_proj.weight * attention.dim**-0.5
-    return attention.k_proj.weight.t() @ scaled
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    return torch.addmm(query.detach(), key.t(), query, beta=0, alpha=attention.dim**-0.5)
 
 
 def _absorbed_queries(attention: TileAttention, query: Tensor, folded: Tensor | None) -> Tensor:
@@ -279,6 +349,36 @@ def _take_tiles(
             yield tokens.index_select(1, index[some].flatten()).unflatten(1, index[some].shape)
 
 
+def take_regular(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
+    """What `take_tiles` takes, in two more dimensions: a view, where positions lie regularly in the tiles of one map.
+
+    Shape:
+        (B, present tiles, h, w, D) -> (B, rows of tiles, columns of tiles, rows of a tile, columns of a tile, D)
+    """
+    if len(maps) == 1 and (view := regular_view(maps[0], rows, cols, grid)) is not None:
+        return view
+    (tiles,) = take_tiles(maps, rows, cols, cut, grid, [slice(0, len(rows.tiles) * len(cols.tiles))])
+    return tiles.unflatten(2, (rows.per_tile, cols.per_tile)).unflatten(1, (len(rows.tiles), len(cols.tiles)))
+
+
+def regular_view(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor | None:
+    """The tokens at ``rows`` x ``cols`` as a view, None where there is none; shape as for `take_regular`."""
+    tiles, present = source.tiles, source.present
+    there = tuple(sorted({i // grid.cols for i in present})), tuple(sorted({i % grid.cols for i in present}))
+    found = [
+        regular(axis.positions, len(axis.tiles), source.perspective, n, length, held)
+        for axis, n, length, held in zip((rows, cols), grid, tiles.shape[2:4], there, strict=True)
+    ]
+    if len(present) != len(there[0]) * len(there[1]) or found[0] is None or found[1] is None:
+        return None
+    (i, u), (j, v) = ([slice(*part) for part in parts] for parts in found if parts is not None)
+    part = tiles.unflatten(1, (len(there[0]), len(there[1])))[:, i, j, u, v].transpose(2, 3)  # (B, i, u, j, v, D)
+    for dim, axis in ((1, rows), (3, cols)):
+        if part.shape[dim] != len(axis.tiles):  # one tile of the source, for all tiles of the cut
+            part = part.flatten(dim, dim + 1).unflatten(dim, (len(axis.tiles), axis.per_tile))
+    return part.transpose(2, 3)
+
+
 def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
     """What `take_tiles` took, with new contents, as the map of the live rows and columns.
 
@@ -332,20 +432,24 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
 
 
 def mean_across_tiles(
-    parts: Iterable[dict[str, Tensor]], plan: EnhancePlan, d: DirectionPlan, grid: TileGrid
+    parts: Iterable[dict[str, Tensor]], plan: EnhancePlan, d: DirectionPlan, grid: TileGrid, *, added_up: bool
 ) -> dict[str, Tensor]:
-    """The mean of each cell, whose tokens lie in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)"""
+    """The mean of each cell, whose tokens lie in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)
+
+    What queries found may be ``added_up`` over the tiles of a group, as a share of the mean: (B, 1, Q, C).
+    """
     means: dict[str, Tensor] = {}
     for part in parts:
         for name, x in part.items():
             if d.cut == "local":  # all tiles are one group
                 whole = put_back(x, d.query_rows, d.query_cols, d.cut, grid)
                 means[name] = mean_of_cells(whole, plan.tokens).flatten(1, 2).unsqueeze(1)
-            elif x.shape[1] == d.num_tiles:  # a cell has one token in every tile, at the same index
-                means[name] = x.mean(1, keepdim=True)
-            else:
-                share = x.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) / d.num_tiles
-                means[name] = share if name not in means else means[name] + share
+                continue
+            wide, share = torch.promote_types(x.dtype, torch.float32), x
+            if not (added_up and name == "found"):  # a cell has one token in every tile, at the same index
+                every = x.shape[1] == d.num_tiles
+                share = x.mean(1, keepdim=True) if every else x.sum(1, keepdim=True, dtype=wide) / d.num_tiles
+            means[name] = means[name] + share.to(wide) if name in means else share
     return {name: mean.to(part[name].dtype) for name, mean in means.items()}
 
 

@@ -17,6 +17,7 @@ MACHINES: dict[str, Rates | None] = {
     "attention is free": of(attention=1e6, pooled=1e6),
     "projections are free": of(dense=1e6),
     "pooled attention is slow": of(pooled=1e-6),
+    "launches count": of(launch=1e9),
     "never measured": None,
 }
 

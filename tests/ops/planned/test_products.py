@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
 from dualview.ops.planned import products
-from dualview.ops.planned.products import Arrangement, Layers, Products, rates_of, seconds_of, sizes_of
+from dualview.ops.planned.products import Arrangement, Layers, Products, Rates, rates_of, seconds_of, sizes_of
 from tests.ops.planned.rates import MACHINES, machine
 
 LIKE, LIKE_META = torch.empty(0), torch.empty(0, device="meta")
@@ -86,29 +88,6 @@ class TestByCountingOperations:
         with machine("operations count"):
             found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (5, 6), LIKE).directions
         assert [a.pool for a in found] == ["map", "map"], "cells of 3 rows lie across blocks of 5"
-
-
-class TestForTheKernel:
-    """Where "triton" is asked for, nothing is arranged as the kernel cannot compute it."""
-
-    @pytest.mark.parametrize("fastest", [name for name, rates in MACHINES.items() if rates is not None])
-    @pytest.mark.parametrize("preset, heads, dim", [("paper", 1, 256), ("paper", 4, 1024), ("released", 8, 1024)])
-    def test_no_average_is_taken_inside_and_no_wide_keys_are_absorbed(
-        self, preset: str, heads: int, dim: int, fastest: str
-    ) -> None:
-        dem = getattr(dv.DualPerspectiveEnhance, preset)(dim, num_heads=heads, device="meta")
-        with machine(fastest):
-            by_torch = dem.products((3, 3), (6, 6), LIKE_META)
-            with dv.use_backend("triton"):
-                found = dem.products((3, 3), (6, 6), LIKE_META)
-            assert dem.products((3, 3), (6, 6), LIKE_META) == by_torch, "the backend is part of what is remembered"
-        assert {a.pool for a in found.directions} <= {None, "map"}
-        assert not any(a.absorb for a in found.directions) or dim <= 256
-
-    def test_narrow_keys_are_absorbed(self) -> None:
-        with machine("attention is free"), dv.use_backend("triton"):
-            found = dv.DualPerspectiveEnhance.paper(64).products((3, 3), (6, 6), LIKE)
-        assert all(a.absorb and a.pool == "map" for a in found.directions)
 
 
 def attention_operations(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
@@ -187,6 +166,43 @@ class TestByRates:
             assert [a.absorb for a in found.directions] == [False, absorbs]
             paper = dv.DualPerspectiveEnhance.paper(1024).products((n, n), (24, 24), LIKE)
             assert all(a.absorb and a.pool for a in paper.directions)
+
+    @pytest.mark.parametrize(
+        "record", products.records(), ids=lambda record: f"{record['device']} {record['dtypes'][0]}"
+    )
+    def test_choices_are_those_of_the_committed_figures(
+        self, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of all ways to arrange them the one with the least time, worked out from the file."""
+        device, _, sm = record["device"].partition(" sm_")
+        monkeypatch.setattr(products, "capability", lambda device: (int(sm[:-1]), int(sm[-1])))
+        for dtype, preset, n in product(record["dtypes"], ("paper", "released"), (2, 3, 4, 5)):
+            dem = getattr(dv.DualPerspectiveEnhance, preset)(1024, device="meta")
+            layers, shared = [Layers(*sizes_of(dem.attentions[0]))] * 2, True
+            weights = sum(p.numel() for p in dem.fusion.parameters()) if preset == "paper" else 0
+            plan, itemsize = dem.plan((n, n), (24, 24)), getattr(torch, dtype).itemsize
+            rates = Rates(
+                record["dense"],
+                record["attention"],
+                record["pooled"],
+                record["moved"] / (2 * itemsize),
+                record["launch"],
+            )
+            ways = list(products._candidates(plan, layers, averaged=preset == "paper", concat=preset == "paper"))
+            ways += products._together(plan, shared=shared)
+            spec = dem._spec((n, n), (24, 24), dem.readout)
+            options = {"shared": shared, "commutes": preset == "paper", "concat": preset == "paper"}
+            chosen = products.choose_products(
+                spec,
+                (sizes_of(dem.attentions[0]),) * 2,
+                torch.device(device),
+                getattr(torch, dtype),
+                **options,
+                fusion_weights=weights,
+            )
+            seconds = [seconds_of(plan, layers, way, rates, shared, weights) for way in ways]
+            assert (chosen.seconds, chosen.as_it_stands) == (min(seconds), seconds[0])
+            assert chosen._replace(seconds=None, as_it_stands=None) == ways[seconds.index(min(seconds))]
 
     def test_every_record_says_where_it_comes_from(self) -> None:
         for record in products.records():
