@@ -1,0 +1,141 @@
+"""Put trained models into the package: weights in float16, what was measured, and the card that says it.
+
+    python scripts/embed.py FOLDER
+
+FOLDER is that of a run of `make reader`. `results.json` in it has, of both models, the right answers among those asked
+for (`bars`), and how long and on what they were trained (`minutes`, `machine`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import safe_open
+
+from dualview.embedded import KNOWN, EmbeddedView
+from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
+from dualview.outputs import new_folder
+from dualview.reader.evaluate import Score
+from dualview.reader.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
+
+PLACE = Path(__file__).parents[1] / "dualview" / "embedded"
+MOST = 12_000_000
+"""Bytes that both models may take together."""
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# Two small models that come with dualview
+
+`dual` is an INF-LLaVA of {dual} parameters: it cuts a picture of 336 x 336 pixels into 3 x 3 tiles from both
+perspectives, and its enhancement module brings them together in 64 image tokens. `low-res`, of {low_res} parameters, is
+the same without the enhancement module: it sees the picture at 112 x 112 pixels. Other pictures are scaled.
+
+```python
+import dualview as dv
+
+model, processor = dv.load_embedded()           # or dv.load_embedded("low-res")
+```
+
+`dualview demo` shows both at work, `dualview ask PICTURE QUESTION` asks the first.
+
+## What they answer
+
+Questions about pages of 8 x 8 cells, named as in a spreadsheet, in these words: {known} On a page stand digits, the
+letters ACEFHKLNPRTX, six shapes and sometimes one large character. They know nothing else: other pictures and questions
+get an answer, too, which means nothing.
+
+## How they were trained
+
+From nothing, by `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`): backgrounds are
+computed, and nothing is fetched. Trained on {machine}, in minutes: {minutes}.
+
+## How often they are right
+
+Asked through `generate` about pages whose seeds and fonts no training saw; in brackets Wilson's interval of 95 %.
+Heights of glyphs are in pixels of the page of 336 x 336; where none is named they are 8 to 28.
+
+| questions | asked | with tiles | low resolution |
+| --- | --- | --- | --- |
+{rows}
+
+## Licences
+
+The weights are of this project, under its Apache License 2.0. Glyphs were drawn with fonts that matplotlib ships; none
+is contained here. Trained on: {trained}. Kept for tests: {held_out}. DejaVu: Bitstream Vera's licence, its changes in
+the public domain; STIX: the STIX Font License; cm: the BaKoMa Fonts Licence. All three stand in matplotlib. No
+photograph was used in training. That of `dualview demo`, Grace Hopper by the US Navy, is in the public domain;
+matplotlib ships it, too.
+"""
+
+
+def card(folder: Path) -> str:
+    """The card of the models in a folder, by their weights and by what was measured."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return CARD.format(
+        dual=millions(folder / "dual"),
+        low_res=millions(folder / "low-res"),
+        known=" ".join(f"*{question}*" for question in KNOWN),
+        machine=results["machine"],
+        minutes=", ".join(f"{name} {minutes:.1f}" for name, minutes in results["minutes"].items()),
+        rows="\n".join(row(name, bars) for name, bars in results["bars"].items()),
+        trained=", ".join(TRAINING_FONTS),
+        held_out=", ".join(HELD_OUT_FONTS),
+    )
+
+
+def row(name: str, bars: dict[str, Any]) -> str:
+    """A line of the table."""
+    cells = []
+    for view in get_args(EmbeddedView):
+        right, asked = bars[view]["right"], bars[view]["asked"]
+        score = Score((True,) * right + (False,) * (asked - right))
+        cells.append(f"{score.accuracy:.3f} [{score.interval[0]:.3f}, {score.interval[1]:.3f}]")
+    return f"| {name} | {asked} | {' | '.join(cells)} |"
+
+
+def millions(folder: Path) -> str:
+    """How many parameters the weights of a folder have."""
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - no dict
+    return f"{count / 1e6:.2f} million"
+
+
+def embed(source: Path, place: Path = PLACE) -> None:
+    """Put the models of a folder in the place of those that are there.
+
+    Raises:
+        ValueError: They are larger than what the package may carry. Nothing is changed then.
+    """
+    views = get_args(EmbeddedView)
+    made = {view: place / f"{view}-new" for view in views}
+    try:
+        for view, folder in made.items():
+            model = InfLlavaForConditionalGeneration.from_pretrained(source / view, dtype=torch.float16)
+            with new_folder(folder) as beside:
+                model.save_pretrained(beside)
+                InfLlavaProcessor.from_pretrained(source / view).save_pretrained(beside)
+                (beside / "model.safetensors").chmod(0o644)
+        size = sum(file.stat().st_size for folder in made.values() for file in folder.iterdir())
+        if size > MOST:
+            raise ValueError(f"{source}: {size:,} bytes in float16, and the package may carry {MOST:,}: take less.")
+        for view, folder in made.items():
+            shutil.rmtree(place / view, ignore_errors=True)
+            folder.rename(place / view)
+    finally:
+        for folder in made.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    shutil.copyfile(source / "results.json", place / "results.json")
+    (place / "README.md").write_text(card(place), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    embed(Path(sys.argv[1]))
