@@ -8,8 +8,7 @@ from dualview.reader.recipe import train_embedded
 parser = argparse.ArgumentParser(prog="python -m dualview.reader", description=__doc__)
 parser.add_argument("folder", type=Path, help="of the run; what is there already is not trained again")
 parser.add_argument("--device", help="cpu or cuda; a GPU where there is one")
-parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
 
 if __name__ == "__main__":
     options = parser.parse_args()
-    train_embedded(options.folder, device=options.device, workers=options.workers)
+    train_embedded(options.folder, device=options.device)

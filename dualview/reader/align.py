@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dualview.reader.corpus import BATCH, pages_of
 from dualview.reader.descent import Descent
+from dualview.reader.glyphs import CLASSES, build_atlas
+from dualview.reader.pages import render, sample_pages
+from dualview.reader.pretrain import MEAN, STD, TILE
 from dualview.reader.warm_up import symbols_of, vocabulary
 from dualview.train import FeatureCache
 
@@ -26,11 +29,10 @@ class SeenPages(Dataset[dict[str, Tensor]]):
     Args:
         folders: The folders.
         cache: Features, filled.
-        tokens: Image tokens a side.
     """
 
-    def __init__(self, folders: list[Path], cache: FeatureCache, tokens: int) -> None:
-        self.cache, self.tokens = cache, tokens
+    def __init__(self, folders: list[Path], cache: FeatureCache) -> None:
+        self.cache = cache
         self.groups = [(folder, start) for folder in folders for start in range(0, len(pictures(folder)), BATCH)]
 
     def __len__(self) -> int:
@@ -40,7 +42,7 @@ class SeenPages(Dataset[dict[str, Tensor]]):
         folder, start = self.groups[index]
         found = self.cache.read(pictures(folder)[start : start + BATCH])
         assert found is not None, "the cache is filled before"
-        return {**found, "symbols": symbols_of(pages_of(folder, start), self.tokens)}
+        return {**found, "symbols": symbols_of(pages_of(folder, start))}
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -82,10 +84,32 @@ def align(
                 batch[name].to(device) for name in ("symbols", "view_features", "image_canvases")
             )
             with torch.no_grad():
-                names, said = vocabulary(model.get_input_embeddings(), tokenizer, pages.tokens)
+                names, said = vocabulary(model.get_input_embeddings(), tokenizer)
             given = model.get_image_features(view_features=features, image_canvases=canvases).pooler_output
             loss = _loss(torch.stack(list(given)), symbols.flatten(1), names, said)
             descent.step(loss)
+
+
+@torch.no_grad()
+def front_accuracy(
+    model: Any, tokenizer: Any, height: float, *, seed: int, fonts: tuple[str, ...], pages: int = 16
+) -> tuple[float, float]:
+    """What image tokens say of glyphs of a height, anywhere on pages, without asking the language model.
+
+    Returns:
+        The share whose token lies nearest to the word for what stands there, of all symbols, and the share whose token
+        lies nearest to the name of its cell, of all names.
+    """
+    drawn = sample_pages(pages, (height, height), seed)
+    pixels = ((render(drawn, 3 * TILE, build_atlas(fonts)) - MEAN) / STD).to(model.device)
+    given = torch.stack(list(model.get_image_features(pixels).pooler_output))
+    names, said = vocabulary(model.get_input_embeddings(), tokenizer)
+    symbols = symbols_of(drawn).flatten(1).to(given.device)
+    glyphs = (symbols > 0) & (symbols <= len(CLASSES))
+    of_symbol, of_name = (torch.cdist(rest, to) for rest, to in ((given - names, said), (given - said[symbols], names)))
+    places = torch.arange(len(names), device=given.device)
+    right = ((of_symbol.argmin(-1) == symbols)[glyphs], (of_name.argmin(-1) == places)[glyphs])
+    return float(right[0].float().mean()), float(right[1].float().mean())
 
 
 def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor:
@@ -97,8 +121,8 @@ def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor
     error = (given - wanted).square().mean() / wanted.var()
     scale = 10 / (given.shape[-1] * wanted.var())
     of_symbols = (given - names)[:, :, None] - said
-    of_names = (given - said[symbols])[:, :, None] - names.unique(dim=0)
-    places = names.unique(dim=0, return_inverse=True)[1].expand(len(given), -1)
+    of_names = (given - said[symbols])[:, :, None] - names
+    places = torch.arange(len(names), device=given.device).expand(len(given), -1)
     parts = ((of_symbols, symbols), (of_names, places))
     return error + sum(
         nn.functional.cross_entropy((-scale * x.square().sum(-1)).flatten(0, 1), y.flatten()) for x, y in parts

@@ -27,6 +27,9 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+DEM = {"preset": "released", "readout": "average"}
+"""A glyph may lie in any of the nine patches of its cell; the readout of the preset takes the middle one alone."""
+
 
 def build_model(tower: ReaderVisionModel | None, tile: int, *, dual: bool = True) -> tuple[Any, InfLlavaProcessor]:
     """An INF-LLaVA around a tower, 3 x 3 tiles, and a processor for it.
@@ -43,7 +46,7 @@ def build_model(tower: ReaderVisionModel | None, tile: int, *, dual: bool = True
         text_config={**TEXT, **ids, "vocab_size": len(tokenizer)},
         grid=(3, 3),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        dem={"preset": "released" if dual else "none"},
+        dem=dict(DEM) if dual else {"preset": "none"},
         vision_feature_layer=-1,
     )
     model = InfLlavaForConditionalGeneration(config)

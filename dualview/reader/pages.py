@@ -87,6 +87,13 @@ def sample_pages(count: int, heights: tuple[float, float], seed: int) -> Pages:
     return Pages(kinds, height, shifts, large, large_height, large_centre, seed)
 
 
+def covered(pages: Pages) -> Tensor:
+    """Cells whose middle lies within the large character, (B, 8, 8)."""
+    middles = (torch.arange(CELLS) + 0.5) / CELLS
+    near = [(middles - pages.large_centre[:, axis, None]).abs() < pages.large_height[:, None] / 2 for axis in (0, 1)]
+    return near[0][:, :, None] & near[1][:, None] & (pages.large != EMPTY)[:, None, None]
+
+
 def render(pages: Pages, side: int, atlas: Atlas, photographs: Tensor | None = None) -> Tensor:
     """Draw pages of a size, (B, 3, side, side) in 0..1 of values that bytes have, on the device of the atlas.
 

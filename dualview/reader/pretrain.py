@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.models.reader.modeling_reader import FrozenBatchNorm, ReaderVisionModel, waves
+from dualview.models.view_plan import interpolate
+from dualview.ops.tiling import crop, recombine
 from dualview.reader.descent import Descent
 from dualview.reader.drawing import Lattice, backgrounds, bends, contrasting, draw, finish, uniform
 from dualview.reader.glyphs import CLASSES, Atlas, build_atlas
+from dualview.reader.pages import CELLS, COVERED, EMPTY, covered, render, sample_pages
 
 MEAN, STD = 0.5, 0.25
 """Of pixels 0..1, for every channel: what the tower is given is (pixels - MEAN) / STD."""
 PATCH = 14
+TILE = 112
+"""Side of a tile in pixels; a page has 3 x 3 of them."""
 BACKGROUND, NOT_JUDGED = len(CLASSES), -100
 
 
@@ -26,14 +31,12 @@ class Tiles(NamedTuple):
 
     Attributes:
         pixels: Normalised, (B, 3, h, w).
-        labels: For every patch the class of the glyph whose middle lies in it, `BACKGROUND` or `NOT_JUDGED`, (B, h/14,
+        labels: For every patch the class of the glyph that it should name, `BACKGROUND` or `NOT_JUDGED`, (B, h/14,
             w/14).
-        heights: Of that glyph in pixels, 0 for none, (B, h/14, w/14).
     """
 
     pixels: Tensor
     labels: Tensor
-    heights: Tensor
 
 
 def draw_tiles(
@@ -84,25 +87,60 @@ def draw_tiles(
     lattice = Lattice(glyphs[..., None], centre, height, bends(shape, random), ink, plate, origin, (cell, cell))
     pages = finish(draw(pages, lattice.to(device), atlas), random)
 
-    labels, heights = _labels(kinds, empty, centre, height, side // PATCH)
-    return Tiles((pages - MEAN) / STD, labels.to(device), heights.to(device))
+    return Tiles((pages - MEAN) / STD, _labels(kinds, empty, centre, height, side // PATCH).to(device))
 
 
-def _labels(kinds: Tensor, empty: Tensor, centre: Tensor, height: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    """Labels and heights of patches, (B, patches, patches) each; a middle within 2 pixels of a border is not judged."""
-    batch = kinds.shape[0]
-    labels = torch.full((batch, patches, patches), BACKGROUND)
-    heights = torch.zeros(batch, patches, patches)
-    b = torch.arange(batch)[:, None, None].expand_as(kinds)
-    own = (centre / PATCH).floor().long()
-    for shift in ((-2.0, -2.0), (-2.0, 2.0), (2.0, -2.0), (2.0, 2.0), None):
-        patch = own if shift is None else ((centre + torch.tensor(shift)) / PATCH).floor().long()
-        crossing = (((centre - 2) / PATCH).floor() != ((centre + 2) / PATCH).floor()).any(-1)
-        inside = ((patch >= 0) & (patch < patches)).all(-1) & ~empty & (crossing if shift else ~crossing)
-        where = (b[inside], patch[inside][:, 0], patch[inside][:, 1])
-        labels[where] = NOT_JUDGED if shift else kinds[inside]
-        heights[where] = 0.0 if shift else height[inside]
-    return labels, heights
+def _labels(kinds: Tensor, empty: Tensor, centre: Tensor, height: Tensor, patches: int) -> Tensor:
+    """What patches name, (B, patches, patches).
+
+    The nearest glyph whose middle lies in the patch or up to two pixels beside it, or that covers most of the patch;
+    not judged where the middle of that glyph lies outside of the tile.
+    """
+    places = (torch.arange(patches) + 0.5) * PATCH
+    of_patch = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1).view(1, -1, 1, 2)
+    middle, tall = centre.flatten(1, 2), height.flatten(1)
+    away = (of_patch - middle[:, None]).abs().amax(-1)  # (B, patches, glyphs)
+    near = (away <= (0.4 * tall).clamp(min=PATCH / 2 + 2)[:, None]) & ~empty.flatten(1)[:, None]
+    least, nearest = torch.where(near, away, torch.inf).min(-1)
+    outside = ((middle < -2) | (middle > patches * PATCH + 2)).any(-1)
+    named = torch.where(outside, NOT_JUDGED, kinds.flatten(1))
+    labels = torch.where(least.isinf(), BACKGROUND, named.gather(1, nearest))
+    return labels.unflatten(1, (patches, patches))
+
+
+class PagesSeen(NamedTuple):
+    """Pages to train the tower on, cut as an INF-LLaVA cuts them.
+
+    Attributes:
+        tiles: Normalised local tiles, (B, 9, 3, 112, 112).
+        thumbnails: Normalised, (B, 3, 112, 112); each of their patches is a cell.
+        labels: What stands in each cell, of the tiles and of the thumbnails: a class, `BACKGROUND` or `NOT_JUDGED`, (B,
+            8, 8) each.
+    """
+
+    tiles: Tensor
+    thumbnails: Tensor
+    labels: tuple[Tensor, Tensor]
+
+
+def draw_pages(count: int, heights: tuple[float, float], seed: int, atlas: Atlas) -> PagesSeen:
+    """Pages with glyphs of such heights, on the device of the atlas. Only thumbnails show the large character whole."""
+    pages = sample_pages(count, heights, seed)
+    pixels = (render(pages, 3 * TILE, atlas) - MEAN) / STD
+    labels = torch.where(pages.kinds == EMPTY, BACKGROUND, pages.kinds)
+    small = torch.where(pages.kinds == COVERED, NOT_JUDGED, labels)
+    whole = torch.where(pages.kinds == COVERED, BACKGROUND, labels)
+    whole = torch.where(covered(pages), pages.large[:, None, None], whole)
+    tiles, thumbnails = crop(pixels, (3, 3), "local"), interpolate(pixels, (TILE, TILE))
+    return PagesSeen(tiles, thumbnails, (small.to(pixels.device), whole.to(pixels.device)))
+
+
+def of_cells(tower: ReaderVisionModel, tiles: Tensor) -> Tensor:
+    """The mean of the nine tokens of each cell of pages, (B, 9, 3, 112, 112) to (B, 8, 8, D)."""
+    tokens = tower(tiles.flatten(0, 1)).last_hidden_state
+    patches = TILE // PATCH
+    page = recombine(tokens.view(len(tiles), 9, patches, patches, -1), (3, 3), "local", data_format="channels_last")
+    return page.unflatten(2, (CELLS, 3)).unflatten(1, (CELLS, 3)).mean((2, 4))
 
 
 def pretrain(
@@ -110,8 +148,7 @@ def pretrain(
     steps: int = 2000,
     *,
     seed: int = 0,
-    batch: int = 16,
-    side: int = 112,
+    batch: int = 20,
     learning_rate: float = 3e-3,
     device: torch.device | str = "cpu",
     watch: Callable[[int, float], None] | None = None,
@@ -119,7 +156,9 @@ def pretrain(
     """Train a tower, in place, to name the glyph in every patch, and to tell where in its tile a patch lies.
 
     Nobody can ask for a named place of a page whose tokens do not say where they are; of labels of glyphs alone a tower
-    learns to forget it.
+    learns to forget it. Every other step is of pages, cut as an INF-LLaVA cuts them: of their local tiles the mean of
+    the nine tokens of a cell has to name what stands in it, for it is this mean that an enhancement module with the
+    average readout gives on.
 
     AdamW (betas .9 and .98, decay .02), 60 steps of warm-up, cosine; glyphs of 12 pixels or more in the first twelfth
     of the steps, then of 4 or more. Fonts are `TRAINING_FONTS`, backgrounds are computed.
@@ -127,42 +166,46 @@ def pretrain(
     Args:
         tower: A tower with drawn weights.
         steps: How many.
-        seed: Of the data and of the head; the tower's weights are drawn by the caller.
+        seed: Of the data and of the heads; the tower's weights are drawn by the caller.
         batch: Tiles in a step.
-        side: Of a tile in pixels; every eighth step has tiles of twice this side, a quarter as many.
         learning_rate: The highest.
         device: Where to compute. The tower is left there.
         watch: Called with step and loss.
 
     Returns:
-        The head, from ``last_hidden_state`` to logits of the classes and of `BACKGROUND`.
+        The head that names cells, from the mean of their tokens to logits of the classes and of `BACKGROUND`.
     """
     random = torch.Generator().manual_seed(seed)
+    width, codes = tower.config.hidden_size, waves(1, 1, torch.empty(0)).shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head, places = (nn.Linear(tower.config.hidden_size, width) for width in (len(CLASSES) + 1, 16))
-    tower, head, atlas = tower.to(device).train(), head.to(device), build_atlas().to(device)
-    places = places.to(device)
-    parameters = [*tower.parameters(), *head.parameters(), *places.parameters()]
-    descent = Descent(parameters, learning_rate, steps, watch=watch)
+        heads = nn.ModuleList(nn.Linear(width, n) for n in (len(CLASSES) + 1, len(CLASSES) + 1, codes))
+    tower, heads, atlas = tower.to(device).train(), heads.to(device), build_atlas().to(device)
+    of_patch, of_cell, of_place = heads
+    descent = Descent([*tower.parameters(), *heads.parameters()], learning_rate, steps, watch=watch)
+    place = waves(TILE // PATCH, TILE // PATCH, of_place.weight).flatten(0, 1)
     learn_statistics(tower, True)
     for step in range(steps):
-        large = step % 8 == 7
-        tiles = draw_tiles(
-            batch // 4 if large else batch, side * 2 if large else side, 12 if step * 12 < steps else 4, random, atlas
-        )
-        tokens = tower(tiles.pixels).last_hidden_state
-        place = waves(tiles.labels.shape[1], tiles.labels.shape[2], tokens).flatten(0, 1)
-        loss = _loss(head(tokens).flatten(0, 1).float(), tiles.labels.flatten())
-        loss = loss + 2 * (places(tokens) - place).square().mean()
+        smallest = 12.0 if step * 12 < steps else 4.0
+        if step % 2:
+            number = int(torch.randint(2**31, (), generator=random))
+            seen = draw_pages(max(1, batch // 10), (max(5.0, smallest), 28.0), number, atlas)
+            whole, cells = tower(seen.thumbnails).last_hidden_state, of_cells(tower, seen.tiles)
+            loss = _loss(of_cell(cells), seen.labels[0]) + _loss(of_patch(whole), seen.labels[1])
+            loss = loss + 2 * (of_place(whole) - place).square().mean()
+        else:
+            tiles = draw_tiles(batch, TILE, smallest, random, atlas)
+            tokens = tower(tiles.pixels).last_hidden_state
+            loss = _loss(of_patch(tokens), tiles.labels) + 2 * (of_place(tokens) - place).square().mean()
         descent.step(loss)
     learn_statistics(tower, False)
     tower.eval()
-    return head
+    return cast(nn.Linear, of_cell)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Of glyphs, and .3 of that of the background: tiles with few large glyphs count as much as those with many."""
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.flatten()
     errors = F.cross_entropy(logits, labels, reduction="none")
     glyphs, background = (labels >= 0) & (labels < BACKGROUND), labels == BACKGROUND
     of_glyphs = (errors * glyphs).sum() / glyphs.sum().clamp(min=1)
@@ -178,12 +221,10 @@ def learn_statistics(tower: nn.Module, on: bool) -> None:
 
 @torch.no_grad()
 def reading_accuracy(
-    tower: ReaderVisionModel, head: nn.Linear, height: float, *, seed: int, fonts: tuple[str, ...], tiles: int = 64
+    tower: ReaderVisionModel, head: nn.Linear, height: float, *, seed: int, fonts: tuple[str, ...], pages: int = 16
 ) -> float:
-    """Share of glyphs of a height, at any place in a patch but its border, that are named rightly."""
-    atlas = build_atlas(fonts).to(head.weight.device)
-    random = torch.Generator().manual_seed(seed)
-    drawn = draw_tiles(tiles, 112, height, random, atlas, max(1, min(8, int(112 / (1.35 * height)))))
-    named = head(tower(drawn.pixels).last_hidden_state).argmax(-1).view_as(drawn.labels)
-    near = (drawn.heights - height).abs() < 0.15 * height
-    return float((named == drawn.labels)[near].float().mean())
+    """Share of glyphs of a height, anywhere on pages, that `head` names rightly from the mean of a cell's tokens."""
+    drawn = draw_pages(pages, (height, height), seed, build_atlas(fonts).to(head.weight.device))
+    named, labels = head(of_cells(tower, drawn.tiles)).argmax(-1), drawn.labels[0]
+    glyphs = (labels >= 0) & (labels < BACKGROUND)
+    return float((named == labels)[glyphs].float().mean())

@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dualview.arguments import check_count
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration
 from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
 from dualview.outputs import new_folder
-from dualview.reader.align import SeenPages, align, pictures
+from dualview.reader.align import SeenPages, align, front_accuracy, pictures
 from dualview.reader.building import build_model
 from dualview.reader.corpus import write_corpus
+from dualview.reader.evaluate import HELD_OUT_SEED, compared, measured
 from dualview.reader.glyphs import HELD_OUT_FONTS, build_atlas
-from dualview.reader.pretrain import PATCH, pretrain, reading_accuracy
+from dualview.reader.pretrain import TILE, pretrain, reading_accuracy
 from dualview.reader.warm_up import HEIGHTS, ToldPages, warm_up
 from dualview.terminal import say
 from dualview.train import FeatureCache, TrainConfig, train
 
-TILE = 112
-"""Of the vision tower; a page has 3 x 3 of them."""
+ARMS = ("dual", "low-res")
 SHARD = 500
 """Pages in a folder."""
 
@@ -46,11 +49,15 @@ class Recipe:
         warm_rate: Highest learning rate of stage 0.
         stage1_rate: Of stage 1.
         stage2_rate: Of stage 2.
-        seed: Of everything.
+        questions: Asked of each kind in the end.
+        seed: Of everything, below a million.
+
+    Raises:
+        ValueError: The seed is none of these.
     """
 
     tower_steps: int = 2000
-    tower_batch: int = 40
+    tower_batch: int = 20
     warm_steps: int = 4000
     pages: int = 2000
     aligning: int = 12
@@ -60,29 +67,23 @@ class Recipe:
     warm_rate: float = 2e-3
     stage1_rate: float = 1e-3
     stage2_rate: float = 1e-3
+    questions: int = 300
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_count(self.seed, "seed", low=0, high=999_999)
 
-def train_embedded(
-    output: Path,
-    recipe: Recipe | None = None,
-    *,
-    device: str | None = None,
-    workers: int = 2,
-    arms: tuple[str, ...] = ("dual", "low-res"),
-    report: Callable[[str], None] = say,
-) -> Path:
+
+def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | None = None) -> Path:
     """Train the embedded model, and the low-resolution model that it is compared with, by one call.
 
-    What is there already in the folder is not trained again.
+    Two processes work at a time: the tower and what it sees beside stage 0, then the two models beside each other. On a
+    CPU each has one thread. What is there already in the folder is not made again.
 
     Args:
-        output: Folder of the run. ``dual`` and ``low-res`` in it are the results.
+        output: Folder of the run. ``dual``, ``low-res`` and ``results.json`` in it are the results.
         recipe: How much is trained. None: the defaults of `Recipe`.
         device: Where to compute; None for a GPU where there is one.
-        workers: Processes that read pictures.
-        arms: Which of the two models to train.
-        report: Called with a line for every part that is done.
 
     Returns:
         The folder.
@@ -90,80 +91,104 @@ def train_embedded(
     recipe = Recipe() if recipe is None else recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output.mkdir(parents=True, exist_ok=True)
-    minutes = Minutes(output / "minutes.json", report)
-    tower = train_tower(output / "tower", recipe, device, minutes)
-    warm = train_language(output / "warm", recipe, device, workers, minutes)
-    with minutes.of("pages"):
-        for shard in range(-(-recipe.pages // SHARD)):
-            draw_shard(output, shard, recipe, device)
-    for arm in arms:
-        train_arm(output, arm, tower, warm, recipe, workers, minutes)
+    common = (output, recipe, device)
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for pair in (
+            (pool.submit(see, *common), pool.submit(train_language, *common)),
+            [pool.submit(train_arm, *common, arm) for arm in ARMS],
+        ):
+            for part in pair:
+                part.result()
+    found = {arm: json.loads((output / f"{arm}-answers.json").read_text(encoding="utf-8")) for arm in ARMS}
+    minutes = {file.stem: float(file.read_text()) for file in sorted((output / "minutes").iterdir())}
+    results = {"recipe": asdict(recipe), "minutes": minutes, "tasks": compared(found["dual"], found["low-res"])}
+    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return output
 
 
-def draw_shard(output: Path, shard: int, recipe: Recipe, device: str) -> None:
-    """Draw the pages of one folder, where it is not there yet."""
-    folder, count = output / f"pages-{shard:03}", min(SHARD, recipe.pages - shard * SHARD)
-    if not folder.is_dir():
-        atlas, seed = build_atlas().to(device), recipe.seed * 1000 + shard
-        write_corpus(folder, count, 3 * TILE, HEIGHTS, seed=seed, atlas=atlas, chats=recipe.chats)
+def see(output: Path, recipe: Recipe, device: str) -> None:
+    """The tower, the pages, and what the tower makes of them for both models."""
+    tower = train_tower(output, recipe, device)
+    with minutes_of(output, "pages"):
+        atlas = build_atlas().to(device)
+        for shard in range(-(-recipe.pages // SHARD)):
+            folder, count = output / f"pages-{shard:03}", min(SHARD, recipe.pages - shard * SHARD)
+            if not folder.is_dir():
+                seed = recipe.seed * 1000 + shard
+                write_corpus(folder, count, 3 * TILE, HEIGHTS, seed=seed, atlas=atlas, chats=recipe.chats)
+    for arm in ARMS:
+        with minutes_of(output, f"features of {arm}"):
+            model, processor = build_model(tower, TILE, dual=arm == "dual")
+            cache = feature_cache(output, model, processor)
+            cache.fill([file for folder in page_folders(output) for file in pictures(folder)], model.to(device))
 
 
-def train_tower(folder: Path, recipe: Recipe, device: str, minutes: Minutes) -> ReaderVisionModel:
-    """The tower of a folder, trained where it is not there yet."""
+def page_folders(output: Path) -> list[Path]:
+    """Folders with pages, in order."""
+    return sorted(output.glob("pages-[0-9]*"))
+
+
+def feature_cache(output: Path, model: Any, processor: Any) -> FeatureCache:
+    """Where the features of pages are kept, as the stages ask for them."""
+    return FeatureCache(output / "features", model, processor, {"do_pad": True})
+
+
+def train_tower(output: Path, recipe: Recipe, device: str) -> ReaderVisionModel:
+    """The tower of a run, trained where it is not there yet."""
+    folder = output / "tower"
     if not folder.is_dir():
         torch.manual_seed(recipe.seed)
         tower = ReaderVisionModel(ReaderVisionConfig())
-        with minutes.of("tower") as watch:
+        with minutes_of(output, "tower") as watch:
             head = pretrain(
                 tower, recipe.tower_steps, seed=recipe.seed, batch=recipe.tower_batch, device=device, watch=watch
             )
-        for height in (6, 8, 14, 28):
-            share = reading_accuracy(tower, head, height, seed=recipe.seed, fonts=HELD_OUT_FONTS)
-            minutes.report(f"tower: {share:.0%} of glyphs of {height} pixels in fonts never trained on")
+        for height in (6, 8, 10, 14, 28):
+            share = reading_accuracy(tower, head, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+            say(f"tower: {share:.1%} of glyphs of {height} pixels in fonts never trained on")
         with new_folder(folder) as made:
             tower.cpu().save_pretrained(made)
     loaded: ReaderVisionModel = ReaderVisionModel.from_pretrained(folder)
     return loaded
 
 
-def train_language(folder: Path, recipe: Recipe, device: str, workers: int, minutes: Minutes) -> dict[str, Any]:
-    """Weights of the language model after stage 0, by their names in an INF-LLaVA; trained where they are not there."""
-    if not folder.is_dir():
-        torch.manual_seed(recipe.seed)
-        model, processor = build_model(None, TILE)
-        pages = ToldPages(processor.tokenizer, recipe.warm_steps, recipe.seed)
-        with minutes.of("stage 0") as watch:
-            warm_up(model, pages, learning_rate=recipe.warm_rate, workers=workers, device=device, watch=watch)
-        with new_folder(folder) as made:
-            model.cpu().save_pretrained(made)
+def train_language(output: Path, recipe: Recipe, device: str) -> None:
+    """The language model after stage 0, trained where it is not there yet."""
+    folder = output / "warm"
+    if folder.is_dir():
+        return
+    torch.manual_seed(recipe.seed)
+    model, processor = build_model(None, TILE)
+    pages = ToldPages(processor.tokenizer, recipe.warm_steps, recipe.seed)
+    with minutes_of(output, "stage 0") as watch:
+        warm_up(model, pages, learning_rate=recipe.warm_rate, device=device, watch=watch)
+    with new_folder(folder) as made:
+        model.cpu().save_pretrained(made)
+
+
+def of_language_model(folder: Path) -> dict[str, Any]:
+    """Weights of the language model of a saved model, by their names."""
     state = InfLlavaForConditionalGeneration.from_pretrained(folder).state_dict()
     return {name: value for name, value in state.items() if "language_model" in name or "lm_head" in name}
 
 
-def train_arm(
-    output: Path,
-    arm: str,
-    tower: ReaderVisionModel,
-    warm: dict[str, Any],
-    recipe: Recipe,
-    workers: int,
-    minutes: Minutes,
-) -> None:
-    """Stages 1 and 2 of one model."""
-    base, run = output / f"{arm}-base", output / f"{arm}-run"
+def train_arm(output: Path, recipe: Recipe, device: str, arm: str) -> None:
+    """The end of stage 0, stages 1 and 2 of one model, and its answers."""
+    base, run, made = output / f"{arm}-base", output / f"{arm}-run", output / arm
     if not base.is_dir():
         torch.manual_seed(recipe.seed)
-        model, processor = build_model(tower, TILE, dual=arm == "dual")
-        model.load_state_dict(warm, strict=False)
-        folders = sorted(output.glob("pages-[0-9]*"))
-        with minutes.of(f"{arm}: features and the end of stage 0") as watch:
-            cache = FeatureCache(output / "features", model, processor, {"do_pad": True})
-            cache.fill([file for folder in folders for file in pictures(folder)], model, shown=True)
-            seen = SeenPages(folders, cache, TILE // PATCH)
-            align(model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, watch=watch)
-        _save(model, processor, base)
-    common = {"precision": "fp32", "gradient_checkpointing": False, "workers": workers, "logging_steps": 20}
+        model, processor = build_model(train_tower(output, recipe, device), TILE, dual=arm == "dual")
+        model.load_state_dict(of_language_model(output / "warm"), strict=False)
+        seen = SeenPages(page_folders(output), feature_cache(output, model, processor))
+        with minutes_of(output, f"{arm}, the end of stage 0") as watch:
+            align(
+                model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, device=device, watch=watch
+            )
+        for height in (8, 28):
+            shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+            say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
+        _save(model.cpu(), processor, base)
+    common = {"precision": "fp32", "gradient_checkpointing": False, "workers": 0, "logging_steps": 20}
     common |= {"feature_cache": str(output / "features")}
     common |= {"save_steps": 400, "save_total_limit": 1, "group_by_length": False, "pad_images": True}
     parts = ["dem", "projector", "language_model"] if arm == "dual" else ["projector", "language_model"]
@@ -171,17 +196,22 @@ def train_arm(
         "stage1": _stage(output, recipe.stage1_rate, recipe.stage1_steps, train=parts[:-1], **common),
         "stage2": _stage(output, recipe.stage2_rate, recipe.stage2_steps, train=parts, **common),
     }
-    with minutes.of(f"{arm}: stages 1 and 2"):
-        config = {"model": str(base), "output": str(run), "seed": recipe.seed, **stages}
-        result = train(TrainConfig.of(config), resume=run.is_dir())
-    if not (output / arm).is_dir():
+    if not made.is_dir():
+        with minutes_of(output, f"{arm}, stages 1 and 2"):
+            config = {"model": str(base), "output": str(run), "seed": recipe.seed, **stages}
+            result = train(TrainConfig.of(config), resume=run.is_dir())
         trained = InfLlavaForConditionalGeneration.from_pretrained(result, dtype=torch.float16)
-        _save(trained, build_model(None, TILE)[1], output / arm)
-        (output / arm / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+        _save(trained, build_model(None, TILE)[1], made)
+    answers = output / f"{arm}-answers.json"
+    if not answers.is_file():
+        model = InfLlavaForConditionalGeneration.from_pretrained(made, dtype=torch.float32).eval()
+        with minutes_of(output, f"{arm}, questions"):
+            found = measured(model.to(device), build_model(None, TILE)[1], recipe.questions)
+        answers.write_text(json.dumps(found), encoding="utf-8")
 
 
 def _stage(output: Path, rate: float, steps: int, **fields: Any) -> dict[str, Any]:
-    data = [{"file": str(folder / "chats.json")} for folder in sorted(output.glob("pages-[0-9]*"))]
+    data = [{"file": str(folder / "chats.json")} for folder in page_folders(output)]
     values = {"form": "chat", "learning_rate": rate, "max_steps": steps, "batch_size": 16, "rows_per_device": 16}
     return {"data": data, **values, **fields}
 
@@ -192,23 +222,19 @@ def _save(model: Any, processor: Any, folder: Path) -> None:
         processor.save_pretrained(made)
 
 
-class Minutes:
-    """How long the parts took, kept in a file; and their progress, shown."""
+@contextmanager
+def minutes_of(output: Path, name: str) -> Iterator[Callable[[int, float], None]]:
+    """A part of a run: how long it took is kept in a file. What it gives may be called with step and loss, to show."""
+    start = time.monotonic()
 
-    def __init__(self, file: Path, report: Callable[[str], None]) -> None:
-        self.file, self.report = file, report
+    def minutes() -> float:
+        return round((time.monotonic() - start) / 60, 2)
 
-    @contextmanager
-    def of(self, name: str) -> Iterator[Callable[[int, float], None]]:
-        """A part; what it gives may be called with step and loss."""
-        start = time.monotonic()
+    def watch(step: int, loss: float) -> None:
+        if step % 50 == 0:
+            say(f"{name}: step {step}, loss {loss:.3f}, {minutes():.1f} min")
 
-        def watch(step: int, loss: float) -> None:
-            if step % 50 == 0:
-                self.report(f"{name}: step {step}, loss {loss:.3f}, {(time.monotonic() - start) / 60:.1f} min")
-
-        yield watch
-        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
-        known[name] = round((time.monotonic() - start) / 60, 2)
-        self.file.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        self.report(f"{name}: {known[name]} min")
+    yield watch
+    (output / "minutes").mkdir(exist_ok=True)
+    (output / "minutes" / f"{name}.txt").write_text(str(minutes()), encoding="utf-8")
+    say(f"{name}: {minutes()} min")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dualview.reader.descent import Descent
 from dualview.reader.glyphs import CHARACTERS, CLASSES
-from dualview.reader.pages import CELLS, COVERED, Pages, sample_pages
+from dualview.reader.pages import CELLS, Pages, covered, sample_pages
 from dualview.reader.questions import ask, caption, place
 from dualview.reader.tokens import ASSISTANT, BOS, END, IMAGE, USER
 
@@ -33,7 +33,7 @@ class Told(NamedTuple):
     """A batch of pages that are told.
 
     Attributes:
-        symbols: (B, t, t), for t x t image tokens.
+        symbols: (B, 8, 8)
         input_ids: (B, length)
         labels: (B, length)
     """
@@ -44,7 +44,7 @@ class Told(NamedTuple):
 
 
 def told(symbols: Tensor, embeddings: nn.Embedding, tokenizer: Any, noise: float = 0.2) -> Tensor:
-    """What stands for image tokens, (B, t, t) to (B, t*t, D): the words for the cell and for what is in it, and noise.
+    """What stands for image tokens, (B, 8, 8) to (B, 64, D): the words for the cell and for what is in it, and noise.
 
     Args:
         symbols: As `symbols_of` gives them.
@@ -52,18 +52,17 @@ def told(symbols: Tensor, embeddings: nn.Embedding, tokenizer: Any, noise: float
         tokenizer: Of the language model.
         noise: Its standard deviation, as a part of that of the names.
     """
-    names, said = vocabulary(embeddings, tokenizer, symbols.shape[1])
+    names, said = vocabulary(embeddings, tokenizer)
     spoken: Tensor = names + said[symbols].flatten(1, 2)
     return spoken + torch.randn_like(spoken) * (noise * names.std().detach())
 
 
-def vocabulary(embeddings: nn.Embedding, tokenizer: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """How a page names the cell of each image token, (tokens*tokens, D), and what it says for symbols, (SYMBOLS, D)."""
+def vocabulary(embeddings: nn.Embedding, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """How a page names the cell of each image token, (64, D), and what it says for symbols, (SYMBOLS, D)."""
     cells, contents = (x.to(embeddings.weight.device) for x in _words(tokenizer))
-    index = (torch.arange(tokens, device=cells.device) * CELLS) // tokens
-    names: Tensor = embeddings(cells[index[:, None], index])
+    names: Tensor = embeddings(cells.flatten())
     said: Tensor = (embeddings(contents.clamp(min=0)) * (contents >= 0)[..., None]).sum(1)
-    return (names @ turn(names.shape[-1]).to(names)).flatten(0, 1), said
+    return names @ turn(names.shape[-1]).to(names), said
 
 
 @lru_cache(1)
@@ -83,32 +82,15 @@ def _words(tokenizer: Any) -> tuple[Tensor, Tensor]:
     return named, torch.tensor(words)
 
 
-def symbols_of(pages: Pages, tokens: int) -> Tensor:
-    """Which symbol each of ``tokens`` x ``tokens`` image tokens should stand for, (B, tokens, tokens)."""
-    side = tokens * 42  # an image token stands for three patches of 14 pixels a side
-    cell = side / CELLS
-    room = ((cell - 1.5 * pages.heights) / 2).clamp(min=0)[..., None]
-    index = torch.arange(CELLS) + 0.5
-    middle = torch.stack(torch.meshgrid(index, index, indexing="ij"), -1) * cell
-    token = ((middle + pages.shifts * room) / 42).floor().long().clamp(0, tokens - 1)
-    found = torch.zeros(len(pages), tokens, tokens, dtype=torch.long)
-    places = (torch.arange(tokens) + 0.5) / tokens
-    reach = pages.large_height[:, None] / 2
-    near = [(places - pages.large_centre[:, axis, None]).abs() < reach for axis in (0, 1)]
-    covered = near[0][:, :, None] & near[1][:, None] & (pages.large >= 0)[:, None, None]
-    large = (1 + len(CLASSES) + pages.large.clamp(min=0))[:, None, None].expand_as(found)
-    found = torch.where(covered, large, found)
-    page, row, col = (pages.kinds > COVERED + 1).nonzero(as_tuple=True)
-    at = token[page, row, col]
-    found[page, at[:, 0], at[:, 1]] = 1 + pages.kinds[page, row, col]
-    return found
+def symbols_of(pages: Pages) -> Tensor:
+    """Which symbol the image token of each cell should stand for, (B, 8, 8)."""
+    large = (1 + len(CLASSES) + pages.large.clamp(min=0))[:, None, None]
+    return torch.where(covered(pages), large, (1 + pages.kinds).clamp(min=0))
 
 
-def tokens_of_page(
-    pages: Pages, index: int, tokens: int, random: Random, tokenizer: Any
-) -> tuple[list[int], list[int]]:
+def tokens_of_page(pages: Pages, index: int, random: Random, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids and labels of a page's questions; of every other page, of its caption without the names."""
-    ids = [tokenizer.convert_tokens_to_ids(BOS)] + [tokenizer.convert_tokens_to_ids(IMAGE)] * tokens**2
+    ids = [tokenizer.convert_tokens_to_ids(BOS)] + [tokenizer.convert_tokens_to_ids(IMAGE)] * CELLS**2
     labels = [IGNORED] * len(ids)
     if random.random() < 0.5:
         text, named = (
@@ -130,26 +112,29 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def start_as_matcher(model: Any) -> None:
-    """Let the first attention layer of the language model begin where the name of a cell finds the cell, and copies.
+    """Let the first two attention layers of the language model begin where a word finds the cells that it speaks of.
 
-    A question names a cell, and the tokens of the image name theirs. From weights without any order, to attend from one
-    to the other takes most of the training to find. Queries and keys begin as one map onto the channels that rotary
-    positions hardly turn, values and output as maps that together copy.
+    A question names a cell, or what stands in one, and the tokens of the image say both. From weights without any
+    order, to attend from one to the other takes most of the training to find. Queries and keys begin as one map onto
+    the channels that rotary positions hardly turn: in half of the heads the name of a cell finds the cell, in the other
+    half a content finds the cells that hold it. Values and output begin as maps that together copy what is found, as
+    loud as a word; the names that contents find are turned back into words.
 
     Args:
         model: An `InfLlavaForConditionalGeneration` with a Llama.
     """
-    attention = model.model.language_model.layers[0].self_attn
     width, heads = model.config.text_config.hidden_size, model.config.text_config.num_attention_heads
-    per_head = width // heads
+    half, per_head = width // 2, width // heads
     slow = torch.arange(per_head) % (per_head // 2) >= per_head // 4
-    frame = torch.linalg.qr(torch.randn(width, width))[0]
-    maps = (frame.view(heads, per_head, width) * slow[:, None] * MATCHING).flatten(0, 1)
-    attention.k_proj.weight.copy_(maps)
-    attention.q_proj.weight.copy_(maps @ turn(width).T)  # what stands on the page is named by a turned word
-    copies = torch.linalg.qr(torch.randn(width, width))[0]
-    attention.v_proj.weight.copy_(copies)
-    attention.o_proj.weight.copy_(copies.T)
+    turned, loud = turn(width), model.get_input_embeddings().weight.std()
+    for layer in model.model.language_model.layers[:2]:
+        attention = layer.self_attn
+        frame, copies = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
+        maps = (frame.view(heads, per_head, width) * slow[:, None] * MATCHING).flatten(0, 1)
+        attention.k_proj.weight.copy_(maps)
+        attention.q_proj.weight.copy_(torch.cat([maps[:half] @ turned.T, maps[half:]]))
+        attention.v_proj.weight.copy_(copies)
+        attention.o_proj.weight.copy_(loud * torch.cat([copies[:half].T, turned @ copies[half:].T], 1))
 
 
 MATCHING = 2.0
@@ -163,7 +148,7 @@ class ToldPages(Dataset[Told]):
         tokenizer: Of the language model.
         steps: How many batches.
         seed: Of all of them.
-        batch: Pages in one. Each eighth batch is of pages with 24 x 24 image tokens, a quarter as many.
+        batch: Pages in one.
     """
 
     def __init__(self, tokenizer: Any, steps: int, seed: int = 0, batch: int = 8) -> None:
@@ -175,13 +160,12 @@ class ToldPages(Dataset[Told]):
     def __getitem__(self, step: int) -> Told:
         if step >= self.steps:
             raise IndexError(step)
-        count, tokens = (max(1, self.batch // 4), 24) if step % 8 == 7 else (self.batch, 8)
         seed = self.seed * 1_000_003 + step
-        pages, random = sample_pages(count, HEIGHTS, seed), Random(seed)
-        rows = [tokens_of_page(pages, index, tokens, random, self.tokenizer) for index in range(count)]
+        pages, random = sample_pages(self.batch, HEIGHTS, seed), Random(seed)
+        rows = [tokens_of_page(pages, index, random, self.tokenizer) for index in range(self.batch)]
         ids, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
         padded = pad_sequence(ids, True, self.tokenizer.pad_token_id)
-        return Told(symbols_of(pages, tokens), padded, pad_sequence(labels, True, IGNORED))
+        return Told(symbols_of(pages), padded, pad_sequence(labels, True, IGNORED))
 
 
 def warm_up(

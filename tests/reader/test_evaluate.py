@@ -1,13 +1,16 @@
 """Draws for tests, and how answers are counted."""
 
+import math
+
 import pytest
 import torch
 
 from dualview.reader.building import build_model
-from dualview.reader.evaluate import BARS, HELD_OUT_SEED, Score, answers_of, draw_questions, score
+from dualview.reader.evaluate import BARS, HELD_OUT_SEED, Score, answers_of, compared, draw_questions, score
 from dualview.reader.glyphs import DIGITS
 from dualview.reader.questions import TASKS
-from dualview.reader.recipe import Recipe
+from dualview.reader.recipe import SHARD, Recipe
+from tests.checks import refuses
 
 
 def test_intervals_are_wilsons():
@@ -31,9 +34,21 @@ def test_draws_are_what_the_bars_ask_for(bar):
 
 
 def test_seeds_of_tests_are_not_those_of_training():
-    folders = -(-Recipe().pages // 500)
-    assert (1000 + folders) * 1_000_003 < HELD_OUT_SEED
-    assert 1_000_003 + Recipe().warm_steps < HELD_OUT_SEED
+    most = Recipe(seed=999_999)
+    shards = -(-most.pages // SHARD)
+    assert (most.seed * 1000 + shards) * 1_000_003 < HELD_OUT_SEED
+    assert most.seed * 1_000_003 + most.warm_steps < HELD_OUT_SEED
+    with refuses("seed=1000000", "999,999"):
+        Recipe(seed=1_000_000)
+
+
+def test_two_models_are_compared_question_by_question():
+    found = compared({"place": [True] * 8 + [False] * 2}, {"place": [True] * 4 + [False] * 6})["place"]
+    assert found["questions"] == 10
+    assert (found["dual"]["accuracy"], found["low-res"]["accuracy"], found["gap"]["accuracy"]) == (0.8, 0.4, 0.4)
+    reach = 1.96 * math.sqrt(0.24 / 9)  # four of ten differences are 1, the others 0
+    assert found["gap"]["interval"] == pytest.approx([0.4 - reach, 0.4 + reach], abs=1e-4)
+    assert found["dual"]["interval"] == pytest.approx(Score((True,) * 8 + (False,) * 2).interval, abs=1e-4)
 
 
 def test_a_model_with_drawn_weights_is_asked_and_counted():

@@ -15,8 +15,8 @@ from dualview.reader.glyphs import (
     TRAINING_FONTS,
     build_atlas,
 )
-from dualview.reader.pages import CELLS, COVERED, EMPTY, render, sample_pages
-from dualview.reader.pretrain import BACKGROUND, NOT_JUDGED, draw_tiles
+from dualview.reader.pages import CELLS, COVERED, EMPTY, covered, render, sample_pages
+from dualview.reader.pretrain import BACKGROUND, MEAN, NOT_JUDGED, STD, _labels, draw_pages, draw_tiles
 from dualview.reader.questions import TASKS, ask, caption, place
 
 FONTS = ("DejaVuSans", "cmr10")
@@ -120,10 +120,56 @@ def test_ink_differs_from_paper():
 
 def test_glyphs_lie_where_labels_say():
     """A glyph is seen where its label is, and not where the background is."""
-    atlas = build_atlas(FONTS)
-    tiles = draw_tiles(8, 112, 6, torch.Generator().manual_seed(0), atlas, cells=4)
+    tiles = draw_tiles(8, 112, 6, torch.Generator().manual_seed(0), build_atlas(FONTS), cells=4)
     assert set(tiles.labels.unique().tolist()) <= {*range(len(CLASSES)), BACKGROUND, NOT_JUDGED}
     glyph = (tiles.labels >= 0) & (tiles.labels < BACKGROUND)
-    assert torch.equal(glyph, tiles.heights > 0)
     spread = tiles.pixels.unfold(2, 14, 14).unfold(3, 14, 14).mean(1).flatten(3).std(-1)
     assert float(spread[glyph].median()) > 2 * float(spread[tiles.labels == BACKGROUND].median())
+
+
+@pytest.mark.parametrize(
+    ("middle", "height", "named"),
+    [
+        ((21.0, 21.0), 8.0, {(1, 1)}),
+        ((26.5, 21.0), 8.0, {(1, 1), (2, 1)}),  # two pixels from a border, or less: both patches
+        ((28.0, 28.0), 8.0, {(1, 1), (1, 2), (2, 1), (2, 2)}),
+        ((-1.0, 21.0), 8.0, {(0, 1)}),
+        ((21.0, 21.0), 40.0, {(r, c) for r in range(3) for c in range(3)}),
+    ],
+)
+def test_patches_name_the_glyph_whose_middle_is_near(middle, height, named):
+    labels = _labels(
+        torch.tensor([[[5]]]),
+        torch.tensor([[[False]]]),
+        torch.tensor(middle).view(1, 1, 1, 2),
+        torch.full((1, 1, 1), height),
+        4,
+    )[0]
+    assert {tuple(at) for at in (labels == 5).nonzero().tolist()} == named
+    assert int((labels == BACKGROUND).sum()) == 16 - len(named)
+
+
+def test_patches_name_the_nearest_glyph_and_none_that_lies_outside():
+    kinds, empty = torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([[[False, False], [False, True]]])
+    centre = torch.tensor([[[[7.0, 7.0], [7.0, 15.0]], [[-9.0, 49.0], [49.0, 49.0]]]])
+    labels = _labels(kinds, empty, centre, torch.tensor([[[8.0, 8.0], [60.0, 8.0]]]), 4)[0]
+    assert labels[0, 0] == 1
+    assert labels[0, 1] == 2
+    assert labels[0, 3] == NOT_JUDGED  # within a large glyph whose middle is not seen
+    assert labels[3, 3] == BACKGROUND  # an empty cell
+
+
+def test_pages_to_train_the_tower_on_are_cut_as_a_model_cuts_them():
+    atlas = build_atlas(FONTS)
+    seen, pages = draw_pages(3, (8, 28), 7, atlas), sample_pages(3, (8, 28), 7)
+    assert seen.tiles.shape == (3, 9, 3, 112, 112)
+    assert seen.thumbnails.shape == (3, 3, 112, 112)
+    torch.testing.assert_close(seen.tiles[0, 5] * STD + MEAN, render(pages, 336, atlas)[0, :, 112:224, 224:])
+    written = pages.kinds >= 0
+    small, whole = seen.labels
+    assert torch.equal(small[written], pages.kinds[written])
+    assert torch.equal(small == NOT_JUDGED, pages.kinds == COVERED)
+    large = covered(pages)
+    assert large.any((1, 2)).tolist() == (pages.large != EMPTY).tolist()
+    assert torch.equal(whole[large], pages.large[:, None, None].expand_as(large)[large])
+    assert torch.equal(whole[~large & written], pages.kinds[~large & written])

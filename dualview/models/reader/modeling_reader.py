@@ -65,7 +65,7 @@ class ReaderVisionEmbeddings(nn.Module):
             stem += [nn.Conv2d(before, after, 3, stride, 1, bias=False), FrozenBatchNorm(after), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
         self.patches = nn.Conv2d(c, config.hidden_size, 9, stride=7, padding=1)
-        self.positions = nn.Linear(16, config.hidden_size, bias=False)
+        self.positions = nn.Linear(4 * len(HALF_WAVES), config.hidden_size, bias=False)
         self.blocks = nn.Sequential(*(ReaderConvBlock(config) for _ in range(config.num_conv_blocks)))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -75,12 +75,16 @@ class ReaderVisionEmbeddings(nn.Module):
         return placed.flatten(1, 2)
 
 
+HALF_WAVES = (1, 2, 4, 8, 6, 12, 24)
+"""Of a place in a tile. The last three are waves of a local tile, for tokens of a stride tile, which spans the page."""
+
+
 def waves(rows: int, cols: int, like: Tensor) -> Tensor:
-    """Where each token lies in its tile, (rows, cols, 16): sines and cosines of the place as a fraction of the tile.
+    """Where each token lies in its tile, (rows, cols, 28): sines and cosines of the place as a fraction of the tile.
 
     A place has one code whatever the tile's size, so a tower works with tiles larger than those of its training.
     """
-    halves = math.pi * 2.0 ** torch.arange(4, device=like.device)  # half a wave in a tile, to four waves
+    halves = math.pi * torch.tensor(HALF_WAVES, device=like.device)
     axes = []
     for count in (rows, cols):
         place = (torch.arange(count, device=like.device) + 0.5) / count
