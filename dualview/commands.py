@@ -17,7 +17,7 @@ from dualview.chat import Chat, questions, say_piece
 from dualview.demo import run_demo
 from dualview.embedded import KNOWN, EmbeddedView, embedded_folder
 from dualview.explain import explain as explained
-from dualview.full_size import LOW_RES, run_full_size
+from dualview.full_size import LOW_RES, Preset, run_full_size
 from dualview.geometry import Size, TileGrid
 from dualview.images import ImageError, load_image
 from dualview.models.dual_view_encoder import DualViewEncoder
@@ -38,7 +38,8 @@ def demo(options: argparse.Namespace) -> None:
     check_output(options.output)
     _check_not_input(options.output, image)
     if options.full_size:
-        grid, preset = options.grid or TileGrid(3, 3), options.preset or "released"
+        preset: Preset = options.preset or "released"
+        grid = options.grid or TileGrid(3, 3)
         run_full_size(image, options.output, grid=grid, preset=preset, seed=options.seed, full=options.full)
         return
     for name in ("grid", "preset", "full"):

@@ -13,9 +13,8 @@ from torch import Tensor
 from dualview import embedded
 from dualview.answers import LONGEST, Asked, Shown, check_report, draw_answers, table, write_report
 from dualview.canvas import resize
-from dualview.embedded import load_embedded, measured
+from dualview.embedded import EmbeddedView, load_embedded, measured
 from dualview.full_size import bundled_photograph
-from dualview.geometry import TileGrid
 from dualview.images import ImageSource, load_image, to_image
 from dualview.outputs import check_output, save_image
 from dualview.reader.evaluate import HELD_OUT_SEED, answers_of
@@ -26,7 +25,7 @@ from dualview.terminal import in_columns, native_messages_dropped, say
 
 SIDE, HEIGHT = 1008, 24
 """Of a picture and of its small glyphs, in pixels. The model is shown a third of it."""
-VIEWS = {"with tiles": "dual", "low resolution": "low-res"}
+VIEWS: dict[str, EmbeddedView] = {"with tiles": "dual", "low resolution": "low-res"}
 """What the two models are called."""
 
 
@@ -69,13 +68,13 @@ def run_demo(
         counts[name] = sum(weight.numel() for weight in model.parameters())
         pictures = torch.stack([picture for picture, _ in asked])
         given[name] = iter(answers_of(model, processor, pictures, [text for _, text in asked]))
-    grid, tile = TileGrid.of(model.config.grid), model.config.vision_config.image_size
+    side = int(processor.image_processor.size["shortest_edge"])
     shown = [
         Shown(
             scene.title,
             with_names(scene.picture),
-            resize(scene.picture, grid.map_size((tile, tile))),
-            grid,
+            resize(scene.picture, (side, side)),
+            model.config.grid,
             [
                 Asked(q.text, {name: next(answers) for name, answers in given.items()}, q.answer)
                 for q in scene.questions
@@ -133,10 +132,10 @@ def with_names(picture: Tensor) -> Tensor:
     whole.paste(to_image(picture), (room, room))
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(24)
     for number in range(CELLS):
-        column, row = place((number, number))
+        name = place((number, number))
         middle = room + cell * (number + 0.5)
-        pen.text((middle, room / 2), column, "black", font, anchor="mm")
-        pen.text((room / 2, middle), row, "black", font, anchor="mm")
+        pen.text((middle, room / 2), name[0], "black", font, anchor="mm")
+        pen.text((room / 2, middle), name[1], "black", font, anchor="mm")
     return load_image(whole)
 
 
@@ -148,7 +147,7 @@ def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
         say(f"\n{one.title}")
         right = [sum(q.answers[view] == q.truth for q in one.asked) for view in counts]
         say(in_columns([*table(one.asked, LONGEST), ["right", "", *(f"{n} of {len(one.asked)}" for n in right)]]))
-    name, bars = next(iter(measured()["bars"].items()))
-    shares = ", ".join(f"{bars[view]['right'] / bars[view]['asked']:.3f} {name}" for name, view in VIEWS.items())
-    say(f"\nMeasured on {bars['dual']['asked']} questions ({name}): {shares}. One picture says little; this says more.")
+    kind, task = next(iter(measured()["tasks"].items()))
+    shares = ", ".join(f"{task[view]['accuracy']:.3f} {name}" for name, view in VIEWS.items())
+    say(f"\nOf {task['questions']} questions ({kind}) these shares were answered rightly: {shares}.")
     say(f"All that was measured: {Path(embedded.__file__).with_name('README.md')}\n")

@@ -2,8 +2,7 @@
 
     python scripts/embed.py FOLDER
 
-FOLDER is that of a run of `make reader`. `results.json` in it has, of both models, the right answers among those asked
-for (`bars`), and how long and on what they were trained (`minutes`, `machine`).
+FOLDER is that of a run of `make reader`: `dual`, `low-res` and `results.json` are taken from it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from safetensors import safe_open
 from dualview.embedded import KNOWN, EmbeddedView
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
 from dualview.outputs import new_folder
-from dualview.reader.evaluate import Score
 from dualview.reader.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
 
 PLACE = Path(__file__).parents[1] / "dualview" / "embedded"
@@ -56,15 +54,15 @@ get an answer, too, which means nothing.
 ## How they were trained
 
 From nothing, by `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`): backgrounds are
-computed, and nothing is fetched. Trained on {machine}, in minutes: {minutes}.
+computed, and nothing is fetched. The parts took these minutes, two at a time: {minutes}.
 
 ## How often they are right
 
-Asked through `generate` about pages whose seeds and fonts no training saw; in brackets Wilson's interval of 95 %.
+Asked through `generate` about pages whose seeds and fonts no training saw; in brackets the interval of 95 %.
 Heights of glyphs are in pixels of the page of 336 x 336; where none is named they are 8 to 28.
 
-| questions | asked | with tiles | low resolution |
-| --- | --- | --- | --- |
+| questions | asked | with tiles | low resolution | difference |
+| --- | --- | --- | --- | --- |
 {rows}
 
 ## Licences
@@ -84,22 +82,18 @@ def card(folder: Path) -> str:
         dual=millions(folder / "dual"),
         low_res=millions(folder / "low-res"),
         known=" ".join(f"*{question}*" for question in KNOWN),
-        machine=results["machine"],
         minutes=", ".join(f"{name} {minutes:.1f}" for name, minutes in results["minutes"].items()),
-        rows="\n".join(row(name, bars) for name, bars in results["bars"].items()),
+        rows="\n".join(row(name, task) for name, task in results["tasks"].items()),
         trained=", ".join(TRAINING_FONTS),
         held_out=", ".join(HELD_OUT_FONTS),
     )
 
 
-def row(name: str, bars: dict[str, Any]) -> str:
+def row(name: str, task: dict[str, Any]) -> str:
     """A line of the table."""
-    cells = []
-    for view in get_args(EmbeddedView):
-        right, asked = bars[view]["right"], bars[view]["asked"]
-        score = Score((True,) * right + (False,) * (asked - right))
-        cells.append(f"{score.accuracy:.3f} [{score.interval[0]:.3f}, {score.interval[1]:.3f}]")
-    return f"| {name} | {asked} | {' | '.join(cells)} |"
+    parts = [task[part] for part in (*get_args(EmbeddedView), "gap")]
+    cells = [f"{part['accuracy']:.3f} [{part['interval'][0]:.3f}, {part['interval'][1]:.3f}]" for part in parts]
+    return f"| {name} | {task['questions']} | {' | '.join(cells)} |"
 
 
 def millions(folder: Path) -> str:
