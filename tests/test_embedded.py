@@ -28,6 +28,7 @@ from tests.checks import refuses
 
 FOLDER = Path(embedded.__file__).parent
 VIEWS = ("dual", "low-res")
+SHORT = ("--max-new-tokens", "24")  # as `answers_of` has it
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ class TestAsk:
 
     def test_the_answer_is_that_of_the_model(self, page, models, capsys):
         path, pictures, question = page
-        assert cli.main(["ask", str(path), question]) == 0
+        assert cli.main(["ask", str(path), question, *SHORT]) == 0
         out, err = capsys.readouterr()
         assert [out.strip()] == answers_of(*models["dual"], pictures, [question])
         for known in KNOWN:
@@ -148,7 +149,8 @@ class TestAsk:
     def test_both_models_answer(self, page, models, tmp_path, capsys):
         path, pictures, question = page
         report = tmp_path / "report.html"
-        assert cli.main(["ask", str(path), question, "--compare", "low-res", "--report", str(report)]) == 0
+        asked = ["ask", str(path), question, *SHORT, "--compare", "low-res", "--report", str(report)]
+        assert cli.main(asked) == 0
         out, err = capsys.readouterr()
         given = [answers_of(*models[view], pictures, [question])[0] for view in VIEWS]
         assert out.split("\n") == ["with tiles:", given[0], "low resolution:", given[1], f"wrote {report}", ""]
