@@ -27,8 +27,11 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-DEM = {"preset": "released", "readout": "average"}
-"""A glyph may lie in any of the nine patches of its cell; the readout of the preset takes the middle one alone."""
+DEM = {"preset": "released", "readout": "average", "fusion": "linear_concat"}
+"""A glyph may lie in any of the nine patches of its cell; the readout of the preset takes the middle one alone.
+
+The fusion of the preset adds both maps, so that what a stride tile takes for a glyph lies upon what a local tile reads.
+"""
 
 
 def build_model(tower: ReaderVisionModel | None, tile: int, *, dual: bool = True) -> tuple[Any, InfLlavaProcessor]:

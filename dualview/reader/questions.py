@@ -10,12 +10,12 @@ from dualview.reader.pages import CELLS, COVERED, EMPTY, Pages
 
 Cell = tuple[int, int]
 TASKS = {
-    "place": 6,
-    "marker": 4,
-    "where": 2,
+    "place": 4,
+    "marker": 5,
+    "where": 4,
     "spell": 2,
     "large": 1,
-    "compare": 4,
+    "compare": 3,
     "presence": 2,
 }
 """What is asked, and how often of 21 times."""

@@ -42,7 +42,8 @@ class Recipe:
         tower_batch: Tiles in each.
         warm_steps: Steps of stage 0, of 8 pages that are told.
         pages: Pages of 336 pixels, for stages 1 and 2.
-        aligning: How often each is seen at the end of stage 0.
+        aligning: How often each is seen when a front learns to speak, in words that are drawn.
+        realigning: How often when it learns the words of stage 0.
         chats: Conversations about each, of which stages 1 and 2 take theirs.
         stage1_steps: Steps of stage 1, of 16 conversations.
         stage2_steps: Steps of stage 2, likewise.
@@ -56,11 +57,12 @@ class Recipe:
         ValueError: The seed is none of these.
     """
 
-    tower_steps: int = 2000
+    tower_steps: int = 3000
     tower_batch: int = 20
-    warm_steps: int = 4000
+    warm_steps: int = 3200
     pages: int = 2000
-    aligning: int = 12
+    aligning: int = 10
+    realigning: int = 2
     chats: int = 4
     stage1_steps: int = 50
     stage2_steps: int = 300
@@ -77,8 +79,8 @@ class Recipe:
 def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | None = None) -> Path:
     """Train the embedded model, and the low-resolution model that it is compared with, by one call.
 
-    Two processes work at a time: the tower and what it sees beside stage 0, then the two models beside each other. On a
-    CPU each has one thread. What is there already in the folder is not made again.
+    Two processes work at a time: the tower, what it sees and the fronts beside stage 0, then the two models beside each
+    other. On a CPU each has one thread. What is there already in the folder is not made again.
 
     Args:
         output: Folder of the run. ``dual``, ``low-res`` and ``results.json`` in it are the results.
@@ -107,7 +109,7 @@ def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | 
 
 
 def see(output: Path, recipe: Recipe, device: str) -> None:
-    """The tower, the pages, and what the tower makes of them for both models."""
+    """The tower, the pages, what the tower makes of them, and the fronts of both models."""
     tower = train_tower(output, recipe, device)
     with minutes_of(output, "pages"):
         atlas = build_atlas().to(device)
@@ -121,6 +123,29 @@ def see(output: Path, recipe: Recipe, device: str) -> None:
             model, processor = build_model(tower, TILE, dual=arm == "dual")
             cache = feature_cache(output, model, processor)
             cache.fill([file for folder in page_folders(output) for file in pictures(folder)], model.to(device))
+        train_front(output, recipe, device, arm, tower)
+
+
+def train_front(output: Path, recipe: Recipe, device: str, arm: str, tower: ReaderVisionModel) -> None:
+    """Enhancement module and projector of a model learn to speak, beside stage 0: in words that are drawn."""
+    folder = output / f"{arm}-front"
+    if not folder.is_dir():
+        torch.manual_seed(recipe.seed)
+        model, processor = build_model(tower, TILE, dual=arm == "dual")
+        _align(output, recipe, device, arm, (model, processor), recipe.aligning)
+        _save(model, processor, folder)
+
+
+def _align(output: Path, recipe: Recipe, device: str, arm: str, parts: tuple[Any, Any], epochs: int) -> None:
+    """Regression of a front onto the words of its language model; the model is brought back to the CPU."""
+    model, processor = parts
+    seen = SeenPages(page_folders(output), feature_cache(output, model, processor))
+    with minutes_of(output, f"{arm}, {epochs} rounds of regression") as watch:
+        align(model, processor.tokenizer, seen, epochs=epochs, seed=recipe.seed, device=device, watch=watch)
+    for height in (8, 28):
+        shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+        say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
+    model.cpu()
 
 
 def page_folders(output: Path) -> list[Path]:
@@ -175,19 +200,12 @@ def of_language_model(folder: Path) -> dict[str, Any]:
 def train_arm(output: Path, recipe: Recipe, device: str, arm: str) -> None:
     """The end of stage 0, stages 1 and 2 of one model, and its answers."""
     base, run, made = output / f"{arm}-base", output / f"{arm}-run", output / arm
+    processor = build_model(None, TILE)[1]
     if not base.is_dir():
-        torch.manual_seed(recipe.seed)
-        model, processor = build_model(train_tower(output, recipe, device), TILE, dual=arm == "dual")
+        model = InfLlavaForConditionalGeneration.from_pretrained(output / f"{arm}-front")
         model.load_state_dict(of_language_model(output / "warm"), strict=False)
-        seen = SeenPages(page_folders(output), feature_cache(output, model, processor))
-        with minutes_of(output, f"{arm}, the end of stage 0") as watch:
-            align(
-                model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, device=device, watch=watch
-            )
-        for height in (8, 28):
-            shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
-            say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
-        _save(model.cpu(), processor, base)
+        _align(output, recipe, device, arm, (model, processor), recipe.realigning)
+        _save(model, processor, base)
     common = {"precision": "fp32", "gradient_checkpointing": False, "workers": 0, "logging_steps": 20}
     common |= {"feature_cache": str(output / "features")}
     common |= {"save_steps": 400, "save_total_limit": 1, "group_by_length": False, "pad_images": True}
@@ -201,12 +219,12 @@ def train_arm(output: Path, recipe: Recipe, device: str, arm: str) -> None:
             config = {"model": str(base), "output": str(run), "seed": recipe.seed, **stages}
             result = train(TrainConfig.of(config), resume=run.is_dir())
         trained = InfLlavaForConditionalGeneration.from_pretrained(result, dtype=torch.float16)
-        _save(trained, build_model(None, TILE)[1], made)
+        _save(trained, processor, made)
     answers = output / f"{arm}-answers.json"
     if not answers.is_file():
         model = InfLlavaForConditionalGeneration.from_pretrained(made, dtype=torch.float32).eval()
         with minutes_of(output, f"{arm}, questions"):
-            found = measured(model.to(device), build_model(None, TILE)[1], recipe.questions)
+            found = measured(model.to(device), processor, recipe.questions)
         answers.write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -62,12 +62,17 @@ def vocabulary(embeddings: nn.Embedding, tokenizer: Any) -> tuple[Tensor, Tensor
     cells, contents = (x.to(embeddings.weight.device) for x in _words(tokenizer))
     names: Tensor = embeddings(cells.flatten())
     said: Tensor = (embeddings(contents.clamp(min=0)) * (contents >= 0)[..., None]).sum(1)
-    return names @ turn(names.shape[-1]).to(names), said
+    turned = turn(names.shape[-1]).to(names)
+    return names @ turned, said @ turned.T
 
 
 @lru_cache(1)
 def turn(width: int) -> Tensor:
-    """A fixed rotation (D, D): the page names a cell by its word turned, so that no word of a text is taken for it."""
+    """A fixed rotation (D, D).
+
+    A page names a cell by its word turned, and what is in it by its word turned the other way: no word of a text is
+    taken for one of a page, and no name for a content.
+    """
     drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
     return cast(Tensor, torch.linalg.qr(drawn)[0])
 
@@ -89,10 +94,10 @@ def symbols_of(pages: Pages) -> Tensor:
 
 
 def tokens_of_page(pages: Pages, index: int, random: Random, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a page's questions; of every other page, of its caption without the names."""
+    """Token ids and labels of a page's questions; of three pages of ten, of the caption without the names."""
     ids = [tokenizer.convert_tokens_to_ids(BOS)] + [tokenizer.convert_tokens_to_ids(IMAGE)] * CELLS**2
     labels = [IGNORED] * len(ids)
-    if random.random() < 0.5:
+    if random.random() < 0.3:
         text, named = (
             _ids(tokenizer, caption(pages, index, random) + "\n"),
             set(_words(tokenizer)[0].flatten().tolist()),
@@ -118,7 +123,7 @@ def start_as_matcher(model: Any) -> None:
     order, to attend from one to the other takes most of the training to find. Queries and keys begin as one map onto
     the channels that rotary positions hardly turn: in half of the heads the name of a cell finds the cell, in the other
     half a content finds the cells that hold it. Values and output begin as maps that together copy what is found, as
-    loud as a word; the names that contents find are turned back into words.
+    loud as a word: what names find and what contents find, each turned back into words.
 
     Args:
         model: An `InfLlavaForConditionalGeneration` with a Llama.
@@ -132,9 +137,9 @@ def start_as_matcher(model: Any) -> None:
         frame, copies = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
         maps = (frame.view(heads, per_head, width) * slow[:, None] * MATCHING).flatten(0, 1)
         attention.k_proj.weight.copy_(maps)
-        attention.q_proj.weight.copy_(torch.cat([maps[:half] @ turned.T, maps[half:]]))
+        attention.q_proj.weight.copy_(torch.cat([maps[:half] @ turned.T, maps[half:] @ turned]))
         attention.v_proj.weight.copy_(copies)
-        attention.o_proj.weight.copy_(loud * torch.cat([copies[:half].T, turned @ copies[half:].T], 1))
+        attention.o_proj.weight.copy_(loud * torch.cat([turned.T @ copies[:half].T, turned @ copies[half:].T], 1))
 
 
 MATCHING = 2.0
