@@ -1,6 +1,7 @@
 """The demo asks about pictures that no training saw, and says of every answer whether it is right."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS, SHAPES
 from dualview.reader.questions import TASKS
 from tests.tiny import photograph
 
+PHOTO = photograph(30, 40)
+OF_PAGE, OF_PHOTO = cache(draw_page), cache(lambda seed: draw_photograph(PHOTO, seed))
+
 
 def test_fonts_and_seeds_are_those_of_tests(monkeypatch):
     drawn = []
@@ -25,7 +29,7 @@ def test_fonts_and_seeds_are_those_of_tests(monkeypatch):
     monkeypatch.setattr(demo, "render", render)
     monkeypatch.setattr(demo, "build_atlas", lambda fonts: fonts)
     draw_page(5)
-    draw_photograph(photograph(30, 40), 5)
+    draw_photograph(PHOTO, 5)
     for pages, side, fonts, _ in drawn:
         assert pages.seed == HELD_OUT_SEED + 5
         assert (side, fonts) == (SIDE, HELD_OUT_FONTS) == (1008, HELD_OUT_FONTS)
@@ -35,8 +39,8 @@ def test_fonts_and_seeds_are_those_of_tests(monkeypatch):
 
 
 def test_a_seed_is_one_page_and_one_code():
-    for draw in (draw_page, lambda seed: draw_photograph(photograph(30, 40), seed)):
-        first, again, other = draw(1), draw(1), draw(2)
+    for scenes, drawn in ((OF_PAGE, draw_page), (OF_PHOTO, lambda seed: draw_photograph(PHOTO, seed))):
+        first, again, other = scenes(3), drawn(3), scenes(4)
         assert first.title == again.title
         assert torch.equal(first.picture, again.picture)
         assert first.questions == again.questions
@@ -52,7 +56,7 @@ def test_the_largest_seed():
 
 
 def test_the_code_of_the_photograph_is_what_is_asked_for():
-    scene = draw_photograph(photograph(30, 40), 3)
+    scene = OF_PHOTO(3)
     truths = {question.task: question for question in scene.questions}
     start = re.fullmatch(r"Your photograph, with a code pasted from ([A-E])([1-8]) on", scene.title)
     code, row = truths["spell"].answer, int(start[2]) - 1
@@ -91,21 +95,18 @@ def said(monkeypatch):
 
     def answers_of(model, processor, pictures, questions):
         asked.append((model, pictures, questions))
-        truths = [q.answer for scene in (draw_page(4), draw_photograph(PHOTO, 4)) for q in scene.questions]
+        truths = [q.answer for scene in (OF_PAGE(4), OF_PHOTO(4)) for q in scene.questions]
         return ["mistaken", *truths[1:]] if model.model.dem is not None else ["-"] * len(truths)
 
     monkeypatch.setattr(demo, "answers_of", answers_of)
     return asked
 
 
-PHOTO = photograph(30, 40)
-
-
 def test_what_is_printed_and_written(said, tmp_path, capsys):
     out = tmp_path / "out.png"
     shown = run_demo(PHOTO, out, seed=4)
     printed = capsys.readouterr().out
-    scenes = [draw_page(4), draw_photograph(PHOTO, 4)]
+    scenes = [OF_PAGE(4), OF_PHOTO(4)]
     for _, pictures, questions in said:
         assert questions == [question.text for scene in scenes for question in scene.questions]
         assert torch.equal(pictures[0], scenes[0].picture)

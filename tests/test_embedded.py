@@ -89,10 +89,10 @@ def test_answers_are_the_same_each_time(models):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("bar", ["place, 8 px digits", "place, 28 px digits", "large", "compare, 8 px"])
+@pytest.mark.parametrize("bar", ["place, 8 px digits", "large"])
 def test_as_often_right_as_the_card_says(models, view, bar):
     """On a draw of its own, within three standard errors of what was measured on many."""
-    share, count = measured()["tasks"][bar][view]["accuracy"], 24
+    share, count = measured()["tasks"][bar][view]["accuracy"], 16
     task, heights, digits = BARS[bar]
     right = sum(score(*models[view], task, count, heights, digits=digits, seed=17).right)
     reach = 3 * math.sqrt(max(share * (1 - share), 0.02) / count)
