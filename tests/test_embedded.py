@@ -202,13 +202,18 @@ class TestPacking:
         assert "an abacus 7.0" in (place / "README.md").read_text()
         assert {path.name for path in place.iterdir()} == {*VIEWS, "results.json", "README.md"}
 
-    def test_models_that_are_too_large_change_nothing(self, script, source, tmp_path, monkeypatch):
+    def test_what_is_too_large_or_not_measured_changes_nothing(self, script, source, tmp_path, monkeypatch):
         place = tmp_path / "place"
         shutil.copytree(source, place)
+        before = hashes(place)
+        (source / "results.json").write_text('{"tasks": {}}')
+        with refuses("results.json lacks ['compare, 8 px'", "let `make reader` run to its end"):
+            script.embed(source, place)
         monkeypatch.setattr(script, "MOST", 1_000_000)
         with refuses("bytes in float16", "1,000,000"):
             script.embed(source, place)
-        assert hashes(place) == hashes(source)
+        assert hashes(place) == before
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "place"}
 
 
 def hashes(folder):
