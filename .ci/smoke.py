@@ -48,5 +48,14 @@ for name in dualview.models.__all__:
         else:
             raise AssertionError(f"dualview.models.{name} was found without transformers")
 
+for view in ("dual", "low-res"):
+    assert (Path(dv.__file__).parent / "embedded" / view / "model.safetensors").is_file(), view
+try:
+    dv.load_embedded()
+except ImportError as error:
+    assert 'pip install -e ".[hf]"' in str(error), error
+else:
+    raise AssertionError("an INF-LLaVA was loaded without transformers")
+
 assert not sys.modules.keys() & set(OPTIONAL)
 print(f"smoke test passed: dualview {dv.__version__}, torch {torch.__version__}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dualview import testing
     from dualview.blending import blend_tiles
     from dualview.dual_tiles import DualPerspectiveTileBatch, DualPerspectiveTiles
+    from dualview.embedded import load_embedded
     from dualview.explain import Explanation, explain
     from dualview.geometry import TileGrid, choose_grid
     from dualview.images import load_image
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "blending": "blend_tiles",
+    "embedded": "load_embedded",
     "explain": "Explanation explain",
     "geometry": "TileGrid choose_grid",
     "images": "load_image",
@@ -128,6 +130,7 @@ __all__ = [
     "full_computation",
     "global_stride_crop",
     "load_adapter",
+    "load_embedded",
     "load_image",
     "local_crop",
     "low_pass",

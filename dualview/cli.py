@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 from dualview import __version__
 from dualview.canvas import Rest
+from dualview.embedded import KNOWN
 from dualview.geometry import Size, TileGrid
 from dualview.outputs import SAVED_AS
 from dualview.terminal import explained, libraries_silent, printable
@@ -38,12 +39,13 @@ FUSIONS = (
 )
 
 EXAMPLES = """examples:
-  dualview demo                             a photograph through the whole vision path (about a minute)
-  dualview demo photo.jpg --small           the same with a picture of yours and narrow models (seconds)
+  dualview demo                             what the embedded model reads on a page and on a photograph (seconds)
+  dualview demo --full-size                 a photograph through the vision path at the paper's sizes (about a minute)
   dualview view photo.jpg --grid 2x3        the local and the stride tiles of a picture, in photo_tiles.png
   dualview explain --preset paper           what a configuration computes
   dualview convert INF-LLaVA inf-llava      released weights to a directory for transformers
   dualview ask photo.jpg "What is this?" --model inf-llava
+  dualview ask page.png "What is in B5?" --compare low-res     the embedded model, and the one beside it
   dualview probe                            does the second perspective help? A reduced table, in under 20 minutes
   dualview train CONFIG.yaml                the two stages of training, from LLaVA's JSON format to such a directory
 """
@@ -117,22 +119,30 @@ def _parser() -> Parser:
         sub.set_defaults(parser=sub)
         return sub
 
-    demo = command("demo", "run a photograph through INF-LLaVA's vision path with random weights")
+    demo = command("demo", "ask the embedded model about a drawn page and about a photograph with a code")
     picture = demo.add_mutually_exclusive_group()
     picture.add_argument(
         "image",
         type=Path,
         nargs="?",
         metavar="IMAGE",
-        help="a picture (default: one of matplotlib's)",
+        help="the photograph (default: one of matplotlib's)",
     )
     picture.add_argument("--image", dest="named_image", type=Path, metavar="IMAGE", help="the same")
     _add_output(demo, "dualview_demo.png", Path("dualview_demo.png"))
-    _add_grid(demo)
-    _add_preset(demo)
-    demo.add_argument("--seed", type=_argument(_parse_seed), default=0, help="of the random weights (default: 0)")
-    demo.add_argument("--full", action="store_true", help="also encode and compute what does not reach the result")
-    demo.add_argument("--small", action="store_true", help="a narrow ViT of 2 layers in place of ViT-L/14-336: seconds")
+    demo.add_argument(
+        "--seed", type=_argument(_parse_seed), default=0, help="of page, code and questions, or of weights (default: 0)"
+    )
+    demo.add_argument(
+        "--full-size",
+        action="store_true",
+        help="in place of that, take the photograph through INF-LLaVA's vision path at the paper's sizes, with random "
+        "weights, and measure every stage",
+    )
+    full_size = demo.add_argument_group("with --full-size")
+    _add_grid(full_size, given=False)
+    _add_preset(full_size, given=False)
+    full_size.add_argument("--full", action="store_true", help="also encode and compute what does not reach the result")
 
     view = command("view", "draw an image with its grid, its local tiles and its stride tiles")
     view.add_argument("image", type=Path, metavar="IMAGE", help="a picture; transparency is composited on white")
@@ -177,7 +187,8 @@ def _parser() -> Parser:
     ask.add_argument(
         "--compare",
         choices=("low-res",),
-        help="answer a second time, from what is left of the picture at the size of one tile",
+        help="answer a second time, from what is left of the picture at the size of one tile; without --model by a "
+        "model trained for that",
     )
     ask.add_argument(
         "--report", type=Path, metavar="FILE.html", help="also write picture, tiles and answers as one file"
@@ -213,7 +224,10 @@ def _parser() -> Parser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="directory that `dualview convert` made, or a name on the hub"
+        "--model",
+        metavar="DIR",
+        help="directory that `dualview convert` made, or a name on the hub (default: the small model that comes with "
+        f"the package. It was trained on drawn pages of 8 x 8 cells and knows these questions: {' '.join(KNOWN)})",
     )
     parser.add_argument(
         "--size",
@@ -228,11 +242,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_grid(parser: argparse._ActionsContainer) -> None:
+def _add_grid(parser: argparse._ActionsContainer, *, given: bool = True) -> None:
     parser.add_argument(
         "--grid",
         type=_argument(TileGrid.parse),
-        default=TileGrid(3, 3),
+        default=TileGrid(3, 3) if given else None,
         metavar="ROWSxCOLS",
         help="tiles along the height, then along the width (default: 3x3)",
     )
@@ -259,11 +273,11 @@ def _add_output(parser: argparse.ArgumentParser, text: str, default: Path | None
     )
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
+def _add_preset(parser: argparse._ActionsContainer, *, given: bool = True) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        default="released",
+        default="released" if given else None,
         help="the enhancement module of the released weights, or of the paper's equations (default: released)",
     )
 

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualview.answers import check_report, write_report
+from dualview.answers import Asked, Shown, check_report, write_report
 from dualview.canvas import fit_to_grid, fit_to_tile
 from dualview.chat import Chat, questions, say_piece
-from dualview.demo import LOW_RES, SMALL, run_demo
+from dualview.demo import run_demo
+from dualview.embedded import KNOWN, EmbeddedView, embedded_folder
 from dualview.explain import explain as explained
-from dualview.geometry import Size
+from dualview.full_size import LOW_RES, Preset, run_full_size
+from dualview.geometry import Size, TileGrid
 from dualview.images import ImageError, load_image
 from dualview.models.dual_view_encoder import DualViewEncoder
 from dualview.models.encoders import HfEncoder
 from dualview.models.parts import Encoder
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.outputs import check_file, check_output, replace_file, save_image
-from dualview.terminal import native_messages_dropped, say
+from dualview.terminal import hint, native_messages_dropped, say
 from dualview.visualize import draw_tiles
 
 MOST_TILES, MOST_TOKENS = 256, 1024
@@ -35,15 +37,16 @@ def demo(options: argparse.Namespace) -> None:
     image = options.image or options.named_image
     check_output(options.output)
     _check_not_input(options.output, image)
-    run_demo(
-        image,
-        options.output,
-        grid=options.grid,
-        preset=options.preset,
-        seed=options.seed,
-        config=SMALL if options.small else None,
-        full=options.full,
-    )
+    if options.full_size:
+        preset: Preset = options.preset or "released"
+        grid = options.grid or TileGrid(3, 3)
+        run_full_size(image, options.output, grid=grid, preset=preset, seed=options.seed, full=options.full)
+        return
+    for name in ("grid", "preset", "full"):
+        if getattr(options, name):
+            raise ValueError(f"--{name}: an option of the vision path at full size: add --full-size, or leave it out.")
+    _check_not_input(options.output.with_suffix(".html"), image)
+    run_demo(image, options.output, seed=options.seed)
 
 
 def view(options: argparse.Namespace) -> None:
@@ -124,7 +127,7 @@ def ask(options: argparse.Namespace) -> None:
     shown = None if options.report is None else model.shown()  # what cannot be reported is refused before it is asked
     views = {"with tiles": model}
     if options.compare:
-        views["low resolution"] = model.at_low_resolution()
+        views["low resolution"] = model.at_low_resolution() if options.model else _chat(options, "low-res")
     answers = {}
     for view, conversation in views.items():
         if options.compare:
@@ -132,7 +135,9 @@ def ask(options: argparse.Namespace) -> None:
         answers[view] = conversation.ask(options.question, say_piece)
         say("")
     if shown is not None:
-        write_report(options.report, options.image.name, *shown, options.question, answers)
+        asked = [Asked(options.question, answers)]
+        title = f"Answers of {options.model or 'the embedded model'}"
+        write_report(options.report, options.image.name, [Shown(title, shown[0], *shown, asked)])
         say(f"wrote {options.report}")
 
 
@@ -189,15 +194,19 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def _chat(options: argparse.Namespace) -> Chat:
-    return Chat(
-        options.model,
+def _chat(options: argparse.Namespace, view: EmbeddedView = "dual") -> Chat:
+    """A conversation with the model that is named, or with an embedded one."""
+    conversation = Chat(
+        options.model or str(embedded_folder(view)),
         options.image,
         size=options.size,
         device=options.device,
-        dtype=options.dtype,
+        dtype=options.dtype or (None if options.model else "float32"),
         max_new_tokens=options.max_new_tokens,
     )
+    if not options.model and view == "dual":
+        hint(f"The embedded model, trained on drawn pages alone, knows these questions: {' '.join(KNOWN)}")
+    return conversation
 
 
 def uncounted(tiles: Tensor) -> Tensor:

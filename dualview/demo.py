@@ -1,337 +1,153 @@
-"""One photograph through INF-LLaVA's vision path at the paper's sizes, every stage measured.
-
-Nothing is downloaded: the architectures are the real ones, the weights are random.
-"""
+"""The embedded model at work: questions about a page and about a photograph, both drawn as no training saw them."""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualview.canvas import fit_canvas
-from dualview.geometry import GridLike, TileGrid
-from dualview.images import CLIP_MEAN, CLIP_STD, ImageSource, load_image
-from dualview.models.dual_view_encoder import DualViewEncoder
-from dualview.models.encoders import HfEncoder
-from dualview.models.parts import LowRes
-from dualview.ops.enhance import DualPerspectiveEnhance
+from dualview import embedded
+from dualview.answers import LONGEST, Asked, Shown, check_report, draw_answers, table, write_report
+from dualview.canvas import resize
+from dualview.embedded import EmbeddedView, load_embedded, measured
+from dualview.full_size import bundled_photograph
+from dualview.images import ImageSource, load_image, to_image
 from dualview.outputs import check_output, save_image
-from dualview.switches import full_computation
-from dualview.terminal import native_messages_dropped, say
-from dualview.visualize import check_drawable, draw_tiles
+from dualview.reader.evaluate import HELD_OUT_SEED, answers_of
+from dualview.reader.glyphs import CHARACTERS, CLASSES, HELD_OUT_FONTS, build_atlas
+from dualview.reader.pages import CELLS, EMPTY, Pages, render, sample_pages
+from dualview.reader.questions import TASKS, Question, ask, place
+from dualview.terminal import in_columns, native_messages_dropped, say
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-Preset: TypeAlias = Literal["released", "paper"]
-
-LOW_RES: dict[Preset, LowRes] = {"released": "mean", "paper": "add"}
-"""How either version of the model mixes in the low-resolution view."""
-
-QUESTION = "What does the picture show?"
+SIDE, HEIGHT = 1008, 24
+"""Of a picture and of its small glyphs, in pixels. The model is shown a third of it."""
+VIEWS: dict[str, EmbeddedView] = {"with tiles": "dual", "low resolution": "low-res"}
+"""What the two models are called."""
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """Sizes of the models; the defaults are CLIP ViT-L/14-336 and a small Llama."""
-
-    tile: int = 336
-    patch: int = 14
-    dim: int = 1024
-    mlp_dim: int = 4096
-    layers: int = 24
-    heads: int = 16
-    llm_dim: int = 512
-    llm_layers: int = 4
-
-
-SMALL = DemoConfig(dim=128, mlp_dim=512, layers=2, heads=2, llm_dim=128, llm_layers=2)
-"""The same numbers of pixels and tokens through narrow models of two layers: seconds."""
-
-
-@dataclass
-class Stage:
-    """One row of the table.
+class Scene(NamedTuple):
+    """What is asked about.
 
     Attributes:
-        name: What was computed.
-        shape: Shape of the result; the first sizes of repeated calls are added up.
-        tokens: Number of tokens in it, 0 for pixels.
-        seconds: Wall time since the end of the stage before.
-        memory: Peak so far, in bytes; None where it cannot be known.
+        title: One line.
+        picture: (3, 1008, 1008), uint8
+        questions: The first of every kind that the picture has an answer to.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    tokens: int
-    seconds: float
-    memory: int | None
-
-
-@dataclass
-class DemoReport:
-    """What the demo measured and made: the rows of the table, the image tokens and the language model's scores."""
-
-    stages: list[Stage]
-    image_tokens: Tensor
-    logits: Tensor
-
-
-@dataclass
-class Stopwatch:
-    """Measures stages one after the other: each lasts from the end of the one before to its own."""
-
-    device: torch.device
-    stages: list[Stage] = field(default_factory=list)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, name: str, shape: tuple[int, ...], tokens: int = 0) -> None:
-        """End a stage. A further lap of the same name continues it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        if self.stages and self.stages[-1].name == name:
-            done = self.stages.pop()
-            shape = (done.shape[0] + shape[0], *shape[1:])
-            tokens, seconds = done.tokens + tokens, done.seconds + seconds
-        self.stages.append(Stage(name, shape, tokens, seconds, _peak_memory(self.device)))
-
-    def lap_map(self, name: str, tokens: Tensor) -> None:
-        """End a stage that gave tokens (..., D)."""
-        self.lap(name, tuple(tokens.shape), tokens[..., 0].numel())
+    title: str
+    picture: Tensor
+    questions: list[Question]
 
 
 def run_demo(
-    image: ImageSource | None = None,
-    output: str | os.PathLike[str] = "dualview_demo.png",
-    *,
-    grid: GridLike = (3, 3),
-    preset: Preset = "released",
-    seed: int = 0,
-    config: DemoConfig | None = None,
-    full: bool = False,
-) -> DemoReport:
-    """Run the demo, print what happens, and write the picture.
+    image: ImageSource | None = None, output: str | os.PathLike[str] = "dualview_demo.png", *, seed: int = 0
+) -> list[Shown]:
+    """Ask the embedded model and the low-resolution model, print what they say, and write it as picture and as report.
 
     Args:
-        image: Whatever [`load_image`][dualview.load_image] takes; None for the photograph that matplotlib ships.
-        output: Where the picture of the tiles goes.
-        grid: Rows and columns of tiles.
-        preset: Which version of the enhancement module, and of mixing in the low-resolution view.
-        seed: Of the random weights.
-        config: Sizes of the models.
-        full: Also encode and compute what does not reach the result
-            ([`full_computation`][dualview.full_computation]).
+        image: The photograph, whatever [`load_image`][dualview.load_image] takes; None for one that matplotlib ships.
+        output: Where the drawing goes; the report goes beside it, and ends in .html.
+        seed: Of page, code and questions.
 
     Raises:
-        ImageError: The image cannot be read, or the picture cannot be written.
-        ValueError: The grid is too large to be drawn, or for the memory.
+        ImageError: The image cannot be read, or a file cannot be written.
     """
-    grid, config = TileGrid.of(grid), config or DemoConfig()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_drawable(grid)
+    report = Path(output).with_suffix(".html")
     check_output(output)
-    _check_memory(grid, config, device)
-    watch = Stopwatch(device)
-    source = _bundled_photograph() if image is None else image
-    with native_messages_dropped():
-        photo = load_image(source)
-    say(f"image       {_named(source)}{' (Grace Hopper, a photograph that matplotlib ships)' * (image is None)}")
-    watch.lap("image", (photo.shape[1], photo.shape[2], 3))
-
-    canvas = fit_canvas(photo, grid.map_size((config.tile, config.tile)))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    pixels = ((canvas / (1 if canvas.is_floating_point() else 255) - mean) / std)[None].to(device)
-    watch.lap("scale, pad, normalise", tuple(pixels.shape))
-    save_image(draw_tiles(canvas, grid).picture, output)
-    watch.lap("draw the tiles", (canvas.shape[1], canvas.shape[2], 3))
-
-    torch.manual_seed(seed)
-    say(f"models      {_describe(config, preset)}, on {device.type}")
-    model, projector, llm = _build(config, grid, preset, device)
-    modules = {"encoder": model.get_submodule("encoder"), "DEM": model.get_submodule("dem")}
-    modules |= {"projector": projector, "language model": llm}
-    counts = (f"{name} {sum(p.numel() for p in module.parameters()):,}" for name, module in modules.items())
-    say(f"parameters  {'; '.join(counts)}")
-    say("weights     RANDOM: shapes, tokens, times and memory mean something, the values of the result do not")
-    watch.lap("build the models", ())
-
-    size = grid.map_size((config.tile, config.tile))
-    with full_computation():
-        everything = len(model.plan(size).views)
-    with torch.inference_mode():
-        with full_computation() if full else nullcontext():
-            views = len(model.plan(size).views)
-            say(f"encoding    {_encoded(views, everything)}")
-            with _watched(model, watch, views):
-                features = model(pixels)
-        image_tokens = projector(features.flatten(1, 2))
-        watch.lap_map("projector", image_tokens)
-        text = torch.tensor([list(QUESTION.encode())], device=device)
-        embeddings = torch.cat([image_tokens, llm.get_input_embeddings()(text)], dim=1)
-        logits = llm(inputs_embeds=embeddings).logits
-        watch.lap("language model", tuple(logits.shape), logits.shape[1])
-
-    say("")
-    say(aligned(watch.stages, device))
-    say("")
-    say(f"The language model read {image_tokens.shape[1]} image tokens and the {text.shape[1]} bytes of {QUESTION!r}.")
-    say(f"Wrote {output}: the image under its grid, its local tiles, its stride tiles.")
-    say("Next: open it; then `dualview demo YOUR_IMAGE`, `dualview view YOUR_IMAGE --grid 2x3`,")
-    say("`dualview explain`; in Python, dualview.DualViewEncoder takes your own encoder.")
-    return DemoReport(watch.stages, image_tokens, logits)
-
-
-def aligned(stages: list[Stage], device: torch.device) -> str:
-    """The stages, aligned, with a last row for the whole."""
-    rows = [("stage", "shape", "tokens", "seconds", "peak memory")]
-    for stage in stages:
-        shape = " x ".join(map(str, stage.shape)) or "-"
-        memory = "-" if stage.memory is None else f"{stage.memory / 2**30:.2f} GiB"
-        rows.append((stage.name, shape, f"{stage.tokens:,}" if stage.tokens else "-", f"{stage.seconds:.2f}", memory))
-    rows.append(("total", "", "", f"{sum(stage.seconds for stage in stages):.2f}", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    aligned = [[row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(5)] for row in rows]
-    lines = ["  ".join(cells).rstrip() for cells in aligned]
-    rule = "-" * len(lines[0])
-    meaning = (
-        "peak memory: the most that the CUDA allocator has held up to then"
-        if device.type == "cuda"
-        else "peak memory: the most that the process, Python and torch included, has had resident up to then"
-    )
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], meaning])
-
-
-def _build(
-    config: DemoConfig, grid: TileGrid, preset: Preset, device: torch.device
-) -> tuple[DualViewEncoder, nn.Module, LlamaForCausalLM]:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
-    with device:
-        tower = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=config.dim,
-                intermediate_size=config.mlp_dim,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                image_size=config.tile,
-                patch_size=config.patch,
-                projection_dim=768,
-            )
+    check_report(report)
+    photograph = draw_photograph(image, seed)  # before anything else: perhaps it cannot be read
+    scenes = [draw_page(seed), photograph]
+    asked = [(scene.picture, question.text) for scene in scenes for question in scene.questions]
+    given, counts = {}, {}
+    for name, view in VIEWS.items():
+        model, processor = load_embedded(view)
+        counts[name] = sum(weight.numel() for weight in model.parameters())
+        pictures = torch.stack([picture for picture, _ in asked])
+        given[name] = iter(answers_of(model, processor, pictures, [text for _, text in asked]))
+    side = int(processor.image_processor.size["shortest_edge"])
+    shown = [
+        Shown(
+            scene.title,
+            with_names(scene.picture),
+            resize(scene.picture, (side, side)),
+            model.config.grid,
+            [
+                Asked(q.text, {name: next(answers) for name, answers in given.items()}, q.answer)
+                for q in scene.questions
+            ],
         )
-        dem = getattr(DualPerspectiveEnhance, preset)(config.dim)
-        projector = nn.Sequential(
-            nn.Linear(config.dim, config.llm_dim), nn.GELU(), nn.Linear(config.llm_dim, config.llm_dim)
-        )
-        llm = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=256,
-                hidden_size=config.llm_dim,
-                intermediate_size=4 * config.llm_dim,
-                num_hidden_layers=config.llm_layers,
-                num_attention_heads=8,
-                max_position_embeddings=4096,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-    model = DualViewEncoder(
-        HfEncoder(tower, layer=-2), dem, tile=(config.tile, config.tile), grid=grid, low_res=LOW_RES[preset]
-    )
-    return model.eval(), projector.eval(), llm.eval()
-
-
-@contextmanager
-def _watched(model: DualViewEncoder, watch: Stopwatch, views: int) -> Iterator[None]:
-    """Measure the stages of an encoder by hooks, and show its progress."""
-    from tqdm import tqdm
-
-    assert isinstance(model.encoder, nn.Module)
-    assert isinstance(model.dem, DualPerspectiveEnhance)
-    bar = tqdm(total=views, desc="encoding", unit=" sub-image", file=sys.stderr)
-
-    def tiles_cut(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if bar.n == 0:
-            watch.lap("cut into tiles", (views, *args[0].shape[1:]))
-
-    def encoded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        watch.lap_map("encoder", out)
-        bar.update(out.shape[0])
-
-    def lap(name: str) -> Any:
-        return lambda _, args, out: watch.lap_map(name, out)
-
-    hooks = [
-        model.encoder.register_forward_pre_hook(tiles_cut),
-        model.encoder.register_forward_hook(encoded),
-        model.dem.register_forward_hook(lap("DEM")),  # a hook inside would change how its products are arranged
-        model.register_forward_hook(lap("mix")),
+        for scene in scenes
     ]
-    try:
-        yield
-    finally:
-        bar.close()
-        for hook in hooks:
-            hook.remove()
+    _describe(counts, shown)
+    save_image(draw_answers(shown), output)
+    write_report(report, "What the embedded model answers", shown)
+    say(f"Wrote {output} and {report}: pictures, answers, tiles.")
+    say('Next: `dualview demo --seed 1`; `dualview ask YOUR_IMAGE "What is in B5?" --compare low-res`;')
+    say("`dualview demo --full-size` for a photograph through the vision path at the paper's sizes.")
+    return shown
 
 
-def _describe(config: DemoConfig, preset: Preset) -> str:
-    tower = "ViT-L/14-336" if config == DemoConfig() else f"a ViT of {config.layers} layers, width {config.dim}"
-    return f"{tower} (transformers), DEM {preset}({config.dim}), projector, Llama of {config.llm_layers} layers"
+def draw_page(seed: int) -> Scene:
+    """A page of glyphs 24 pixels high, each of which the tower sees 8 pixels high."""
+    pages = sample_pages(1, (HEIGHT, HEIGHT), HELD_OUT_SEED + seed)
+    return _scene(f"A page of {SIDE} x {SIDE} pixels, drawn from seed {seed}", pages, None)
 
 
-def _encoded(views: int, everything: int) -> str:
-    if views == everything:
-        return f"all {everything} sub-images"
-    return f"{views} of {everything} sub-images determine the result; the others are not encoded"
+def draw_photograph(image: ImageSource | None, seed: int) -> Scene:
+    """A square part of a photograph, with a shape and a code of three characters pasted into cells of one row."""
+    with native_messages_dropped():
+        photograph = load_image(bundled_photograph() if image is None else image)
+    side = min(photograph.shape[1:])
+    top, left = ((length - side) // 2 for length in photograph.shape[1:])
+    square = resize(photograph[:, top : top + side, left : left + side], (SIDE, SIDE))
+    pages = sample_pages(1, (HEIGHT, HEIGHT), HELD_OUT_SEED + seed)
+    pages.kinds.fill_(EMPTY)
+    pages.large.fill_(EMPTY)
+    random = Random(seed)
+    row, col = random.randrange(CELLS), random.randrange(CELLS - 3)
+    code = [random.randrange(len(CHARACTERS), len(CLASSES)), *random.choices(range(len(CHARACTERS)), k=3)]
+    pages.kinds[0, row, col : col + 4] = torch.tensor(code)
+    whose = "Grace Hopper, a photograph that matplotlib ships" if image is None else "Your photograph"
+    return _scene(f"{whose}, with a code pasted from {place((row, col))} on", pages, square[None] / 255)
 
 
-def _check_memory(grid: TileGrid, config: DemoConfig, device: torch.device) -> None:
-    """Refuse a grid whose pixels and features, some copies of each at a time, cannot be held."""
-    pixels, tokens = config.tile**2, (config.tile // config.patch) ** 2
-    per_tile = 4 * (4 * 3 * pixels + 8 * tokens * config.dim)  # bytes of float32; a tile lies in both perspectives
-    needed, there = grid.num_tiles * per_tile, _whole_memory(device)
-    if there is not None and needed > there:
-        raise ValueError(
-            f"a grid of {grid} takes about {needed / 2**30:.0f} GiB here, and there are {there / 2**30:.0f}: choose a "
-            "smaller grid."
-        )
+def _scene(title: str, pages: Pages, photographs: Tensor | None) -> Scene:
+    picture = render(pages, SIDE, build_atlas(HELD_OUT_FONTS), photographs)[0]
+    first: dict[str, Question] = {}
+    for question in ask(pages, 0, Random(pages.seed)):
+        first.setdefault(question.task, question)
+    return Scene(title, (picture * 255).round().to(torch.uint8), [first[task] for task in TASKS if task in first])
 
 
-def _whole_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # not on Windows
-        return None
+def with_names(picture: Tensor) -> Tensor:
+    """The picture with the names of its columns above and those of its rows on the left."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    room, cell = 40, SIDE / CELLS
+    whole = Image.new("RGB", (SIDE + room, SIDE + room), "white")
+    whole.paste(to_image(picture), (room, room))
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(24)
+    for number in range(CELLS):
+        name = place((number, number))
+        middle = room + cell * (number + 0.5)
+        pen.text((middle, room / 2), name[0], "black", font, anchor="mm")
+        pen.text((room / 2, middle), name[1], "black", font, anchor="mm")
+    return load_image(whole)
 
 
-def _named(source: ImageSource) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-
-
-def _bundled_photograph() -> str:
-    from matplotlib.cbook import get_sample_data
-
-    return str(get_sample_data("grace_hopper.jpg", asfileobj=False))
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # Unix only
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
+    sizes = ", ".join(f"{name} ({count / 1e6:.1f} million parameters)" for name, count in counts.items())
+    say(f"Two models that come with the package, trained from nothing on drawn pages: {sizes}.")
+    say("Pages, questions and fonts below are none that they were trained on; what is wrong is called wrong.")
+    for one in shown:
+        say(f"\n{one.title}")
+        right = [sum(q.answers[view] == q.truth for q in one.asked) for view in counts]
+        say(in_columns([*table(one.asked, LONGEST), ["right", "", *(f"{n} of {len(one.asked)}" for n in right)]]))
+    kind, task = next(iter(measured()["tasks"].items()))
+    shares = ", ".join(f"{task[view]['accuracy']:.3f} {name}" for name, view in VIEWS.items())
+    say(f"\nOf {task['questions']} questions ({kind}) these shares were answered rightly: {shares}.")
+    say(f"All that was measured: {Path(embedded.__file__).with_name('README.md')}\n")

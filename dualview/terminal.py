@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -45,6 +45,24 @@ def say(text: str) -> None:
     print(printable(text, sys.stdout), flush=True)
 
 
+def hint(text: str) -> None:
+    """Print a line that is no part of the result, on standard error."""
+    if sys.stderr is not None:
+        print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells each, aligned on the left.
+
+    Example:
+        >>> print(in_columns([["a", "bc"], ["def", "g"]]))
+        a    bc
+        def  g
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 @contextmanager
 def native_messages_dropped() -> Iterator[None]:
     """Within the context, nothing that libraries written in C print on standard error is seen: libtiff's warnings."""
@@ -78,6 +96,8 @@ def libraries_silent() -> Iterator[None]:
 
 def explained(error: BaseException) -> str | None:
     """The line for what may happen to anybody; None for a fault of the program."""
+    if isinstance(error, ImportError) and isinstance(error.__cause__, ModuleNotFoundError):
+        error = error.__cause__
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"

@@ -225,6 +225,7 @@ def _other() -> dict[str, Row]:
         "explain": Row(dv.explain, {"module": dem, "grid": GRID, "tokens": (2, 3)}),
         "full_computation": Row(dv.full_computation),
         "use_backend": Row(dv.use_backend, {"backend": "torch"}),
+        "load_embedded": Row(dv.load_embedded, {"view": "low-res"}),
         "load_image": Row(dv.load_image, {"source": Image.new("RGB", (5, 4))}, aliases=OF_FILES),
         "testing.coordinate_images": Row(
             dv.testing.coordinate_images, {"size": (8, 9), "batch": 2, "data_format": "channels_first"}

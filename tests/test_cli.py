@@ -15,14 +15,21 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import dualview as dv
-from dualview import cli, commands, demo
+from dualview import cli, commands, demo, full_size
 from dualview.canvas import Rest, fit_to_grid
-from dualview.demo import LOW_RES, Preset
+from dualview.full_size import LOW_RES, Preset
 from dualview.geometry import Readout
 from dualview.images import load_image
 from dualview.ops.fusion import FUSIONS
 from dualview.visualize import draw_tiles
 from tests.pictures import png_header, saved
+
+
+def needing(package):
+    """As it is raised where a name of ours needs a package."""
+    error = ImportError("some name needs a package")
+    error.__cause__ = ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return error
 
 
 @pytest.fixture
@@ -145,14 +152,13 @@ def bad_files(folder):
     }
 
 
-@pytest.mark.parametrize("command", ["view", "demo"])
+@pytest.mark.parametrize("command", ["view", "demo", "demo --full-size"])
 def test_bad_images(tmp_path, capsys, command):
     out = tmp_path / "out.png"
     for name, word in bad_files(tmp_path).items():
-        source = [tmp_path / name] if command == "view" else ["--small", tmp_path / name]
-        err, code = failure(capsys, command, *source, "-o", out)
+        err, code = failure(capsys, *command.split(), tmp_path / name, "-o", out)
         assert code == 1
-        assert err.startswith(f"dualview {command}: error: ")
+        assert err.startswith(f"dualview {command.split()[0]}: error: ")
         assert word in err
         assert not out.exists()
 
@@ -169,9 +175,9 @@ def test_bad_images(tmp_path, capsys, command):
 )
 def test_bad_outputs(photo, tmp_path, capsys, monkeypatch, name, word):
     """Before anything is drawn or computed."""
-    for module in (commands, demo):
-        monkeypatch.setattr(module, "draw_tiles", lambda *_: pytest.fail("drawn"))
-    for source in (["view", photo], ["demo", "--small", "--image", photo]):
+    for module, name_of_it in ((commands, "draw_tiles"), (full_size, "draw_tiles"), (demo, "render")):
+        monkeypatch.setattr(module, name_of_it, lambda *_: pytest.fail("drawn"))
+    for source in (["view", photo], ["demo", "--image", photo], ["demo", "--full-size", photo]):
         err, code = failure(capsys, *source, "-o", tmp_path / name)
         assert code == 1
         assert word in err
@@ -182,13 +188,18 @@ def test_output_that_cannot_be_written(photo, tmp_path, capsys):
     assert "cannot be written" in failure(capsys, "view", photo, "-o", tmp_path / "out.png")[0]
 
 
-@pytest.mark.parametrize("command", [["view"], ["demo", "--small"], ["demo", "--small", "--image"]])
+@pytest.mark.parametrize("command", [["view"], ["demo"], ["demo", "--full-size"], ["demo", "--image"]])
 def test_the_input_is_not_overwritten(photo, tmp_path, capsys, command):
     before = photo.read_bytes()
     (tmp_path / "link.png").symlink_to(photo)
     for output in (photo, tmp_path / "link.png"):
         assert "would be overwritten" in failure(capsys, *command, photo, "-o", output)[0]
     assert photo.read_bytes() == before
+
+
+def test_the_report_of_the_demo_does_not_overwrite_the_input(photo, tmp_path, capsys):
+    picture = photo.rename(tmp_path / "photo.html")
+    assert "would be overwritten" in failure(capsys, "demo", picture, "-o", tmp_path / "photo.png")[0]
 
 
 @pytest.mark.parametrize("grid", ["3", "0x2", "2x-1", "3*3", "two", "", "1.5x2"])
@@ -204,7 +215,7 @@ def test_wrong_grid(photo, capsys, command, grid):
 def test_grid_larger_than_the_image(photo, tmp_path, capsys):
     out = tmp_path / "out.png"
     assert "grid of 41x1 (rows x cols) is larger" in failure(capsys, "view", photo, "--grid", "41x1", "-o", out)[0]
-    for argv in (["view", photo, "--grid", "40x3"], ["demo", "--small", "--grid", "60x60", "--image", photo]):
+    for argv in (["view", photo, "--grid", "40x3"], ["demo", "--full-size", "--grid", "60x60", photo]):
         assert cli_fails_silently(capsys, *argv, "-o", out).endswith("at most 32 rows and 32 cols.\n")
 
 
@@ -290,19 +301,28 @@ def test_explain_of_impossible_configurations(capsys, options, word, code):
 
 def test_demo_passes_its_options_on(photo, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(commands, "run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
-    out = tmp_path / "o.png"
-    options = f"-o {out} --grid 2x4 --preset paper --seed 7 --small --full"
-    assert cli.main(["demo", str(photo), *options.split()]) == 0
-    assert cli.main(["demo"]) == 0
-    assert cli.main(["demo", "--image", str(photo), *options.split()]) == 0
-    assert calls.pop() == calls[0]
-    grid = dv.TileGrid(2, 4)
-    assert calls[0][0] == (photo, out)
-    assert calls[0][1] == {"grid": grid, "preset": "paper", "seed": 7, "config": demo.SMALL, "full": True}
-    assert calls[1][0] == (None, cli.Path("dualview_demo.png"))
-    default = {"grid": dv.TileGrid(3, 3), "preset": "released", "seed": 0, "config": None, "full": False}
-    assert calls[1][1] == default
+    for name in ("run_demo", "run_full_size"):
+        monkeypatch.setattr(commands, name, lambda *args, of=name, **kwargs: calls.append((of, args, kwargs)))
+    monkeypatch.chdir(tmp_path)
+    out, default = tmp_path / "o.png", cli.Path("dualview_demo.png")
+    options = f"--full-size -o {out} --grid 2x4 --preset paper --seed 7 --full"
+    for argv in ("", f"{photo} --seed 7", f"--image {photo} --seed 7", "--full-size", f"{photo} {options}"):
+        assert cli.main(["demo", *argv.split()]) == 0
+    usual = {"grid": dv.TileGrid(3, 3), "preset": "released", "seed": 0, "full": False}
+    chosen = {"grid": dv.TileGrid(2, 4), "preset": "paper", "seed": 7, "full": True}
+    assert calls == [
+        ("run_demo", (None, default), {"seed": 0}),
+        *[("run_demo", (photo, default), {"seed": 7})] * 2,
+        ("run_full_size", (None, default), usual),
+        ("run_full_size", (photo, out), chosen),
+    ]
+
+
+@pytest.mark.parametrize("option", ["--grid 3x3", "--preset released", "--full"])
+def test_options_of_the_full_size_alone(photo, capsys, option):
+    err, code = failure(capsys, "demo", photo, *option.split())
+    assert code == 1
+    assert f"{option.split()[0]}: an option of the vision path at full size: add --full-size" in err
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", str(2**63)])
@@ -310,22 +330,15 @@ def test_wrong_seed(capsys, seed):
     assert "--seed" in failure(capsys, "demo", f"--seed={seed}")[0]
 
 
-def test_small_demo(photo, tmp_path, capsys):
-    out = tmp_path / "demo.png"
-    assert cli.main(["demo", "--small", "--grid", "1x2", "--image", str(photo), "-o", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "5 x 24 x 24 x 128" in printed  # the token counts of the real model
-    assert "RANDOM" in printed
-    assert load_image(out).shape[2] > 1000
-
-
-@pytest.mark.parametrize("package, command", [("PIL", "view"), ("transformers", "demo"), ("matplotlib", "demo")])
+@pytest.mark.parametrize(
+    "package, command", [("PIL", "view"), ("transformers", "demo --full-size"), ("matplotlib", "demo")]
+)
 def test_missing_extra(photo, tmp_path, capsys, monkeypatch, package, command):
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    source = [photo] if command == "view" else ["--small", *(["--image", photo] if package != "matplotlib" else [])]
-    err, code = failure(capsys, command, *source, "-o", tmp_path / "out.png")
+    source = [] if command == "demo" else [photo]
+    err, code = failure(capsys, *command.split(), *source, "-o", tmp_path / "out.png")
     assert code == 1
     assert f'{package} is not installed: run pip install -e ".[demo]" in your clone' in err
 
@@ -393,6 +406,7 @@ def test_what_help_offers_is_what_there_is():
         (BrokenPipeError(32, "Broken pipe"), "standard output was closed before"),
         (OSError(28, "No space left on device"), "standard output cannot be written: No space left on device"),
         (ValueError("some\n  \x1b[31m rule"), "some \\x1b[31m rule"),
+        (needing("transformers"), "transformers is not installed: run pip install"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

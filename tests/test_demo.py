@@ -1,176 +1,131 @@
-"""The demo runs a photograph through the real path, and what it reports is what happened."""
+"""The demo asks about pictures that no training saw, and says of every answer whether it is right."""
 
-import numpy as np
+import re
+from functools import cache
+
 import pytest
 import torch
-from PIL import Image
 
-import dualview as dv
 from dualview import demo
-from dualview.canvas import fit_canvas
-from dualview.demo import DemoConfig, run_demo
-from dualview.images import CLIP_MEAN, CLIP_STD, ImageError, load_image
-from dualview.switches import planning
-from dualview.visualize import draw_tiles
+from dualview.demo import HEIGHT, SIDE, draw_page, draw_photograph, run_demo, with_names
+from dualview.embedded import measured
+from dualview.images import load_image, to_image
+from dualview.reader.evaluate import HELD_OUT_SEED
+from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS, SHAPES
+from dualview.reader.questions import TASKS
+from tests.tiny import photograph
 
-TINY = DemoConfig(tile=28, patch=14, dim=32, mlp_dim=64, layers=3, heads=2, llm_dim=32, llm_layers=1)
+PHOTO = photograph(30, 40)
+OF_PAGE, OF_PHOTO = cache(draw_page), cache(lambda seed: draw_photograph(PHOTO, seed))
+
+
+def test_fonts_and_seeds_are_those_of_tests(monkeypatch):
+    drawn = []
+
+    def render(pages, side, atlas, photographs):
+        drawn.append((pages, side, atlas, photographs))
+        return torch.zeros(1, 3, side, side)
+
+    monkeypatch.setattr(demo, "render", render)
+    monkeypatch.setattr(demo, "build_atlas", lambda fonts: fonts)
+    draw_page(5)
+    draw_photograph(PHOTO, 5)
+    for pages, side, fonts, _ in drawn:
+        assert pages.seed == HELD_OUT_SEED + 5
+        assert (side, fonts) == (SIDE, HELD_OUT_FONTS) == (1008, HELD_OUT_FONTS)
+        assert set(pages.heights.unique().tolist()) == {HEIGHT}
+    assert drawn[0][3] is None
+    assert drawn[1][3].shape == (1, 3, SIDE, SIDE)
+
+
+def test_a_seed_is_one_page_and_one_code():
+    for scenes, drawn in ((OF_PAGE, draw_page), (OF_PHOTO, lambda seed: draw_photograph(PHOTO, seed))):
+        first, again, other = scenes(3), drawn(3), scenes(4)
+        assert first.title == again.title
+        assert torch.equal(first.picture, again.picture)
+        assert first.questions == again.questions
+        assert not torch.equal(first.picture, other.picture)
+        assert first.questions != other.questions
+        tasks = [question.task for question in first.questions]
+        assert tasks == [task for task in TASKS if task in tasks]
+        assert {"place", "where", "large", "presence"} <= set(tasks)
+
+
+def test_the_largest_seed():
+    assert draw_page(2**63 - 1).questions
+
+
+def test_the_code_of_the_photograph_is_what_is_asked_for():
+    scene = OF_PHOTO(3)
+    truths = {question.task: question for question in scene.questions}
+    start = re.fullmatch(r"Your photograph, with a code pasted from ([A-E])([1-8]) on", scene.title)
+    code, row = truths["spell"].answer, int(start[2]) - 1
+    first = "ABCDEFGH".index(start[1])
+    assert len(code) == 3
+    assert set(code) <= set(CHARACTERS)
+    assert truths["spell"].cells == ((row, first + 1), (row, first + 2), (row, first + 3))
+    assert truths["marker"].answer == code[0]
+    assert truths["marker"].text.removeprefix("What is right of the ").rstrip("?") in SHAPES
+    assert truths["large"].answer == "none"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (40, 30)])
+def test_a_photograph_of_any_size_is_seen_around_the_code(size):
+    """One colour stays that colour but for the noise, away from the row of the code."""
+    scene = draw_photograph(torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, *size), 0)
+    row = scene.questions[0].cells[0][0] * SIDE // 8
+    away = torch.cat([scene.picture[:, :row], scene.picture[:, row + SIDE // 8 :]], 1).float()
+    assert (away.mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 4
+
+
+def test_the_names_of_cells_stand_beside_them():
+    picture = torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8)
+    named = with_names(picture)
+    assert torch.equal(named[:, 40:, 40:], picture)
+    for border in (named[:, :40, 40:], named[:, 40:, :40].mT):
+        inked = (border < 128).any(0).any(0).view(8, 126)
+        assert inked[:, 43:83].any(1).all()
+        assert not inked[:, :43].any()
 
 
 @pytest.fixture
-def photo(tmp_path):
-    pixels = np.random.default_rng(2).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    path = tmp_path / "photo.png"
-    Image.fromarray(pixels).save(path)
-    return path
+def said(monkeypatch):
+    """Answers in place of those of the models: the first right everywhere but for one, the second wrong everywhere."""
+    asked = []
+
+    def answers_of(model, processor, pictures, questions):
+        asked.append((model, pictures, questions))
+        truths = [q.answer for scene in (OF_PAGE(4), OF_PHOTO(4)) for q in scene.questions]
+        return ["mistaken", *truths[1:]] if model.model.dem is not None else ["-"] * len(truths)
+
+    monkeypatch.setattr(demo, "answers_of", answers_of)
+    return asked
 
 
-def run(photo, tmp_path, **options):
-    return run_demo(photo, tmp_path / "out.png", config=TINY, **options)
-
-
-def by_hand(photo, grid, preset, seed):
-    """The image tokens, by the ops alone."""
-    canvas = fit_canvas(photo, (28 * grid[0], 28 * grid[1])).permute(1, 2, 0).numpy()
-    pixels = ((canvas / 255 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)[None]
-    pixels = torch.from_numpy(pixels).float()
-    torch.manual_seed(seed)
-    model, projector, _ = demo._build(TINY, dv.TileGrid(*grid), preset, torch.device("cpu"))
-    assert model.dem.pairing == preset
-    low = torch.nn.functional.interpolate(pixels, (28, 28), mode="bicubic", align_corners=False)
-    with torch.inference_mode():
-        local, stride = (
-            torch.stack([model.encoder(tile[None])[0] for tile in cut(pixels, grid)[0]])[None]
-            for cut in (dv.local_crop, dv.global_stride_crop)
-        )
-        mixed = model.encoder(low) + model.dem(local, stride, grid)
-        if preset == "released":
-            mixed = mixed / 2
-        return projector(mixed.flatten(1, 2))
-
-
-@pytest.mark.parametrize("grid, preset", [((3, 3), "released"), ((2, 3), "paper"), ((3, 2), "released")])
-def test_tokens_are_those_of_the_photograph(photo, tmp_path, grid, preset):
-    report = run(photo, tmp_path, grid=grid, preset=preset, seed=5)
-    torch.testing.assert_close(report.image_tokens, by_hand(photo, grid, preset, 5), rtol=1e-4, atol=1e-5)
-
-
-def test_stages(photo, tmp_path, capsys):
-    report = run(photo, tmp_path, grid=(2, 3))
-    text = len(demo.QUESTION.encode())
-    assert [(stage.name, stage.shape, stage.tokens) for stage in report.stages] == [
-        ("image", (50, 70, 3), 0),
-        ("scale, pad, normalise", (1, 3, 56, 84), 0),
-        ("draw the tiles", (56, 84, 3), 0),
-        ("build the models", (), 0),
-        ("cut into tiles", (9, 3, 28, 28), 0),
-        ("encoder", (9, 2, 2, 32), 36),
-        ("DEM", (1, 2, 2, 32), 4),
-        ("mix", (1, 2, 2, 32), 4),
-        ("projector", (1, 4, 32), 4),
-        ("language model", (1, 4 + text, 256), 4 + text),
-    ]
-    assert report.logits.shape == (1, 4 + text, 256)
-    assert all(stage.seconds >= 0 for stage in report.stages)
-    memory = [stage.memory for stage in report.stages]
-    assert memory == sorted(memory)
-    assert 2**26 < memory[-1] < 2**37
-    out, err = capsys.readouterr()
-    for stage in report.stages:
-        assert any(line.startswith(stage.name) for line in out.splitlines())
-    assert "weights     RANDOM" in out
-    assert f"Wrote {tmp_path / 'out.png'}" in out
-    assert "Next:" in out
-    assert "9/9" in err  # progress
-
-
-@pytest.mark.parametrize("preset, views", [("released", 10), ("paper", 18)])
-@pytest.mark.parametrize("full", [False, True])
-def test_only_what_matters_is_encoded(photo, tmp_path, capsys, preset, views, full):
-    report = run(photo, tmp_path, preset=preset, full=full)
-    out = capsys.readouterr().out
-    said = "all 19 sub-images" if full else f"{views} of 19 sub-images determine the result; the others are not encoded"
-    assert f"encoding    {said}\n" in out
-    stages = {stage.name: stage for stage in report.stages}
-    assert stages["encoder"].shape[0] == (19 if full else views)
-    for stage in report.stages:  # the numbers of a row add up
-        assert stage.tokens in (0, np.prod(stage.shape[:-1]))
-    other = run(photo, tmp_path, preset=preset, full=not full)
-    torch.testing.assert_close(report.logits, other.logits)
-    assert planning()
-
-
-def test_a_grid_larger_than_the_memory_is_refused_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_whole_memory", lambda _: 2**30)
-    with pytest.raises(ValueError, match=r"grid of 20x30 takes about \d\d GiB here, and there are 1: choose a smaller"):
-        run_demo("none.png", tmp_path / "out.png", grid=(20, 30))
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(demo, "_whole_memory", lambda _: None)
-    with pytest.raises(ImageError, match="no such file"):
-        run_demo("none.png", tmp_path / "out.png", grid=(20, 30))
-
-
-def test_a_stage_lasts_from_the_end_of_the_one_before(monkeypatch):
-    watch = demo.Stopwatch(torch.device("cpu"), last=10.0)
-    clock = iter([11.0, 13.0, 16.0, 20.0])
-    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
-    for name in ("a", "b", "b", "c"):
-        watch.lap(name, (2, 3), tokens=5)
-    assert [(stage.name, stage.shape, stage.tokens, stage.seconds) for stage in watch.stages] == [
-        ("a", (2, 3), 5, 1.0),
-        ("b", (4, 3), 10, 5.0),
-        ("c", (2, 3), 5, 4.0),
-    ]
-    lines = demo.aligned(watch.stages, watch.device).splitlines()
-    assert lines[3].split()[:6] == ["b", "4", "x", "3", "10", "5.00"]
-    assert lines[-2].split() == ["total", "10.00"]
-
-
-def test_the_picture_is_that_of_the_canvas(photo, tmp_path):
-    run(photo, tmp_path, grid=(3, 2))
-    expected = draw_tiles(fit_canvas(photo, (84, 56)), (3, 2)).picture
-    assert torch.equal(load_image(tmp_path / "out.png"), load_image(expected))
-
-
-def test_seed_and_photograph_matter(photo, tmp_path):
-    first = run(photo, tmp_path, seed=1).logits
-    assert torch.equal(run(photo, tmp_path, seed=1).logits, first)
-    assert not torch.equal(run(photo, tmp_path, seed=2).logits, first)
-    Image.new("RGB", (70, 50), "green").save(photo)
-    assert not torch.equal(run(photo, tmp_path, seed=1).logits, first)
-
-
-def test_a_single_tile_is_encoded_once(photo, tmp_path):
-    stages = {stage.name: stage.shape for stage in run(photo, tmp_path, grid=(1, 1)).stages}
-    assert stages["encoder"] == (1, 2, 2, 32)
-
-
-def test_default_photograph(tmp_path, capsys):
-    report = run(None, tmp_path, grid=(1, 1))
-    assert report.stages[0].shape == (600, 512, 3)
-    assert "grace_hopper.jpg (Grace Hopper, a photograph that matplotlib ships)" in capsys.readouterr().out
-
-
-def test_the_default_is_vit_l_14_336(photo, tmp_path, monkeypatch):
-    class BuiltError(Exception):
-        pass
-
-    def stop(config, *_):
-        raise BuiltError(config)
-
-    build = demo._build
-    monkeypatch.setattr(demo, "_build", stop)
-    with pytest.raises(BuiltError) as info:
-        run_demo(photo, tmp_path / "out.png")
-    model, _, _ = build(info.value.args[0], dv.TileGrid(3, 3), "released", torch.device("meta"))
-    config = model.encoder.model.config
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (1024, 24, 16)
-    assert (config.intermediate_size, config.image_size, config.patch_size) == (4096, 336, 14)
-    assert model.encoder.layer == -2
-    assert sum(p.numel() for p in model.encoder.parameters()) == 303_507_456
-    assert sum(p.numel() for p in model.dem.parameters()) == 4_400_256
-
-
-def test_gradients_are_not_kept(photo, tmp_path):
-    report = run(photo, tmp_path)
-    assert report.image_tokens.is_inference()
-    assert report.logits.is_inference()
+def test_what_is_printed_and_written(said, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    shown = run_demo(PHOTO, out, seed=4)
+    printed = capsys.readouterr().out
+    scenes = [OF_PAGE(4), OF_PHOTO(4)]
+    for _, pictures, questions in said:
+        assert questions == [question.text for scene in scenes for question in scene.questions]
+        assert torch.equal(pictures[0], scenes[0].picture)
+        assert torch.equal(pictures[-1], scenes[1].picture)
+    lines = [re.split(r"  +", line) for line in printed.splitlines()]
+    first = scenes[0].questions[0]
+    assert [first.text, first.answer, "mistaken (wrong)", "- (wrong)"] in lines
+    for question in [*scenes[0].questions[1:], *scenes[1].questions]:
+        assert [question.text, question.answer, question.answer, "- (wrong)"] in lines
+    counts = [len(scene.questions) for scene in scenes]
+    assert ["right", f"{counts[0] - 1} of {counts[0]}", f"0 of {counts[0]}"] in lines
+    assert ["right", f"{counts[1]} of {counts[1]}", f"0 of {counts[1]}"] in lines
+    kind, task = next(iter(measured()["tasks"].items()))
+    shares = f"{task['dual']['accuracy']:.3f} with tiles, {task['low-res']['accuracy']:.3f} low resolution"
+    assert f"Of {task['questions']} questions ({kind}) these shares were answered rightly: {shares}." in printed
+    assert f"Wrote {out} and {tmp_path / 'out.html'}" in printed
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert '<td class="wrong">mistaken (wrong)</td>' in text
+    assert load_image(out).shape[1] > 2 * SIDE
+    assert [tuple(one.canvas.shape) for one in shown] == [(3, 336, 336)] * 2
+    small = to_image(scenes[0].picture).reduce(3)
+    assert (shown[0].canvas.float() - load_image(small).float()).abs().mean() < 8

@@ -52,6 +52,7 @@ PUBLIC = {
         "full_computation",
         "global_stride_crop",
         "load_adapter",
+        "load_embedded",
         "load_image",
         "local_crop",
         "low_pass",
