@@ -43,7 +43,7 @@ MOVED: dict[str, dict[str, int]] = {
         "check_result_size": 5,
         "check_tile_pair": 5,
         "shape_in": 4,
-        "view_in": 7,  # what `_plain` of kernels/retile.py did where tiles hold whole cells
+        "split_in": 7,  # what `_plain` of kernels/retile.py did where tiles hold whole cells
     },
 }
 ADDED = (
