@@ -18,7 +18,7 @@ from dualview.probe.features import Encode
 
 TRAINING = (
     "dualview.models.reader.modeling_reader",
-    *(f"dualview.reader.{name}" for name in ("pretrain", "descent", "drawing", "glyphs")),
+    *(f"dualview.reader.{name}" for name in ("pretrain", "pages", "drawing", "glyphs", "descent")),
 )
 """Modules whose code decides what a tower becomes, besides its seed, its steps and its sizes."""
 

@@ -32,7 +32,7 @@ ROUNDED = "rows_per_device"
 def run_folder(config: TrainConfig, *, resume: bool, report: Callable[[str], None]) -> Iterator[None]:
     """The folder of a run within the block, for this process alone; made, and recorded, where it is not there.
 
-    Where the block fails before a step was logged, a folder that it made is removed: the next call begins anew.
+    Where the block fails and has left nothing but notes, a folder that it made is removed: the next call begins anew.
 
     Raises:
         ValueError: The folder is there and ``resume`` is False, another process uses it, it is no folder of a run, or
@@ -54,14 +54,18 @@ def run_folder(config: TrainConfig, *, resume: bool, report: Callable[[str], Non
             _record(config, folder, report)
             yield
         except BaseException:
-            if made and not _has_trained(folder):
+            if made and _holds_notes_alone(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _has_trained(folder: Path) -> bool:
-    kept = [path for name in ("base", "*/model", "*/checkpoint-*") for path in folder.glob(name)]
-    return bool(kept) or any(log.stat().st_size for log in folder.glob("*/log.jsonl"))
+def _holds_notes_alone(folder: Path) -> bool:
+    """Whether nothing is in the folder that would be missed: neither weights nor losses, nor anything of others."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return all(
+        path.name in (RECORD, ROWS, LOCK) or path.name.startswith("events.out.tfevents") or not path.stat().st_size
+        for path in files
+    )
 
 
 @contextmanager

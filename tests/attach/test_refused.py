@@ -127,6 +127,14 @@ class OfBase(Own):
         return self.gate * (super().forward(local_tiles, stride_tiles, grid) - base)
 
 
+class OutOfPython(Own):
+    """As what is compiled by other means: `inspect` knows no signature of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = torch.add
+
+
 class OfPlan(Own):
     def plan(self, grid, tokens):
         raise AssertionError("attach needs no plan")
@@ -143,6 +151,7 @@ def test_modules_that_cannot_be_called_as_they_would_be():
         with refuses(*parts):
             dv.attach(trial.bare, dem=dem)
         assert unharmed(trial)
+    dv.attach(copy.deepcopy(trial.bare), dem=OutOfPython())
     for dem in (Own(), Own(gate=True, low_res="add"), OfBase(gate=True)):
         logits(dv.attach(copy.deepcopy(trial.bare), dem=dem), trial.inputs)
 

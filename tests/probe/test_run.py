@@ -1,9 +1,12 @@
 """A whole run on few pages: the document, its results, its figure, and the command."""
 
 import json
+import re
 import time
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
+from inspect import getsource
 
 import numpy as np
 import pytest
@@ -163,6 +166,15 @@ def test_a_tower_has_the_name_of_all_that_decides_it(monkeypatch):
     monkeypatch.setattr("dualview.models.reader.ReaderVisionConfig", lambda: ReaderVisionConfig(hidden_size=80))
     names.append(encoders.name_of(0, 1))
     assert len(set(names)) == 5
+
+
+def test_the_name_of_a_tower_is_of_every_module_that_trains_or_draws():
+    used = {
+        name
+        for module in encoders.TRAINING
+        for name in re.findall(r"^from (dualview\.reader\.\w+) import", getsource(import_module(module)), re.MULTILINE)
+    }
+    assert used <= {*encoders.TRAINING}
 
 
 @pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png"])

@@ -61,12 +61,14 @@ def fail_with(folder, *files):
 def test_a_run_that_did_not_begin_leaves_nothing(tmp_path):
     for _ in range(2):
         with pytest.raises(RuntimeError):
-            fail_with(tmp_path, ("stage1/log.jsonl", ""))
+            fail_with(tmp_path, ("stage1/log.jsonl", ""), ("stage1/runs/now/events.out.tfevents.1", "scalars"))
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kept", ["base/x", "stage1/model/x", "stage1/checkpoint-2/x", "stage1/log.jsonl"])
-def test_what_was_trained_is_kept(tmp_path, kept):
+@pytest.mark.parametrize(
+    "kept", ["base/x", "stage1/model/x", "stage1/checkpoint-2/x", "stage1/log.jsonl", "features/0/x"]
+)
+def test_what_was_made_is_kept(tmp_path, kept):
     with pytest.raises(RuntimeError):
         fail_with(tmp_path, (kept, "{}"))
     assert (tmp_path / "run" / kept).exists()
