@@ -84,7 +84,7 @@ def embedded_folder(view: EmbeddedView) -> Path:
         ValueError: There is no such view.
         FileNotFoundError: The installation lacks the weights.
     """
-    folder = Path(__file__).with_name(check_choice(view, "view", get_args(EmbeddedView)))
+    folder = Path(__file__).with_name(str(check_choice(view, "view", get_args(EmbeddedView))))
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             errno.ENOENT, "the weights that come with the package are not there: install it again", str(folder)

@@ -105,7 +105,8 @@ def _labels(kinds: Tensor, empty: Tensor, centre: Tensor, height: Tensor, patche
     outside = ((middle < -2) | (middle > patches * PATCH + 2)).any(-1)
     named = torch.where(outside, NOT_JUDGED, kinds.flatten(1))
     labels = torch.where(least.isinf(), BACKGROUND, named.gather(1, nearest))
-    return labels.unflatten(1, (patches, patches))
+    of_page: Tensor = labels.unflatten(1, (patches, patches))
+    return of_page
 
 
 class PagesSeen(NamedTuple):
@@ -140,7 +141,8 @@ def of_cells(tower: ReaderVisionModel, tiles: Tensor) -> Tensor:
     tokens = tower(tiles.flatten(0, 1)).last_hidden_state
     patches = TILE // PATCH
     page = recombine(tokens.view(len(tiles), 9, patches, patches, -1), (3, 3), "local", data_format="channels_last")
-    return page.unflatten(2, (CELLS, 3)).unflatten(1, (CELLS, 3)).mean((2, 4))
+    cells: Tensor = page.unflatten(2, (CELLS, 3)).unflatten(1, (CELLS, 3)).mean((2, 4))
+    return cells
 
 
 def pretrain(
@@ -183,7 +185,7 @@ def pretrain(
     tower, heads, atlas = tower.to(device).train(), heads.to(device), build_atlas().to(device)
     of_patch, of_cell, of_place = heads
     descent = Descent([*tower.parameters(), *heads.parameters()], learning_rate, steps, watch=watch)
-    place = waves(TILE // PATCH, TILE // PATCH, of_place.weight).flatten(0, 1)
+    place = waves(TILE // PATCH, TILE // PATCH, torch.empty(0, device=device)).flatten(0, 1)
     learn_statistics(tower, True)
     for step in range(steps):
         smallest = 12.0 if step * 12 < steps else 4.0

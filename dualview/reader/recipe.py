@@ -42,8 +42,7 @@ class Recipe:
         tower_batch: Tiles in each.
         warm_steps: Steps of stage 0, of 8 pages that are told.
         pages: Pages of 336 pixels, for stages 1 and 2.
-        aligning: How often each is seen when a front learns to speak, in words that are drawn.
-        realigning: How often when it learns the words of stage 0.
+        aligning: How often each is seen in the regression after stage 0.
         chats: Conversations about each, of which stages 1 and 2 take theirs.
         stage1_steps: Steps of stage 1, of 16 conversations.
         stage2_steps: Steps of stage 2, likewise.
@@ -61,8 +60,7 @@ class Recipe:
     tower_batch: int = 20
     warm_steps: int = 3200
     pages: int = 2000
-    aligning: int = 10
-    realigning: int = 2
+    aligning: int = 12
     chats: int = 4
     stage1_steps: int = 50
     stage2_steps: int = 300
@@ -79,8 +77,8 @@ class Recipe:
 def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | None = None) -> Path:
     """Train the embedded model, and the low-resolution model that it is compared with, by one call.
 
-    Two processes work at a time: the tower, what it sees and the fronts beside stage 0, then the two models beside each
-    other. On a CPU each has one thread. What is there already in the folder is not made again.
+    Two processes work at a time: the tower beside pages and stage 0, then the two models beside each other. On a CPU
+    each has one thread. What is there already in the folder is not made again.
 
     Args:
         output: Folder of the run. ``dual``, ``low-res`` and ``results.json`` in it are the results.
@@ -93,14 +91,12 @@ def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | 
     recipe = Recipe() if recipe is None else recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output.mkdir(parents=True, exist_ok=True)
-    common = (output, recipe, device)
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for pair in (
-            (pool.submit(see, *common), pool.submit(train_language, *common)),
-            [pool.submit(train_arm, *common, arm) for arm in ARMS],
-        ):
-            for part in pair:
-                part.result()
+        tower = pool.submit(train_tower, output, recipe, device)
+        pool.submit(train_language, output, recipe, device).result()
+        tower.result()
+        for arm in [pool.submit(train_arm, output, recipe, device, arm) for arm in ARMS]:
+            arm.result()
     found = {arm: json.loads((output / f"{arm}-answers.json").read_text(encoding="utf-8")) for arm in ARMS}
     minutes = {file.stem: float(file.read_text()) for file in sorted((output / "minutes").iterdir())}
     results = {"recipe": asdict(recipe), "minutes": minutes, "tasks": compared(found["dual"], found["low-res"])}
@@ -108,54 +104,14 @@ def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | 
     return output
 
 
-def see(output: Path, recipe: Recipe, device: str) -> None:
-    """The tower, the pages, what the tower makes of them, and the fronts of both models."""
-    tower = train_tower(output, recipe, device)
-    with minutes_of(output, "pages"):
-        atlas = build_atlas().to(device)
-        for shard in range(-(-recipe.pages // SHARD)):
-            folder, count = output / f"pages-{shard:03}", min(SHARD, recipe.pages - shard * SHARD)
-            if not folder.is_dir():
-                seed = recipe.seed * 1000 + shard
-                write_corpus(folder, count, 3 * TILE, HEIGHTS, seed=seed, atlas=atlas, chats=recipe.chats)
-    for arm in ARMS:
-        with minutes_of(output, f"features of {arm}"):
-            model, processor = build_model(tower, TILE, dual=arm == "dual")
-            cache = feature_cache(output, model, processor)
-            cache.fill([file for folder in page_folders(output) for file in pictures(folder)], model.to(device))
-        train_front(output, recipe, device, arm, tower)
-
-
-def train_front(output: Path, recipe: Recipe, device: str, arm: str, tower: ReaderVisionModel) -> None:
-    """Enhancement module and projector of a model learn to speak, beside stage 0: in words that are drawn."""
-    folder = output / f"{arm}-front"
-    if not folder.is_dir():
-        torch.manual_seed(recipe.seed)
-        model, processor = build_model(tower, TILE, dual=arm == "dual")
-        _align(output, recipe, device, arm, (model, processor), recipe.aligning)
-        _save(model, processor, folder)
-
-
-def _align(output: Path, recipe: Recipe, device: str, arm: str, parts: tuple[Any, Any], epochs: int) -> None:
-    """Regression of a front onto the words of its language model; the model is brought back to the CPU."""
-    model, processor = parts
-    seen = SeenPages(page_folders(output), feature_cache(output, model, processor))
-    with minutes_of(output, f"{arm}, {epochs} rounds of regression") as watch:
-        align(model, processor.tokenizer, seen, epochs=epochs, seed=recipe.seed, device=device, watch=watch)
-    for height in (8, 28):
-        shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
-        say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
-    model.cpu()
+def folder_of(output: Path, shard: int) -> Path:
+    """A folder of pages."""
+    return output / f"pages-{shard:03}"
 
 
 def page_folders(output: Path) -> list[Path]:
-    """Folders with pages, in order."""
+    """Those that are there, in order."""
     return sorted(output.glob("pages-[0-9]*"))
-
-
-def feature_cache(output: Path, model: Any, processor: Any) -> FeatureCache:
-    """Where the features of pages are kept, as the stages ask for them."""
-    return FeatureCache(output / "features", model, processor, {"do_pad": True})
 
 
 def train_tower(output: Path, recipe: Recipe, device: str) -> ReaderVisionModel:
@@ -178,7 +134,14 @@ def train_tower(output: Path, recipe: Recipe, device: str) -> ReaderVisionModel:
 
 
 def train_language(output: Path, recipe: Recipe, device: str) -> None:
-    """The language model after stage 0, trained where it is not there yet."""
+    """The pages, and the language model after stage 0, made where they are not there yet."""
+    shards = [shard for shard in range(-(-recipe.pages // SHARD)) if not folder_of(output, shard).is_dir()]
+    if shards:
+        with minutes_of(output, "pages"):
+            for shard in shards:
+                count, seed = min(SHARD, recipe.pages - shard * SHARD), recipe.seed * 1000 + shard
+                atlas, chats = build_atlas().to(device), recipe.chats
+                write_corpus(folder_of(output, shard), count, 3 * TILE, HEIGHTS, seed=seed, atlas=atlas, chats=chats)
     folder = output / "warm"
     if folder.is_dir():
         return
@@ -202,10 +165,21 @@ def train_arm(output: Path, recipe: Recipe, device: str, arm: str) -> None:
     base, run, made = output / f"{arm}-base", output / f"{arm}-run", output / arm
     processor = build_model(None, TILE)[1]
     if not base.is_dir():
-        model = InfLlavaForConditionalGeneration.from_pretrained(output / f"{arm}-front")
+        torch.manual_seed(recipe.seed)
+        model, _ = build_model(train_tower(output, recipe, device), TILE, dual=arm == "dual")
         model.load_state_dict(of_language_model(output / "warm"), strict=False)
-        _align(output, recipe, device, arm, (model, processor), recipe.realigning)
-        _save(model, processor, base)
+        cache, folders = FeatureCache(output / "features", model, processor, {"do_pad": True}), page_folders(output)
+        with minutes_of(output, f"{arm}, features"):
+            cache.fill([file for folder in folders for file in pictures(folder)], model.to(device), shown=True)
+        with minutes_of(output, f"{arm}, the end of stage 0") as watch:
+            seen = SeenPages(folders, cache)
+            align(
+                model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, device=device, watch=watch
+            )
+        for height in (8, 28):
+            shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+            say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
+        _save(model.cpu(), processor, base)
     common = {"precision": "fp32", "gradient_checkpointing": False, "workers": 0, "logging_steps": 20}
     common |= {"feature_cache": str(output / "features")}
     common |= {"save_steps": 400, "save_total_limit": 1, "group_by_length": False, "pad_images": True}
