@@ -227,7 +227,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="DIR",
         help="directory that `dualview convert` made, or a name on the hub (default: the small model that comes with "
-        f"the package. It was trained on drawn pages of 8 x 8 cells and knows these questions: {' '.join(KNOWN)})",
+        f"the package. It was trained on drawn pages of 8 x 8 cells and on these questions alone: {' '.join(KNOWN)})",
     )
     parser.add_argument(
         "--size",

@@ -205,7 +205,9 @@ def _chat(options: argparse.Namespace, view: EmbeddedView = "dual") -> Chat:
         max_new_tokens=options.max_new_tokens,
     )
     if not options.model and view == "dual":
-        hint(f"The embedded model, trained on drawn pages alone, knows these questions: {' '.join(KNOWN)}")
+        card = embedded_folder(view).with_name("README.md")
+        hint(f"The embedded model was trained on drawn pages and on these questions alone: {' '.join(KNOWN)}")
+        hint(f"How well it answers each kind: {card}")
     return conversation
 
 

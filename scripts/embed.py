@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from safetensors import safe_open
 
 from dualview.embedded import KNOWN, EmbeddedView
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
-from dualview.reader.evaluate import BARS
+from dualview.reader.evaluate import BARS, draw_questions
 from dualview.reader.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
 
 PLACE = Path(__file__).parents[1] / "dualview" / "embedded"
@@ -57,15 +58,20 @@ get an answer, too, which means nothing.
 From nothing, by `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`): backgrounds are
 computed, and nothing is fetched. The parts took these minutes, two at a time: {minutes}.
 
+{note}
+
 ## How often they are right
 
 Asked through `generate` about pages whose seeds and font files no training saw; other files of the same families, and
 the same six shapes, it did. In brackets the interval of 95 %. Heights of glyphs are in pixels of the page of 336 x 336;
 where none is named they are 8 to 28.
 
-| questions | asked | with tiles | low resolution | difference |
-| --- | --- | --- | --- | --- |
+| questions | asked | with tiles | low resolution | difference | one answer to all |
+| --- | --- | --- | --- | --- | --- |
 {rows}
+
+The last column is the share of the most frequent right answer: who always gives that one is as often right, so a model
+that is no better there has learnt nothing of the pages. {weak}
 
 ## Licences
 
@@ -84,6 +90,8 @@ def card(folder: Path) -> str:
         dual=millions(folder / "dual"),
         low_res=millions(folder / "low-res"),
         known=" ".join(f"*{question}*" for question in KNOWN),
+        note=results.get("note", ""),
+        weak=weak_kinds(results["tasks"]),
         minutes=", ".join(f"{name} {minutes:.1f}" for name, minutes in results["minutes"].items()),
         rows="\n".join(row(name, task) for name, task in results["tasks"].items()),
         trained=", ".join(TRAINING_FONTS),
@@ -95,7 +103,20 @@ def row(name: str, task: dict[str, Any]) -> str:
     """A line of the table."""
     parts = [task[part] for part in (*get_args(EmbeddedView), "gap")]
     cells = [f"{part['accuracy']:.3f} [{part['interval'][0]:.3f}, {part['interval'][1]:.3f}]" for part in parts]
-    return f"| {name} | {task['questions']} | {' | '.join(cells)} |"
+    return f"| {name} | {task['questions']} | {' | '.join(cells)} | {task['constant']:.3f} |"
+
+
+def weak_kinds(tasks: dict[str, Any]) -> str:
+    """Which kinds of questions `dual` has not learnt: its interval does not lie above one answer to all."""
+    weak = [name for name, task in tasks.items() if task["dual"]["interval"][0] <= task["constant"]]
+    return f"Of `dual` this holds for: {'; '.join(weak)}." if weak else "This holds for no kind of `dual`."
+
+
+def constant(name: str, count: int) -> float:
+    """The share of the most frequent right answer among the questions of a kind that were asked."""
+    task, heights, digits = BARS[name]
+    answers = Counter(question.answer for question in draw_questions(task, count, 56, heights, digits=digits)[1])
+    return answers.most_common(1)[0][1] / count
 
 
 def millions(folder: Path) -> str:
@@ -121,9 +142,12 @@ def embed(source: Path, place: Path = PLACE) -> None:
         size = sum(file.stat().st_size for file in made.rglob("*"))
         if size > MOST:
             raise ValueError(f"{source}: {size:,} bytes in float16, and the package may carry {MOST:,}: take less.")
-        shutil.copyfile(source / "results.json", made / "results.json")
-        if missing := BARS.keys() - json.loads((made / "results.json").read_text(encoding="utf-8"))["tasks"].keys():
+        results = json.loads((source / "results.json").read_text(encoding="utf-8"))
+        if missing := BARS.keys() - results["tasks"].keys():
             raise ValueError(f"{source}/results.json lacks {sorted(missing)}: let `make reader` run to its end.")
+        for name, task in results["tasks"].items():
+            task["constant"] = round(constant(name, task["questions"]), 4)
+        (made / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (made / "README.md").write_text(card(made), encoding="utf-8")
         for part in sorted(made.iterdir()):
             shutil.rmtree(place / part.name, ignore_errors=True)

@@ -28,7 +28,7 @@ KNOWN = (
     "Which is larger, B8 or F4?",
     "Is there a star?",
 )
-"""One question of every kind that the models were trained on; they are not known to answer others."""
+"""One question of every kind that the models were trained on; README.md says which they answer well."""
 
 
 def load_embedded(view: EmbeddedView = "dual") -> tuple[InfLlavaForConditionalGeneration, InfLlavaProcessor]:

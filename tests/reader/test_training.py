@@ -160,7 +160,7 @@ def test_the_tower_learns_to_read():
 
 @pytest.mark.more
 def test_the_whole_recipe_runs_and_is_not_run_twice(tmp_path):
-    recipe = Recipe(1, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1, questions=1)
+    recipe = Recipe(1, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1, questions=2)
     train_embedded(tmp_path / "run", recipe, device="cpu")
     for arm, has_dem in (("dual", True), ("low-res", False)):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / arm)
