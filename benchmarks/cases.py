@@ -1,7 +1,7 @@
 """What is compared: every case names our side, the peers, the work it cannot do without, and what it aims at.
 
-One registry for all sizes: "tiny" for the tests, "quick" for `make bench`, "full" for everything, "gpu" for what a GPU
-is bought for: larger batches, and the kernels beside torch.
+One registry for all sizes: "tiny" for the tests, "quick" for `make bench`, "full" for everything. What a GPU is bought
+for, larger batches and CUDA graphs, is in `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from dualview.kernels.dispatch import Backend, interpreting
 from dualview.kernels.retile import retile
 from dualview.ops.planned.products import Arrangement
 
-Size = Literal["tiny", "quick", "full", "gpu"]
+Size = Literal["tiny", "quick", "full"]
 Mode = Literal["forward", "frozen features", "features too"]
 OURS = "dualview"
 KERNELS = "dualview, Triton"
-OF_KERNELS = (KERNELS,)
-"""All sides that the kernels compute."""
 SEED = 0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -83,7 +81,7 @@ class Case:
 
 
 def registry(size: Size) -> list[Case]:
-    """All cases of a size, what is aimed at first: on a GPU the last ones may find no time."""
+    """All cases of a size, what is aimed at first."""
     from benchmarks.attached import attached
     from benchmarks.large import large
 
@@ -111,21 +109,18 @@ def _with_kernels(place: Place) -> bool:
 def _ops(size: Size) -> Iterable[Case]:
     side, tokens, width = (4, 4, 8) if size == "tiny" else (336, 24, 1024)
     ns = {"tiny": (2,), "full": (3, 5)}.get(size, (3,))
-    batches = (1, 8, 32) if size == "gpu" else (1,)
-    compile_too = {"full": batches, "gpu": (8,)}.get(size, ())
-    for n, batch in product(ns, batches):
-        params = {"n": n, "batch": batch}
-        label = f"n={n}" + (f", batch {batch}" if batch > 1 else "")
-        shapes = {"images": (batch, 3, n * side, n * side), "tokens": (batch, n * tokens, n * tokens, width)}
+    for n in ns:
+        params, label = {"n": n, "batch": 1}, f"n={n}"
+        shapes = {"images": (1, 3, n * side, n * side), "tokens": (1, n * tokens, n * tokens, width)}
         for kind, cut, inverse in product(shapes, ("local", "global"), (False, True)):
             op = "recombine" if inverse else {"local": "local_crop", "global": "global_stride_crop"}[cut]
             name = f"{op}, {cut} {kind}, {label}" if inverse else f"{op}, {kind}, {label}"
-            compiled = batch in compile_too or (size, kind, cut) == ("tiny", "tokens", "global")  # it takes seconds
+            compiled = size == "full" or (size, kind, cut) == ("tiny", "tokens", "global")  # it takes seconds
             build = partial(_tiling, shapes[kind], (n, n), kind, cut, inverse, compiled)
             yield Case("ops", name, params | {"shape": "x".join(map(str, shapes[kind]))}, build)
-        tiles = (batch, n * n, tokens, tokens, width)
+        tiles = (1, n * n, tokens, tokens, width)
         for source, target in (("local", "global"), ("global", "local")):
-            build = partial(_retile, tiles, (n, n), source, target, batch in compile_too)
+            build = partial(_retile, tiles, (n, n), source, target, size == "full")
             params["shape"] = "x".join(map(str, tiles))
             yield Case("ops", f"re-tile, {source} to {target}, {label}", dict(params), build)
 
@@ -225,27 +220,23 @@ def _photograph(n: int, side: int, live: bool, place: Place) -> Comparison:
 
 
 def _forward(size: Size) -> Iterable[Case]:
-    return _dem(size, ("forward",), (1, 8, 16, 32) if size == "gpu" else (1,))
+    return _dem(size, ("forward",))
 
 
 def _backward(size: Size) -> Iterable[Case]:
-    return _dem(size, ("frozen features", "features too"), (8, 1, 32) if size == "gpu" else (1,))
+    return _dem(size, ("frozen features", "features too"))
 
 
-def _dem(size: Size, modes: tuple[Mode, ...], batches: tuple[int, ...]) -> Iterable[Case]:
+def _dem(size: Size, modes: tuple[Mode, ...]) -> Iterable[Case]:
     tokens, width = (4, 32) if size == "tiny" else (24, 1024)
     ns = {"tiny": (2, 3), "full": (3, 5)}.get(size, (3,))
-    for preset, n, batch, mode in product(("released", "paper"), ns, batches, modes):
+    for preset, n, mode in product(("released", "paper"), ns, modes):
         if size == "quick" and preset == "paper" and mode != "forward":
             continue
-        params = {"preset": preset, "n": n, "d": width, "batch": batch, "tokens": tokens, "mode": mode}
+        params = {"preset": preset, "n": n, "d": width, "batch": 1, "tokens": tokens, "mode": mode}
         name = mode if mode == "forward" else f"forward + backward, {mode}"
-        name = f"{preset}, n={n}{f', batch {batch}' if batch > 1 else ''}: {name}"
-        # What is compiled takes its time, and for every size again.
-        aimed_at = batch == 8 or (preset, mode) == ("released", "forward")
-        compile_too = size == "full" or (size == "gpu" and aimed_at)
-        few = size in ("tiny", "quick")
-        yield Case("dem", name, params, partial(_enhance, **params, few=few, compile_too=compile_too))
+        build = partial(_enhance, **params, few=size in ("tiny", "quick"), compile_too=size == "full")
+        yield Case("dem", f"{preset}, n={n}: {name}", params, build)
 
 
 DEM_TARGETS = {
@@ -259,24 +250,6 @@ DEM_TARGETS = {
 
 LOOP, COMPILED, FLEX = "loop over tiles", "the same, torch.compile", "FlexAttention, permuted"
 PLAN_COMPILED = "dualview, torch.compile"
-
-
-def _dem_aims(
-    device: str, preset: str, n: int, d: int, batch: int, mode: Mode
-) -> tuple[dict[str, float], dict[str, float], float | None]:
-    """Ratios of time, ratios of memory, fraction of what the machine could do; of other widths none."""
-    if d != 1024:
-        return {}, {}, None
-    if device == "cpu":
-        targets = {LOOP: DEM_TARGETS[preset, n, mode]} if (preset, n, mode) in DEM_TARGETS else {}
-        return targets, dict.fromkeys(targets, 3.0), None
-    if (preset, n) != ("released", 3):
-        return {}, {}, None
-    if mode != "forward":
-        return {}, {LOOP: 4.0}, None
-    against_loop = {1: {LOOP: 20.0}, 16: {LOOP: 10.0}}.get(batch, {})
-    compiled = dict.fromkeys((PLAN_COMPILED, COMPILED, FLEX), 1.3)
-    return compiled | against_loop, {}, 0.6 if batch == 32 else None
 
 
 def _enhance(
@@ -331,14 +304,14 @@ def _enhance(
         if not few:  # without a GPU it is slower than the loop
             runs["NATTEN"] = partial(peers.dem_batched, *given, attend=peers.natten)
     backward: work.Backward = {"forward": "none", "frozen features": "weights", "features too": "all"}[mode]
-    targets, memory_targets, fraction_target = _dem_aims(place.device, preset, n, d, batch, mode)
+    aimed_at = place.device == "cpu" and d == 1024 and (preset, n, mode) in DEM_TARGETS
+    targets = {LOOP: DEM_TARGETS[preset, n, mode]} if aimed_at else {}
     return Comparison(
         {name: step(run) for name, run in runs.items()},
         work.dem(dem, grid, (tokens, tokens), batch, local.element_size(), backward),
         TOLERANCE[place.dtype],
-        targets={name: target for name, target in targets.items() if name in runs},
-        memory_targets=memory_targets,
-        fraction_target=fraction_target,
+        targets=targets,
+        memory_targets=dict.fromkeys(targets, 3.0),
     )
 
 
@@ -359,13 +332,11 @@ def _prefix(size: Size) -> Iterable[Case]:
         "quick": ("small ViT", 256, 6, 4, 336, 14, 512),
         "full": ("ViT-L/14-336", 1024, 24, 16, 336, 14, 4096),
     }
-    name, width, layers, heads, side, patch, text = towers["full" if size == "gpu" else size]
-    ns = {"tiny": (2, 3), "quick": (3,), "full": (2, 3, 4, 5), "gpu": (3,)}[size]
-    for n, batch in product(ns, (1, 8) if size == "gpu" else (1,)):
-        params = {"n": n, "tower": name, "d": width, "layers": layers, "batch": batch}
-        build = partial(_pixels_to_tokens, n, batch, width, layers, heads, side, patch, text)
-        of_batch = f", batch {batch}" if batch > 1 else ""
-        yield Case("prefix", f"{name}, {n * side} pixels, n={n}{of_batch}", params, build, process=True)
+    name, width, layers, heads, side, patch, text = towers[size]
+    for n in {"tiny": (2, 3), "quick": (3,), "full": (2, 3, 4, 5)}[size]:
+        params = {"n": n, "tower": name, "d": width, "layers": layers, "batch": 1}
+        build = partial(_pixels_to_tokens, n, 1, width, layers, heads, side, patch, text)
+        yield Case("prefix", f"{name}, {n * side} pixels, n={n}", params, build, process=True)
 
 
 def _tower(width: int, layers: int, heads: int, side: int, patch: int) -> dict[str, int]:
@@ -412,8 +383,7 @@ def _pixels_to_tokens(
     views = batch * {2: 9, 3: 10, 4: 21, 5: 26}[n]  # distinct sub-images that determine the output
     of_tokens = batch * tokens[0] * tokens[1]
     planned += work.vit(tower, layers - 1, views, itemsize) + work.mlp(of_tokens, width, text, itemsize)
-    aim = 3.0 if place.device == "cuda" and batch == 1 else 1.9
-    target = {schedule: aim} if layers == 24 and n == 3 else {}
+    target = {schedule: 1.9} if layers == 24 and n == 3 else {}
     return Comparison(
         {name: torch.no_grad()(run) for name, run in sides.items()}, planned, TOLERANCE[place.dtype], targets=target
     )

@@ -25,7 +25,7 @@ TOO_LONG = 60.0
 WARM = 1.0
 """Seconds of a first call after which it counts: what a process does only once is little beside it."""
 
-BUDGETS = {"tiny": 0.0, "quick": 0.0, "full": 5.0, "gpu": 0.5}
+BUDGETS = {"tiny": 0.0, "quick": 0.0, "full": 5.0}
 """Seconds for the samples of a side that is measured alone; there are at least two."""
 
 

@@ -28,15 +28,11 @@ def large(size: Size) -> Iterable[Case]:
     tilings = {"tiny": ((16, 4),), "full": ((512, 64), (512, 256), (256, 64), (1024, 256))}.get(size, ((512, 64),))
     kinds = {BATCH: _all_at_once, ONE_BY_ONE: _one_by_one, WINDOWS: _windows}
     for (tile, overlap), (kind, build) in product(tilings, kinds.items()):
-        if size == "gpu" and kind == ONE_BY_ONE:
-            continue
         params = {"side": side, "tile": tile, "overlap": overlap}
         name = f"overlap and blend, {kind}: {side} x {side}, tiles of {tile}, overlap {overlap}"
         yield Case("large", name, params, partial(build, **params))
     params = {"side": side // 4, "tile": max(16, tilings[0][0] // 2)}
     yield Case("large", f"three convolutions on {side // 4} x {side // 4}", params, partial(_convolutions, **params))
-    if size == "gpu":
-        return
     yield Case("large", f"stride tiles of a zarr store, {side} x {side}", {"side": side}, partial(_gathered, side))
     if size in ("tiny", "full"):
         side = 128 if size == "tiny" else 46_336

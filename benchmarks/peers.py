@@ -32,18 +32,9 @@ def need(name: str) -> ModuleType:
         raise Missing(f"not installed: {error}") from error
 
 
-def missing(reason: str) -> Callable[[], Any]:
-    """A side that is not run, for this reason."""
-
-    def refuse() -> Any:
-        raise Missing(reason)
-
-    return refuse
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], compiler: str = "inductor") -> Callable[..., Any]:
     """The same under torch.compile, without graph breaks."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
 
 
 # --- Crops and their inverses ----------------------------------------------------------------------------------------
@@ -294,7 +285,7 @@ def tiles_as_batch(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Ten
 
 
 @lru_cache
-def _flex(per_tile: int, length: int, device: str) -> tuple[Callable[..., Tensor], Any]:
+def _flex(per_tile: int, length: int, device: str, compiler: str) -> tuple[Callable[..., Tensor], Any]:
     """The compiled attention and the mask of a size: made once, as a user would."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -302,11 +293,14 @@ def _flex(per_tile: int, length: int, device: str) -> tuple[Callable[..., Tensor
         return i // per_tile == j // per_tile
 
     block = 64 if device == "cpu" else 128  # 64 divides 576 tokens a tile; the blocks of a GPU's kernel are larger
-    return compiled(flex_attention), create_block_mask(same_tile, None, None, length, length, device, BLOCK_SIZE=block)
+    mask = create_block_mask(same_tile, None, None, length, length, device, BLOCK_SIZE=block)
+    return compiled(flex_attention, compiler), mask
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
-    """FlexAttention on tokens in the order of the tiles, masked to the tile."""
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str, *, backend: str | None = None, compiler: str = "inductor"
+) -> Tensor:
+    """FlexAttention on tokens in the order of the tiles, masked to the tile; ``backend`` "FLASH" needs flash-attn 4."""
     heads, per_tile = q.shape[3], (q.shape[1] // grid[0]) * (q.shape[2] // grid[1])
     length = per_tile * grid[0] * grid[1]
 
@@ -314,10 +308,31 @@ def flex(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
         tiles = by_view(x.flatten(3), grid, "tokens", cut)
         return tiles.reshape(x.shape[0], length, heads, -1).transpose(1, 2)
 
-    attend, mask = _flex(per_tile, length, q.device.type)
-    attended = attend(ordered(q), ordered(k), ordered(v), block_mask=mask).transpose(1, 2).flatten(2)
+    attend, mask = _flex(per_tile, length, q.device.type, compiler)
+    options = {} if backend is None else {"kernel_options": {"BACKEND": backend}}
+    attended = attend(ordered(q), ordered(k), ordered(v), block_mask=mask, **options).transpose(1, 2).flatten(2)
     tile = (q.shape[1] // grid[0], q.shape[2] // grid[1])
     by_tile = attended.unflatten(1, (grid[0] * grid[1], *tile))
+    return by_view(by_tile, grid, "tokens", cut, inverse=True).unflatten(-1, (heads, -1))
+
+
+@lru_cache
+def _starts(tiles: int, per_tile: int, device: str) -> Tensor:
+    """Where each tile begins among all tokens, and their end: made once, for a CUDA graph copies nothing."""
+    return torch.arange(0, (tiles + 1) * per_tile, per_tile, dtype=torch.int32, device=device)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cut: str) -> Tensor:
+    """Torch's attention of sequences of any lengths: every tile is one."""
+    attend = need("torch.nn.attention.varlen").varlen_attn
+    heads, (h, w) = q.shape[3], (q.shape[1] // grid[0], q.shape[2] // grid[1])
+
+    def packed(x: Tensor) -> Tensor:
+        return by_view(x.flatten(3), grid, "tokens", cut).flatten(0, 3).unflatten(-1, (heads, -1))
+
+    starts = _starts(q.shape[0] * grid[0] * grid[1], h * w, q.device.type)
+    attended = attend(packed(q), packed(k), packed(v), starts, starts, h * w, h * w).flatten(1)
+    by_tile = attended.unflatten(0, (q.shape[0], grid[0] * grid[1], h, w))
     return by_view(by_tile, grid, "tokens", cut, inverse=True).unflatten(-1, (heads, -1))
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -26,9 +25,9 @@ GATE = (
     "tests/models/test_view_plan.py",
     "tests/test_benchmarks.py",
 )
-BUDGETS = {"tiny": 0.0, "quick": 1.0, "full": 10.0, "gpu": 1.0}
+BUDGETS = {"tiny": 0.0, "quick": 1.0, "full": 10.0}
 """Seconds for the rounds of a case; short cases have many rounds, and no case has fewer than these."""
-LEAST_ROUNDS = {"tiny": 1, "quick": 3, "full": 3, "gpu": 3}
+LEAST_ROUNDS = {"tiny": 1, "quick": 3, "full": 3}
 
 
 def gate(device: str) -> str:
@@ -70,9 +69,7 @@ def run(
     *,
     gate: str,
     suites: tuple[str, ...] = (),
-    deadline: float | None = None,
     progress: bool = True,
-    refused: dict[str, str] | None = None,
     memory: int | None = None,
 ) -> dict[str, Any]:
     """Measure all cases of a size, or some of them.
@@ -83,12 +80,9 @@ def run(
         gate: How the tests went.
         suites: Names of suites, or of cases: ``"prefix: n=3"`` is every case of that suite with n=3 in its name, and
             with a full stop at its end a name stands for itself alone.
-        deadline: Seconds from now, after which the rest is left out.
         progress: Show a bar.
-        refused: Sides that are not run, and why.
         memory: Bytes that a side which is measured alone may get; None for all that is free.
     """
-    start = time.perf_counter()
     cases = [case for case in registry(size) if not suites or any(_asked(case, name) for name in suites)]
     if not cases:
         known = sorted({case.suite for case in registry(size)})
@@ -99,12 +93,10 @@ def run(
         for case in bar:
             bar.set_postfix_str(f"{case.suite}: {case.name}")
             try:
-                if deadline is not None and time.perf_counter() - start > deadline:
-                    rows += late_rows(case, deadline)
-                elif case.alone:
+                if case.alone:
                     rows += rows_alone(case, place, size, ended, memory)
                 else:
-                    rows += rows_of(case, place, size, refused or {})
+                    rows += rows_of(case, place, size)
             except Exception as error:  # such as too little memory for our side: what is measured is not lost
                 rows.append(_empty_row(case, OURS, f"failed: {children.described(error)}"))
             _release(place)
@@ -150,10 +142,9 @@ def agreeing(comparison: Comparison) -> tuple[dict[str, Run], dict[str, float], 
     return timed, differences, missing
 
 
-def rows_of(case: Case, place: Place, size: Size, refused: dict[str, str]) -> list[dict[str, Any]]:
+def rows_of(case: Case, place: Place, size: Size) -> list[dict[str, Any]]:
     """Measure one case."""
     comparison = prepare(case, place)
-    comparison.sides |= {name: peers.missing(refused[name]) for name in comparison.sides.keys() & refused.keys()}
     timed, differences, missing = agreeing(comparison)
     spreads = measure.interleaved(timed, place.device, budget=BUDGETS[size], rounds=(LEAST_ROUNDS[size], 50))
     if case.process and place.device == "cpu":
@@ -219,11 +210,6 @@ def _set_against(row: dict[str, Any], reached: Limits) -> None:
     if row["operations"] is not None:
         row["limit_seconds"] = reached.seconds(row["operations"], row["moved_bytes"])
         row["fraction"] = row["limit_seconds"] / row["seconds"]["median"]
-
-
-def late_rows(case: Case, deadline: float | None) -> list[dict[str, Any]]:
-    """The row of a case that there was no time for."""
-    return [_empty_row(case, OURS, f"not run: the {deadline:.0f} seconds of this call were over")]
 
 
 def _empty_row(case: Case, side: str, missing: str | None) -> dict[str, Any]:

@@ -13,18 +13,18 @@ from torch import Tensor
 from dualview import embedded
 from dualview.answers import LONGEST, Asked, Shown, check_report, draw_answers, table, write_report
 from dualview.canvas import resize
-from dualview.embedded import EmbeddedView, load_embedded, measured
+from dualview.embedded import EmbeddedView, learnt, load_embedded, measured
 from dualview.full_size import bundled_photograph
 from dualview.images import ImageSource, load_image, to_image
 from dualview.outputs import check_output, save_image
 from dualview.reader.evaluate import HELD_OUT_SEED, answers_of
-from dualview.reader.glyphs import CHARACTERS, CLASSES, HELD_OUT_FONTS, build_atlas
+from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS, build_atlas
 from dualview.reader.pages import CELLS, EMPTY, Pages, render, sample_pages
-from dualview.reader.questions import TASKS, Question, ask, place
+from dualview.reader.questions import Question, ask, place
 from dualview.terminal import in_columns, native_messages_dropped, say
 
-SIDE, HEIGHT = 1008, 24
-"""Of a picture and of its small glyphs, in pixels. The model is shown a third of it."""
+SIDE, HEIGHT, CODE_HEIGHT = 1008, 24, 48
+"""Of a picture, of a page's small glyphs, and of a photograph's code, in pixels. The models are shown a third of it."""
 VIEWS: dict[str, EmbeddedView] = {"with tiles": "dual", "low resolution": "low-res"}
 """What the two models are called."""
 
@@ -35,7 +35,7 @@ class Scene(NamedTuple):
     Attributes:
         title: One line.
         picture: (3, 1008, 1008), uint8
-        questions: The first of every kind that the picture has an answer to.
+        questions: What the models are asked.
     """
 
     title: str
@@ -92,35 +92,40 @@ def run_demo(
 
 
 def draw_page(seed: int) -> Scene:
-    """A page of glyphs 24 pixels high, each of which the tower sees 8 pixels high."""
+    """A page of glyphs 24 pixels high, of which the tower sees 8, with two questions of each kind that is learnt."""
     pages = sample_pages(1, (HEIGHT, HEIGHT), HELD_OUT_SEED + seed)
-    return _scene(f"A page of {SIDE} x {SIDE} pixels, drawn from seed {seed}", pages, None)
+    questions = ask(pages, 0, Random(pages.seed))
+    asked = [question for task in learnt() for question in [q for q in questions if q.task == task][:2]]
+    return Scene(f"A page of {SIDE} x {SIDE} pixels, drawn from seed {seed}", _rendered(pages), asked)
 
 
 def draw_photograph(image: ImageSource | None, seed: int) -> Scene:
-    """A square part of a photograph, with a shape and a code of three characters pasted into cells of one row."""
+    """A square part of a photograph, with a code of three characters pasted into cells of one row."""
     with native_messages_dropped():
         photograph = load_image(bundled_photograph() if image is None else image)
     side = min(photograph.shape[1:])
     top, left = ((length - side) // 2 for length in photograph.shape[1:])
     square = resize(photograph[:, top : top + side, left : left + side], (SIDE, SIDE))
-    pages = sample_pages(1, (HEIGHT, HEIGHT), HELD_OUT_SEED + seed)
+    pages = sample_pages(1, (CODE_HEIGHT, CODE_HEIGHT), HELD_OUT_SEED + seed)
     pages.kinds.fill_(EMPTY)
     pages.large.fill_(EMPTY)
     random = Random(seed)
-    row, col = random.randrange(CELLS), random.randrange(CELLS - 3)
-    code = [random.randrange(len(CHARACTERS), len(CLASSES)), *random.choices(range(len(CHARACTERS)), k=3)]
-    pages.kinds[0, row, col : col + 4] = torch.tensor(code)
+    row, col = random.randrange(CELLS), random.randrange(CELLS - 2)
+    code = random.choices(range(len(CHARACTERS)), k=3)
+    pages.kinds[0, row, col : col + 3] = torch.tensor(code)
+    cells, spelt = tuple((row, col + i) for i in range(3)), "".join(CHARACTERS[kind] for kind in code)
+    names = [place(cell) for cell in cells]
+    questions = [
+        *(Question("place", f"What is in {name}?", x, (c,)) for name, x, c in zip(names, spelt, cells, strict=True)),
+        Question("spell", f"What do {names[0]}, {names[1]} and {names[2]} spell?", spelt, cells),
+    ]
     whose = "Grace Hopper, a photograph that matplotlib ships" if image is None else "Your photograph"
-    return _scene(f"{whose}, with a code pasted from {place((row, col))} on", pages, square[None] / 255)
+    return Scene(f"{whose}, with a code pasted from {names[0]} on", _rendered(pages, square[None] / 255), questions)
 
 
-def _scene(title: str, pages: Pages, photographs: Tensor | None) -> Scene:
+def _rendered(pages: Pages, photographs: Tensor | None = None) -> Tensor:
     picture = render(pages, SIDE, build_atlas(HELD_OUT_FONTS), photographs)[0]
-    first: dict[str, Question] = {}
-    for question in ask(pages, 0, Random(pages.seed)):
-        first.setdefault(question.task, question)
-    return Scene(title, (picture * 255).round().to(torch.uint8), [first[task] for task in TASKS if task in first])
+    return (picture * 255).round().to(torch.uint8)
 
 
 def with_names(picture: Tensor) -> Tensor:
@@ -142,7 +147,8 @@ def with_names(picture: Tensor) -> Tensor:
 def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
     sizes = ", ".join(f"{name} ({count / 1e6:.1f} million parameters)" for name, count in counts.items())
     say(f"Two models that come with the package, trained from nothing on drawn pages: {sizes}.")
-    say("Pages, questions and fonts below are none that they were trained on; what is wrong is called wrong.")
+    say("Pages, questions and fonts below are none that they were trained on, and they saw no photograph at all;")
+    say("what is wrong is called wrong.")
     for one in shown:
         say(f"\n{one.title}")
         right = [sum(q.answers[view] == q.truth for q in one.asked) for view in counts]

@@ -53,8 +53,10 @@ class Switch(Generic[T]):
         """The value here and now."""
         if torch.compiler.is_dynamo_compiling():
             return self._traced[0] if self._traced else self._of_process
-        entered = [value for block, value in self._of_context.get() if not block.left_elsewhere]
-        return entered[-1] if entered else self._default
+        for block, value in reversed(self._of_context.get()):
+            if not block.left_elsewhere:
+                return value
+        return self._default
 
     @contextmanager
     def holding(self, value: T, *, traced: bool = True) -> Iterator[None]:

@@ -201,13 +201,12 @@ def shape_in(
     return (*around, x.shape[-3], *plane) if first else (*around, *plane, x.shape[-1])
 
 
-def view_in(target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Size, data_format: DataFormat) -> Tensor:
-    """``x`` in the order of another layout, as a view.
+def split_in(
+    target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Size, data_format: DataFormat
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How ``x`` is seen in the order of another layout: the sizes of all factors, and their order.
 
-    Between the perspectives there is one only where tiles hold whole cells: h divisible by rows, and w by cols.
-
-    Shape:
-        (batch, rows, cols, [C], h, w, [D]) from a map; else every factor of h, w, H or W is a dimension
+    Between the perspectives that is possible only where tiles hold whole cells: h divisible by rows, and w by cols.
     """
     (rows, cols), (h, w) = grid, tile
     factors: tuple[int, ...] = rows, h // rows, rows, cols, w // cols, cols
@@ -217,8 +216,17 @@ def view_in(target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Siz
     here, there = ORDERS[source, target, data_format]
     batch = batch_of(x, source)
     sizes = *factors, x.shape[-3 if data_format == "channels_first" else -1]
-    split = x.view(*batch, *[sizes[factor] for factor in here])
-    return split.permute(*range(len(batch)), *there)
+    return (*batch, *[sizes[factor] for factor in here]), (*range(len(batch)), *there)
+
+
+def view_in(target: Layout, x: Tensor, source: Layout, grid: TileGrid, tile: Size, data_format: DataFormat) -> Tensor:
+    """``x`` in the order of another layout, as a view; see `split_in`.
+
+    Shape:
+        (batch, rows, cols, [C], h, w, [D]) from a map; else every factor of h, w, H or W is a dimension
+    """
+    sizes, order = split_in(target, x, source, grid, tile, data_format)
+    return x.view(sizes).permute(order)
 
 
 def _order(layout: Layout, factors: int, data_format: DataFormat) -> list[int]:

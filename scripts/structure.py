@@ -43,7 +43,7 @@ MOVED: dict[str, dict[str, int]] = {
         "check_result_size": 5,
         "check_tile_pair": 5,
         "shape_in": 4,
-        "view_in": 7,  # what `_plain` of kernels/retile.py did where tiles hold whole cells
+        "split_in": 7,  # what `_plain` of kernels/retile.py did where tiles hold whole cells
     },
 }
 ADDED = (
@@ -52,8 +52,16 @@ ADDED = (
     ("ops/dual_crop.py", "_without_padding"),
     ("ops/enhance.py", "EnhancedMaps.__repr__"),
     ("ops/normalized_crop.py", "NormalizedTiles.__repr__"),
+    *(("kernels/retile_triton.py", name) for name in ("_of_images", "_move_lines")),
+    *(("ops/planned/products.py", name) for name in ("_together", "plain_bottlenecks")),
+    *(
+        ("ops/planned/run.py", name)
+        for name in ("enhance_together", "fuse_together", "keys_and_values", "take_regular", "regular_view")
+    ),
+    ("ops/planned/live.py", "regular"),
 )
-"""Definitions inside that are new features since: results that remember their images, and show them."""
+"""Definitions inside that are new features since: results that remember their images, and show them; a kernel for
+images; on a GPU, both directions in one product each."""
 
 
 def passed_through(call: Callable[[], object], *, ground: bool = False) -> tuple[set[str], set[CodeType]]:

@@ -1,5 +1,6 @@
 """Assertions that many tests need."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,18 @@ def fresh(out: Tensor, *inputs: Tensor) -> bool:
     """Whether ``out`` is contiguous and shares no memory with the inputs."""
     storages = {x.untyped_storage().data_ptr() for x in inputs if x.numel()}
     return out.is_contiguous() and (not out.numel() or out.untyped_storage().data_ptr() not in storages)
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many functions a call of this enters, Python's and built-in ones, once it has been called before."""
+    function()
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events) - 1  # the last ends the count
 
 
 def assert_compiles_once(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from importlib.util import find_spec
 
@@ -12,8 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
-from benchmarks import __main__, cases, children, gpu, measure, peers, report, results, runner, work
-from benchmarks.cases import KERNELS, OURS, registry
+from benchmarks import __main__, cases, children, gpu, gpu_bars, measure, peers, report, results, runner, work
+from benchmarks import gpu_rows as gpu_rows_of
+from benchmarks.cases import KERNELS, LOOP, OURS, registry
 from benchmarks.measure import Limits, Place
 from dualview.kernels import dispatch
 from tests.checks import refuses
@@ -67,11 +69,10 @@ def test_sides_agree(case):
 
 
 def test_every_suite_has_cases_of_every_size():
-    for size in ("tiny", "quick", "full", "gpu"):
+    for size in ("tiny", "quick", "full"):
         names = [ids(case) for case in registry(size)]
         assert len(names) == len(set(names))
     suites = {case.suite for case in registry("full")}
-    assert suites == {case.suite for case in registry("gpu")} | {"import_time"}
     assert suites == {
         "ops", "photo", "dem", "prefix", "train_step", "absorb", "direct", "preprocess", "import_time", "scaling",
         "attach", "large",
@@ -108,7 +109,7 @@ def test_wrong_values_are_not_timed():
 def test_a_missing_peer_is_reported_with_its_reason():
     case = next(case for case in registry("tiny") if case.suite == "dem")
     object.__setattr__(case, "build", lambda place, build=case.build: _without_library(build(place)))
-    rows = runner.rows_of(case, CPU, "tiny", {})
+    rows = runner.rows_of(case, CPU, "tiny")
     row = next(row for row in rows if row["side"] == "NATTEN")
     assert row["seconds"] is None
     assert row["missing"].startswith("not installed: No module named")
@@ -129,14 +130,6 @@ def _document_of(rows):
 
 def of(suite, name=""):
     return next(case for case in registry("tiny") if case.suite == suite and name in case.name)
-
-
-def test_a_side_that_is_refused_is_missing_and_has_no_aim(kernels):
-    case = of("photo")
-    rows = {row["side"]: row for row in runner.rows_of(case, CPU, "tiny", {KERNELS: "because", PLAIN: "so"})}
-    assert {side: row["missing"] for side, row in rows.items()} == {OURS: None, PLAIN: "so", KERNELS: "because"}
-    assert cases.prepare(case, CPU).targets == {PLAIN: 2.0}
-    assert rows[PLAIN]["target"] is None
 
 
 PLAIN = "normalise, permute, rearrange twice"
@@ -425,61 +418,87 @@ def test_tests_that_do_not_pass_are_told(tmp_path, capsys):
     assert runner.run_tests(slow, seconds=2) == "failed: not finished in 2 s"
 
 
-@pytest.fixture
-def one_case(kernels, monkeypatch):
-    monkeypatch.setattr(runner, "registry", lambda size: [of("photo")])
-
-
-def test_gpu_script_runs_on_the_cpu(tmp_path, one_case):
-    place = Place("cpu", torch.bfloat16)
-    gpu.measure_type(place, "tiny", "passed", 100, tmp_path)
-    document = results.read(tmp_path / "cpu-tiny-bfloat16.json")
-    assert not [row for row in document["rows"] if row["missing"]]
-    assert KERNELS in {row["side"] for row in document["rows"]}
-    gpu.measure_type(place, "tiny", "passed", -1, tmp_path)
-    late = results.read(tmp_path / "cpu-tiny-bfloat16.json")
-    assert all("were over" in row["missing"] for row in late["rows"])
-
-
-def test_gpu_script_leaves_kernels_out_that_failed(tmp_path, monkeypatch, one_case):
-    chosen = []
-    monkeypatch.setattr(runner, "_release", lambda place: chosen.append(dispatch.BACKEND.value()[0]))
-    gpu.measure_type(CPU, "tiny", "failed: 1 failed", 100, tmp_path)
-    document = results.read(tmp_path / "cpu-tiny-float32.json")
-    missing = {row["side"]: row["missing"] for row in document["rows"]}
-    assert document["gate"] == "failed: 1 failed"
-    assert missing.pop(KERNELS) == "not run: tests/kernels failed: 1 failed"
-    assert set(missing.values()) == {None}
-    assert set(chosen) == {"torch"}
-
-
-def test_gpu_script_tests_first(tmp_path, monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(runner, "run_tests", lambda *arguments, seconds: calls.append((arguments, seconds)) or "failed")
-    monkeypatch.setattr(gpu, "measure_type", lambda *given: calls.append(given))
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--size", "tiny", "--output", str(tmp_path)])
-    gpu.main()
-    (arguments, seconds), *types = calls
-    assert arguments[-1] == "tests/kernels"
-    assert seconds == gpu.TEST_SECONDS
-    assert [(place.dtype, gate) for place, _, gate, _, _ in types] == [
-        (torch.bfloat16, "failed"),
-        (torch.float16, "failed"),
+def gpu_rows(*sides):
+    """Rows of a case with one side after the other: name, eager, graph."""
+    row = dict.fromkeys(("params", "peak_bytes", "error", "missing", "no_graph"))
+    return [
+        row | {"suite": "dem", "case": case, "side": side, "eager_ms": eager, "graph_ms": graph}
+        for case, side, eager, graph in sides
     ]
-    assert gpu.SECONDS * 0.69 < types[0][3] < gpu.SECONDS * 0.7
-    assert gpu.SECONDS * 0.99 < types[1][3] < gpu.SECONDS
 
 
-def test_aims_on_a_gpu():
-    def aims(batch, mode="forward", preset="released", d=1024):
-        return cases._dem_aims("cuda", preset, 3, d, batch, mode)
+def test_gpu_bars_say_what_was_reached():
+    one, sixteen = "released, batch 1: forward", "released, batch 16: forward"
+    times = (one, LOOP, 5.0, 1.3), (one, OURS, 1.0, 0.1), (sixteen, LOOP, 13.0, 12.0), (sixteen, OURS, 2.0, 1.0)
+    rows = gpu_rows(*times)
+    rows[-1] |= {"eager_ms": None, "missing": "wrong: error 1.0e+00"}
+    found = {bar["bar"]: bar for bar in gpu_bars.bars(rows, {"copy_bytes_per_s": 1e12, "matmul_ops_per_s": 1e14})}
+    assert found[f"{one}, graph, ms"] == {
+        "bar": f"{one}, graph, ms", "aim": 0.12, "measured": 0.1, "verdict": "reached"
+    }  # fmt: skip
+    assert found[f"{one}, graph, against the loop"]["measured"] == 13
+    assert found[f"{sixteen}, against the loop"]["verdict"] == f"not measured: {sixteen}, {OURS}: wrong: error 1.0e+00"
+    assert "no row" in found["paper, batch 1: forward, graph, ms"]["verdict"]
+    assert found[f"{one}, eager, over the fastest side"]["verdict"] == "reached"
+    slow = {bar["bar"]: bar for bar in gpu_bars.bars(gpu_rows((one, LOOP, 1.0, 0.1), (one, OURS, 2.0, 0.2)), {})}
+    assert slow[f"{one}, graph, ms"]["verdict"] == "fell short"
+    assert slow[f"{one}, graph, over the fastest side"]["verdict"] == "fell short"
+    assert f"fell short   aim 0.12   measured 0.2      {one}, graph, ms" in gpu_bars.table(list(slow.values()))
 
-    compiled = {cases.PLAN_COMPILED: 1.3, cases.COMPILED: 1.3, cases.FLEX: 1.3}
-    assert aims(1) == ({cases.LOOP: 20.0, **compiled}, {}, None)
-    assert aims(16) == ({cases.LOOP: 10.0, **compiled}, {}, None)
-    assert aims(32) == (compiled, {}, 0.6)
-    assert aims(8, "frozen features") == ({}, {cases.LOOP: 4.0}, None)
-    assert aims(1, preset="paper") == aims(1, d=512) == ({}, {}, None)
+
+def test_gpu_rows_count_only_what_is_right(monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
+    rows = gpu_rows_of.Rows(CPU, float("inf"))
+    exact = torch.arange(4.0).double()
+    sides = {
+        "reference": lambda: exact.float() + 0.01,
+        OURS: lambda: exact.float() + 0.015,
+        "wrong": lambda: exact.float() + 0.03,
+        "not finite": lambda: exact.float() / 0,
+        "another": lambda: exact.float() * 7,
+        "broken": lambda: peers.need("no_such_library"),
+    }
+    rows.measure("suite", "case", {}, sides, exact, "reference", other="another")
+    found = {row["side"]: row for row in rows.found}
+    assert [name for name, row in found.items() if row["eager_ms"]] == ["reference", OURS, "another"]
+    assert found["wrong"]["missing"].startswith("wrong: error ")
+    assert found["not finite"]["missing"].startswith("wrong: error inf")
+    assert found["broken"]["missing"].startswith("not installed: ")
+    json.dumps(rows.found, allow_nan=False)
+    late = gpu_rows_of.Rows(CPU, 0.0)
+    late.measure("suite", "case", {}, sides)
+    assert {row["missing"] for row in late.found} == {"the time of this call was over"}
+
+
+@pytest.mark.more
+def test_gpu_script_goes_through_every_line_on_the_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)])
+    gpu.main()
+    (path,) = tmp_path.glob("*-tiny.json")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["suite"] for row in document["rows"]} == {"dem", "prefix", "ops", "photo"}
+    ours = [row for row in document["rows"] if row["side"] in (OURS, LOOP, gpu_bars.BATCHED, gpu_bars.BY_VIEW)]
+    assert not [row["missing"] for row in ours if row["missing"]]
+    printed = capsys.readouterr().out
+    assert "reached" in printed
+    assert "not measured" in printed
+
+
+def test_gpu_script_tests_first(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "run_tests", lambda *given, seconds: calls.append((given, seconds)) or "failed: 1")
+    monkeypatch.setattr(gpu, "Sizes", lambda tiny: None)
+    for section in ("enhancement", "prefix", "small_ops", "photographs", "gradient_steps"):
+        monkeypatch.setattr(gpu, section, lambda *given: calls.append(dispatch.BACKEND.value()[0]))
+        getattr(gpu, section).__name__ = section
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--output", str(tmp_path)])
+    gpu.main()
+    assert calls[0] == (("--numprocesses", str(len(os.sched_getaffinity(0))), "tests/kernels"), gpu.TEST_SECONDS)
+    assert calls[1:] == ["torch"] * 5  # kernels that failed are not measured
+
+
+def test_aims_of_copies_on_a_gpu():
     x, peer = torch.empty(2**25 + 1), {"peer": 0.9}
     assert cases._copying({}, x[1:], peer, Place("cuda"), alike=True).fraction_target is None  # it fits into a cache
     copying = [cases._copying({}, x, peer, Place("cuda"), alike=alike) for alike in (True, False)]
@@ -488,7 +507,7 @@ def test_aims_on_a_gpu():
 
 
 def test_table_of_aims(kernels):
-    rows = {row["side"]: row for row in runner.rows_of(of("photo"), CPU, "tiny", {})}
+    rows = {row["side"]: row for row in runner.rows_of(of("photo"), CPU, "tiny")}
     rows[OURS] |= {"target": 0.85, "fraction": 0.9}
     rows[KERNELS] |= {"target": 0.85, "fraction": 0.8, "ratio": 0.5}
     rows[PLAIN] |= {"target": 2.0, "ratio": 1.5}

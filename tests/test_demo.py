@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dualview import demo
-from dualview.demo import HEIGHT, SIDE, draw_page, draw_photograph, run_demo, with_names
-from dualview.embedded import measured
+from dualview.demo import CODE_HEIGHT, HEIGHT, SIDE, draw_page, draw_photograph, run_demo, with_names
+from dualview.embedded import learnt, measured
 from dualview.images import load_image, to_image
 from dualview.reader.evaluate import HELD_OUT_SEED
-from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS, SHAPES
-from dualview.reader.questions import TASKS
+from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS
+from dualview.reader.questions import place
 from tests.tiny import photograph
 
 PHOTO = photograph(30, 40)
@@ -33,7 +33,7 @@ def test_fonts_and_seeds_are_those_of_tests(monkeypatch):
     for pages, side, fonts, _ in drawn:
         assert pages.seed == HELD_OUT_SEED + 5
         assert (side, fonts) == (SIDE, HELD_OUT_FONTS) == (1008, HELD_OUT_FONTS)
-        assert set(pages.heights.unique().tolist()) == {HEIGHT}
+    assert [set(pages.heights.unique().tolist()) for pages, *_ in drawn] == [{HEIGHT}, {CODE_HEIGHT}]
     assert drawn[0][3] is None
     assert drawn[1][3].shape == (1, 3, SIDE, SIDE)
 
@@ -46,9 +46,12 @@ def test_a_seed_is_one_page_and_one_code():
         assert first.questions == again.questions
         assert not torch.equal(first.picture, other.picture)
         assert first.questions != other.questions
-        tasks = [question.task for question in first.questions]
-        assert tasks == [task for task in TASKS if task in tasks]
-        assert {"place", "where", "large", "presence"} <= set(tasks)
+
+
+def test_a_page_is_asked_what_has_been_learnt():
+    asked = [question.task for question in OF_PAGE(3).questions]
+    assert asked == ["place", "place", "compare", "compare", "large", "spell", "spell"]
+    assert learnt() == ["place", "compare", "large", "spell"]
 
 
 def test_the_largest_seed():
@@ -57,16 +60,14 @@ def test_the_largest_seed():
 
 def test_the_code_of_the_photograph_is_what_is_asked_for():
     scene = OF_PHOTO(3)
-    truths = {question.task: question for question in scene.questions}
-    start = re.fullmatch(r"Your photograph, with a code pasted from ([A-E])([1-8]) on", scene.title)
-    code, row = truths["spell"].answer, int(start[2]) - 1
-    first = "ABCDEFGH".index(start[1])
-    assert len(code) == 3
-    assert set(code) <= set(CHARACTERS)
-    assert truths["spell"].cells == ((row, first + 1), (row, first + 2), (row, first + 3))
-    assert truths["marker"].answer == code[0]
-    assert truths["marker"].text.removeprefix("What is right of the ").rstrip("?") in SHAPES
-    assert truths["large"].answer == "none"
+    start = re.fullmatch(r"Your photograph, with a code pasted from ([A-F])([1-8]) on", scene.title)
+    *places, spell = scene.questions
+    first, row = "ABCDEFGH".index(start[1]), int(start[2]) - 1
+    assert len(spell.answer) == 3
+    assert set(spell.answer) <= set(CHARACTERS)
+    assert spell.cells == tuple((row, first + i) for i in range(3))
+    for question, cell, glyph in zip(places, spell.cells, spell.answer, strict=True):
+        assert question == ("place", f"What is in {place(cell)}?", glyph, (cell,))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (40, 30)])

@@ -77,6 +77,13 @@ def measured() -> dict[str, Any]:
     return found
 
 
+def learnt() -> list[str]:
+    """The kinds of questions at which the dual model is better than who always gives the most frequent right answer."""
+    tasks = measured()["tasks"]
+    weak = {name.split(",")[0] for name, task in tasks.items() if task["dual"]["interval"][0] <= task["constant"]}
+    return [kind for kind in dict.fromkeys(name.split(",")[0] for name in tasks) if kind not in weak]
+
+
 def embedded_folder(view: EmbeddedView) -> Path:
     """The folder of one of the models.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -121,13 +121,13 @@ def _mean_of_cells(weights: Tensor, cells: tuple[int, int, int, int] | None) -> 
         return weights
     split = weights.unflatten(3, cells)
     # On a CPU the mean of two dimensions that are not neighbours takes 15 times as long as two means.
-    return (split.mean((4, 6)) if split.is_cuda else split.mean(6).mean(4)).flatten(3, 4)
+    return cast(Tensor, (split.mean((4, 6)) if split.is_cuda else split.mean(6).mean(4)).flatten(3, 4))
 
 
 def _share(a: Tensor, b: Tensor, tiles: int) -> Tensor:
     """The product divided by a number, in one operation."""
     of_heads = a.flatten(0, 2), b.flatten(0, 2)
-    return torch.baddbmm(a.new_empty(1), *of_heads, beta=0, alpha=1 / tiles).unflatten(0, a.shape[:3])
+    return cast(Tensor, torch.baddbmm(a.new_empty(1), *of_heads, beta=0, alpha=1 / tiles).unflatten(0, a.shape[:3]))
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:

@@ -6,18 +6,46 @@ D = 1024, bfloat16: 21.2 MB, so 7.1 us at the 2.98 TB/s that an H100 copies.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dualview.arguments import check_choice
 from dualview.geometry import LAYOUTS, DataFormat, GridLike, Layout, Size, TileGrid
 from dualview.kernels import dispatch
-from dualview.views import batch_of, shape_in, tile_size, view_in
+from dualview.views import batch_of, shape_in, split_in, tile_size
 
-TOKENS = "it moves tokens, and these channels come first: pass data_format='channels_last'"
-"""Why the kernel cannot run on images. A call that asks for it is refused; `use_backend` means token maps only."""
+LEAST_BYTES = 2**27
+"""Maps from which on the kernel takes less time than torch in eager code; `dispatch.MEASURED` has the figures."""
+
+SCHEMA = "(Tensor x, str source, str target, int rows, int cols, str data_format='channels_last') -> Tensor"
+
+
+class Move(NamedTuple):
+    """How a map of one shape gets into another layout.
+
+    Attributes:
+        source: Its layout.
+        target: The layout of the result.
+        grid: Rows and columns of tiles.
+        tile: Their size.
+        data_format: Whether the channels come before or after height and width.
+        shape: Of the result.
+        sizes: The map, seen with each factor as a dimension; empty where it takes two copies.
+        order: These dimensions in the order of the result.
+    """
+
+    source: Layout
+    target: Layout
+    grid: TileGrid
+    tile: Size
+    data_format: DataFormat
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 def retile(
@@ -39,7 +67,7 @@ def retile(
         grid: Rows and columns of tiles.
         data_format: Whether the channels come before or after height and width.
         backend: "auto", "torch" or "triton"; None for what `use_backend` or the environment says. Channels-first maps
-            are moved by torch, whatever they say.
+            are moved by torch, unless this argument is "triton".
         name: What the caller calls the map.
 
     Shape:
@@ -56,58 +84,141 @@ def retile(
         >>> retile(tiles, "local", "raster", (2, 3)).shape
         torch.Size([2, 8, 15, 8])
     """
+    move = _move(x, source, target, data_format, name, grid)
+    images = data_format == "channels_first"
+    asked = backend if backend is not None else "torch" if images else dispatch.BACKEND.value()[0]
+    slower = asked == "auto" and not (x.is_cuda and not images and _is_faster(x, move))
+    if (
+        asked == "torch"
+        or slower
+        or (images and source == target)
+        or dispatch.choose("retile", x, backend=backend).name == "torch"
+    ):
+        return _by_torch(x, move)
+    return _by_kernel(x, move)
+
+
+def _move(x: Tensor, source: Layout, target: Layout, data_format: DataFormat, name: str, grid: GridLike) -> Move:
+    """The move, of arguments that have been checked: those of an ordinary tensor once for every shape."""
+    dense = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+    if dense and not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is None:
+        pair = (grid.rows, grid.cols) if type(grid) is TileGrid else grid
+        try:
+            if type(pair) is tuple:
+                return _known_move(x.shape, source, target, data_format, name, *pair)
+        except TypeError:  # no pair of integers, or sizes that are symbols
+            pass
+    return _new_move(x, source, target, data_format, name, grid)
+
+
+def _new_move(x: Tensor, source: Layout, target: Layout, data_format: DataFormat, name: str, grid: GridLike) -> Move:
     source, target = check_choice(source, "source", LAYOUTS), check_choice(target, "target", LAYOUTS)
     grid = TileGrid.of(grid)
     tile = tile_size(x, source, grid, data_format, name)
-    first = data_format == "channels_first"
-    refused = (TOKENS,) if first else ()
-    if (first and backend is None) or dispatch.choose("retile", x, backend=backend, refused=refused).name == "torch":
-        return _by_torch(x, source, target, grid, tile, data_format)
-    batch = batch_of(x, source)
-    moved: Tensor = _retile(x.reshape(batch.numel(), *x.shape[len(batch) :]), source, target, grid.rows, grid.cols)
-    return moved.reshape(*batch, *moved.shape[1:])
+    sizes, order = tuple(x.shape), tuple(range(x.dim()))
+    if source != target:
+        whole = tile[0] % grid.rows == tile[1] % grid.cols == 0
+        one = whole or "raster" in (source, target)
+        sizes, order = split_in(target, x, source, grid, tile, data_format) if one else ((), ())
+    shape = shape_in(target, x, source, grid, tile, data_format)
+    return Move(source, target, grid, tile, data_format, shape, sizes, order)
 
 
-def _by_torch(
-    x: Tensor, source: Layout, target: Layout, grid: TileGrid, tile: Size, data_format: DataFormat = "channels_last"
-) -> Tensor:
+@lru_cache(maxsize=1024, typed=True)
+def _known_move(
+    shape: torch.Size, source: Layout, target: Layout, data_format: DataFormat, name: str, rows: int, cols: int
+) -> Move:
+    """The same for a shape: a later call of it waits for no checks."""
+    return _new_move(torch.empty(shape, device="meta"), source, target, data_format, name, (rows, cols))
+
+
+def _by_torch(x: Tensor, move: Move) -> Tensor:
     """One copy; from perspective to perspective two, through raster order, where tiles hold no whole cells."""
-    of_perspectives = source != target and "raster" not in (source, target)
-    if of_perspectives and (tile[0] % grid.rows or tile[1] % grid.cols):
-        x, source = _by_torch(x, source, "raster", grid, tile, data_format), "raster"
-    view = x if source == target else view_in(target, x, source, grid, tile, data_format)
-    copy = view.clone(memory_format=torch.contiguous_format)
-    return copy.view(shape_in(target, x, source, grid, tile, data_format))
+    if not move.sizes:
+        x = _by_torch(x, _move(x, move.source, "raster", move.data_format, "x", move.grid))
+        move = _move(x, "raster", move.target, move.data_format, "x", move.grid)
+    return x.view(move.sizes).permute(move.order).clone(memory_format=torch.contiguous_format).view(move.shape)
 
 
-SCHEMA = "(Tensor x, str source, str target, int rows, int cols) -> Tensor"
+# --- The kernel -------------------------------------------------------------------------------------------------------
+
+
+def _is_faster(x: Tensor, move: Move) -> bool:
+    """Whether the kernel takes less time than torch: on large maps, and in a CUDA graph, which has no host time.
+
+    No program can be loaded while a graph is captured, so that one must have run before.
+    """
+    if not _is_ordinary(x) or not dispatch.runs_on(x):
+        return False
+    if not torch.cuda.is_current_stream_capturing():
+        return x.nbytes >= LEAST_BYTES
+    from dualview.kernels.retile_triton import has_run
+
+    return has_run(_with_one_batch(x, move), *move[:4])
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether nobody but autograd looks at what is done with ``x``: no transform, tracer, mode or class of its own."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and not x.is_neg()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _by_kernel(x: Tensor, move: Move) -> Tensor:
+    """The kernel; straight away where it can be: an operator of torch's library costs the host thrice the launch."""
+    given = _with_one_batch(x, move)
+    if _is_ordinary(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        return _launch(given, move)
+    moved: Tensor = _retile(given, move.source, move.target, *move.grid, move.data_format)
+    return moved.view(move.shape)
+
+
+def _with_one_batch(x: Tensor, move: Move) -> Tensor:
+    batch = batch_of(x, move.source)
+    return x if len(batch) == 1 else x.reshape(batch.numel(), *x.shape[len(batch) :])
+
+
+def _launch(x: Tensor, move: Move) -> Tensor:
+    """Of a map with one batch dimension, in the shape of the result."""
+    from dualview.kernels.retile_triton import launch
+
+    if move.data_format == "channels_last":
+        return launch(x, move.shape, False, *move[:4])
+    if "raster" not in (move.source, move.target):
+        x = _launch(x, _move(x, move.source, "raster", move.data_format, "x", move.grid))
+        return _launch(x, _move(x, "raster", move.target, move.data_format, "x", move.grid)).view(move.shape)
+    one = _move(x, move.source, move.target, move.data_format, "x", move.grid)
+    return launch(x, move.shape, True, one.sizes, one.order)
 
 
 @torch.library.custom_op("dualview::retile", mutates_args=(), schema=SCHEMA)
-def _retile(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> Tensor:
-    """The kernel, for a map with one batch dimension and the channels last."""
-    grid = TileGrid(rows, cols)
-    tile = tile_size(x, source, grid, "channels_last")
-    if not dispatch.runs_on(x):
-        return _by_torch(x, source, target, grid, tile)
-    from dualview.kernels.retile_triton import move
-
-    return move(x, source, target, grid, tile)
+def _retile(
+    x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
+) -> Tensor:
+    """The same as an operator, for a map with one batch dimension: what is traced keeps it."""
+    move = _move(x, source, target, data_format, "x", (rows, cols))
+    return _launch(x, move) if dispatch.runs_on(x) else _by_torch(x, move)
 
 
 @_retile.register_fake
-def _(x: Tensor, source: Layout, target: Layout, rows: int, cols: int) -> Tensor:
-    grid = TileGrid(rows, cols)
-    tile = tile_size(x, source, grid, "channels_last")
-    return x.new_empty(shape_in(target, x, source, grid, tile, "channels_last"))
+def _(
+    x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
+) -> Tensor:
+    return x.new_empty(_move(x, source, target, data_format, "x", (rows, cols)).shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.source, ctx.target, ctx.rows, ctx.cols = inputs
+    _, ctx.source, ctx.target, *ctx.others = inputs
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _retile(grad, ctx.target, ctx.source, ctx.rows, ctx.cols), None, None, None, None
+    return _retile(grad, ctx.target, ctx.source, *ctx.others), None, None, None, None, None
 
 
 _retile.register_autograd(_backward, setup_context=_remember)

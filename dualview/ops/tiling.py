@@ -8,7 +8,7 @@ with dilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from torch import Tensor, nn
 
@@ -83,11 +83,9 @@ def local_crop(
         >>> local_crop(x, tile=2, overlap=1).tolist()
         [[[[0, 1], [4, 5]]], [[[1, 2], [5, 6]]], [[[2, 3], [6, 7]]]]
     """
-    return (
-        crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
-        if overlap is None
-        else cut(x, grid, tile, overlap, border, data_format)
-    )
+    if overlap is not None:
+        return cut(x, grid, tile, overlap, border, data_format)
+    return crop(x, grid, "local", tile=tile, data_format=data_format, backend=backend)
 
 
 def global_stride_crop(
@@ -143,7 +141,8 @@ def crop(
     backend: Backend | None = None,
 ) -> Tensor:
     """[`local_crop`][dualview.local_crop] or [`global_stride_crop`][dualview.global_stride_crop], by name."""
-    grid = grid_for(x, grid, tile, data_format)
+    if grid is None or tile is not None:
+        grid = grid_for(x, grid, tile, data_format)
     return retile(x, "raster", check_perspective(perspective), grid, data_format=data_format, backend=backend)
 
 
@@ -220,11 +219,11 @@ def recombine(
     """
     if isinstance(grid, str) and perspective is None:
         grid, perspective = None, grid
-    if isinstance(tiles, DualPerspectiveTiles | DualPerspectiveTileBatch):
+    if not isinstance(tiles, Tensor) and isinstance(tiles, DualPerspectiveTiles | DualPerspectiveTileBatch):
         held: tuple[Any, ...] = tiles.of(perspective), tiles.checked_grid(grid), perspective  # type: ignore[arg-type]
         back: Tensor | list[Tensor] = recombine(*held, data_format=data_format, size=size, backend=backend)
         return back
-    if isinstance(tiles, TileBatch):
+    if not isinstance(tiles, Tensor) and isinstance(tiles, TileBatch):
         grids = tiles.checked_grids(grid, "grid")
         recorded = tiles.checked_perspective(perspective)
         return [
@@ -236,10 +235,11 @@ def recombine(
             f"recombine(tiles, grid={grid!r}, perspective={perspective!r}): a plain tensor records neither, so both "
             'must be given: recombine(tiles, (rows, cols), "local" or "global").'
         )
-    grid, perspective = TileGrid.of(grid), check_perspective(perspective)  # type: ignore[arg-type]
+    perspective, known = check_perspective(perspective), cast(GridLike, grid)
     if size is not None:
-        check_result_size(size, grid, tile_size(tiles, perspective, grid, data_format, "tiles"))
-    return retile(tiles, perspective, "raster", grid, data_format=data_format, backend=backend, name="tiles")
+        known = TileGrid.of(known)
+        check_result_size(size, known, tile_size(tiles, perspective, known, data_format, "tiles"))
+    return retile(tiles, perspective, "raster", known, data_format=data_format, backend=backend, name="tiles")
 
 
 class _Crop(nn.Module):

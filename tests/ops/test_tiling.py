@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import einops
 import pytest
@@ -16,7 +17,7 @@ import dualview as dv
 from dualview.kernels.retile import retile
 from dualview.ops.tiling import crop
 from tests import reference
-from tests.checks import assert_compiles_once, assert_exports, fresh, refuses
+from tests.checks import assert_compiles_once, assert_exports, calls_of, fresh, refuses
 from tests.strategies import (
     ALL,
     batches,
@@ -248,6 +249,36 @@ class TestMemory:
         for grid in ((2, 3), (1, 1)):
             assert dv.local_crop(x, grid).is_contiguous()
             assert dv.global_stride_crop(x, grid).is_contiguous()
+
+
+class TestHostTime:
+    """At batch 1 a GPU waits for the host. View, permute, copy and view are four calls, and these take a few more."""
+
+    @pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+    @pytest.mark.parametrize("grid", [(2, 3), dv.TileGrid(2, 3)])
+    def test_few_functions_are_called(self, data_format: str, grid: Any) -> None:
+        x = torch.zeros(map_shape((1,), 2, (2, 3), (4, 6), data_format))
+        tiles = torch.zeros(tiles_shape((1,), 2, (2, 3), (4, 6), data_format))
+        for call in (
+            lambda: dv.local_crop(x, grid, data_format=data_format),
+            lambda: dv.global_stride_crop(x, grid, data_format=data_format),
+            lambda: dv.recombine(tiles, grid, "global", data_format=data_format),
+            lambda: retile(tiles, "local", "global", grid, data_format=data_format),
+        ):
+            assert calls_of(call) <= 22
+
+    def test_what_was_right_once_is_no_excuse(self) -> None:
+        """Numbers that are equal, and of another type, are looked at again."""
+        x = torch.zeros(3, 4, 6)
+        dv.local_crop(x, (2, 3))
+        for wrong in ((2, 3.0), (2.0, 3)):
+            with refuses("positive integer"):
+                dv.local_crop(x, wrong)
+        dv.local_crop(x[:, :1], (1, 1))
+        with refuses("positive integer"):
+            dv.local_crop(x[:, :1], (True, 1))
+        with refuses("dense", error=TypeError):
+            dv.local_crop(x.to_sparse(), (2, 3))
 
 
 class TestGradients:

@@ -358,7 +358,9 @@ def take_regular(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspec
     if len(maps) == 1 and (view := regular_view(maps[0], rows, cols, grid)) is not None:
         return view
     (tiles,) = take_tiles(maps, rows, cols, cut, grid, [slice(0, len(rows.tiles) * len(cols.tiles))])
-    return tiles.unflatten(2, (rows.per_tile, cols.per_tile)).unflatten(1, (len(rows.tiles), len(cols.tiles)))
+    return cast(
+        Tensor, tiles.unflatten(2, (rows.per_tile, cols.per_tile)).unflatten(1, (len(rows.tiles), len(cols.tiles)))
+    )
 
 
 def regular_view(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor | None:
@@ -376,7 +378,7 @@ def regular_view(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) 
     for dim, axis in ((1, rows), (3, cols)):
         if part.shape[dim] != len(axis.tiles):  # one tile of the source, for all tiles of the cut
             part = part.flatten(dim, dim + 1).unflatten(dim, (len(axis.tiles), axis.per_tile))
-    return part.transpose(2, 3)
+    return cast(Tensor, part.transpose(2, 3))
 
 
 def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:

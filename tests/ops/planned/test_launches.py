@@ -15,6 +15,7 @@ import dualview as dv
 from dualview.kernels import dispatch
 from dualview.kernels.tables import index_tensor
 from dualview.ops.planned import products, run
+from tests.ops.planned.rates import machine
 
 FREE = (
     *("view", "_unsafe_view", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "t"),
@@ -49,7 +50,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: None, scale: 
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _on_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (dispatch, products):
         monkeypatch.setattr(module, "capability", lambda device: (9, 0))
@@ -82,6 +83,7 @@ def launches(preset: str, *, batch: int = 1, grad: bool = False, **options: Any)
     return counted
 
 
+@pytest.mark.usefixtures("_on_an_h100")
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize(
     "preset, grad, most", [("released", False, 20), ("released", True, 21), ("paper", False, 20), ("paper", True, 20)]
@@ -91,8 +93,27 @@ def test_a_forward_pass_launches_few_operations(preset: str, grad: bool, most: i
     assert len(seen) <= most, "\n".join(seen)
 
 
+@pytest.mark.usefixtures("_on_an_h100")
 @pytest.mark.parametrize("preset, most", [("released", 0.24), ("paper", 0.72)])
 def test_few_bytes_are_copied(preset: str, most: float) -> None:
     """Of 16 images, 170 MB a map: the paper's module brings both maps into the other order, and moves little else."""
     moved = launches(preset, batch=16).bytes
     assert sum(moved.get(name, 0) for name in ("clone", "stack", "index_select")) <= most * 1e9
+
+
+@pytest.mark.parametrize("part", ["local_bottleneck", "global_bottleneck.0", "norm"])
+def test_a_fusion_that_was_touched_is_called(part: str) -> None:
+    """Though the directions before it are computed together."""
+    dem, tiles = dv.DualPerspectiveEnhance.released(32).double(), torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64)
+    layer = dem.fusion.get_submodule(part)
+    layer.register_forward_hook(lambda layer, given, out: 2 * out)
+    with machine("launches count"):
+        assert dem.products((3, 3), (6, 6), tiles).together
+        planned = dem(*tiles, (3, 3))
+    with dv.full_computation():
+        torch.testing.assert_close(planned, dem(*tiles, (3, 3)))
+
+
+def test_a_cpu_is_never_asked_together() -> None:
+    """Launches cost it nothing, and a copy does."""
+    assert not dv.DualPerspectiveEnhance.released(64).products((3, 3), (24, 24), torch.empty(0)).together
