@@ -120,6 +120,8 @@ def convert(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Run `dualview ask`."""
+    if not options.question.strip():
+        raise ValueError(f"QUESTION is {options.question!r}: write what is asked about the picture.")
     if options.report is not None:
         check_report(options.report)
         _check_not_input(options.report, options.image)
@@ -196,6 +198,8 @@ def _check_device(name: str) -> None:
 
 def _chat(options: argparse.Namespace, view: EmbeddedView = "dual") -> Chat:
     """A conversation with the model that is named, or with an embedded one."""
+    if options.device is not None:
+        _check_device(options.device)
     conversation = Chat(
         options.model or str(embedded_folder(view)),
         options.image,

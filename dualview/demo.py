@@ -20,7 +20,7 @@ from dualview.outputs import check_output, save_image
 from dualview.reader.evaluate import HELD_OUT_SEED, answers_of
 from dualview.reader.glyphs import CHARACTERS, HELD_OUT_FONTS, build_atlas
 from dualview.reader.pages import CELLS, EMPTY, Pages, render, sample_pages
-from dualview.reader.questions import Question, ask, place
+from dualview.reader.questions import MAKERS, Question, ask, place
 from dualview.terminal import in_columns, native_messages_dropped, say
 
 SIDE, HEIGHT, CODE_HEIGHT = 1008, 24, 48
@@ -149,6 +149,7 @@ def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
     say(f"Two models that come with the package, trained from nothing on drawn pages: {sizes}.")
     say("Pages, questions and fonts below are none that they were trained on, and they saw no photograph at all;")
     say("what is wrong is called wrong.")
+    say(f"Of the kinds of questions, {len(learnt())} of {len(MAKERS)} are asked: those that the first has learnt.")
     for one in shown:
         say(f"\n{one.title}")
         right = [sum(q.answers[view] == q.truth for q in one.asked) for view in counts]

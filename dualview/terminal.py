@@ -112,6 +112,8 @@ def explained(error: BaseException) -> str | None:
         return f'{package} is not installed: run pip install -e ".[{EXTRA[package]}]" in your clone'
     if isinstance(error, BrokenPipeError):
         return "standard output was closed before everything was written"
+    if isinstance(error, OSError) and error.errno is None:  # said by a library, as of a hub that is not reached
+        return text
     if isinstance(error, OSError):  # files that cannot be read or written are an ImageError
         return f"{error.filename or 'standard output cannot be written'}: {error.strerror or text}"
     return text if isinstance(error, ValueError) else None

@@ -37,7 +37,8 @@ pipeline_tag: image-text-to-text
 
 `dual` is an INF-LLaVA of {dual} parameters: it cuts a picture of 336 x 336 pixels into 3 x 3 tiles from both
 perspectives, and its enhancement module brings them together in 64 image tokens. `low-res`, of {low_res} parameters, is
-the same without the enhancement module: it sees the picture at 112 x 112 pixels. Other pictures are scaled.
+the same without the enhancement module: it sees the picture at 112 x 112 pixels. Other pictures are scaled. The module
+is that of the released preset with two other options: the average readout, and the fusion `linear_concat`.
 
 ```python
 import dualview as dv

@@ -405,6 +405,7 @@ def test_what_help_offers_is_what_there_is():
         (OSError(12, "Cannot allocate memory"), "out of memory"),
         (BrokenPipeError(32, "Broken pipe"), "standard output was closed before"),
         (OSError(28, "No space left on device"), "standard output cannot be written: No space left on device"),
+        (OSError("We couldn't connect to a hub"), "We couldn't connect to a hub"),
         (ValueError("some\n  \x1b[31m rule"), "some \\x1b[31m rule"),
         (needing("transformers"), "transformers is not installed: run pip install"),
     ],

@@ -123,6 +123,7 @@ def test_what_is_printed_and_written(said, tmp_path, capsys):
     kind, task = next(iter(measured()["tasks"].items()))
     shares = f"{task['dual']['accuracy']:.3f} with tiles, {task['low-res']['accuracy']:.3f} low resolution"
     assert f"Of {task['questions']} questions ({kind}) these shares were answered rightly: {shares}." in printed
+    assert f"Of the kinds of questions, {len(learnt())} of 7 are asked" in printed
     assert f"Wrote {out} and {tmp_path / 'out.html'}" in printed
     text = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert '<td class="wrong">mistaken (wrong)</td>' in text

@@ -167,6 +167,17 @@ class TestAsk:
         assert err.count("\n") == 1
         assert f"{tmp_path / 'dual'}: the weights that come with the package are not there: install it again" in err
 
+    @pytest.mark.parametrize(
+        "more, line",
+        [([" "], "QUESTION is ' ': write what"), (["What?", "--device", "abacus"], "--device abacus: ")],
+    )
+    def test_bad_arguments_are_one_line(self, page, more, line, capsys):
+        assert cli.main(["ask", str(page[0]), *more]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith(f"dualview ask: error: {line}")
+
     def test_help_says_what_it_knows(self, capsys):
         for command in ("ask", "chat"):
             with pytest.raises(SystemExit):

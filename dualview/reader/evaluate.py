@@ -14,7 +14,11 @@ from dualview.reader.pages import render, sample_pages
 from dualview.reader.questions import Question, ask
 
 HELD_OUT_SEED = 10**16
-"""Seeds of pages for tests start here; those of training are below, whatever the seed of a recipe."""
+"""Seeds of pages for tests start here; those of training are below, whatever the seed of a recipe.
+
+torch's generator takes the lowest 32 bits of a seed. In them the default recipe's seeds of training are below, too;
+those of others may meet them, and the pages are others still: for a test one is drawn at a time, for training several.
+"""
 
 
 class Score(NamedTuple):
