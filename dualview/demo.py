@@ -154,7 +154,9 @@ def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
         say(f"\n{one.title}")
         right = [sum(q.answers[view] == q.truth for q in one.asked) for view in counts]
         say(in_columns([*table(one.asked, LONGEST), ["right", "", *(f"{n} of {len(one.asked)}" for n in right)]]))
-    kind, task = next(iter(measured()["tasks"].items()))
-    shares = ", ".join(f"{task[view]['accuracy']:.3f} {name}" for name, view in VIEWS.items())
-    say(f"\nOf {task['questions']} questions ({kind}) these shares were answered rightly: {shares}.")
+    say("\nShares of right answers that were measured of the kinds asked:")
+    for kind, task in measured()["tasks"].items():
+        if kind.split(",")[0] in learnt():
+            shares = ", ".join(f"{task[view]['accuracy']:.3f} {name}" for name, view in VIEWS.items())
+            say(f"{kind}: {shares}, of {task['questions']} questions")
     say(f"All that was measured: {Path(embedded.__file__).with_name('README.md')}\n")

@@ -71,6 +71,22 @@ def _holds_notes_alone(folder: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """A lock that the system takes away when the process ends, however it ends; processes forked do not share it."""
+    if (place := folder.resolve()) in HELD:  # the system asks other processes alone
+        raise ValueError(f"output={shown(str(folder))}: this process trains in it; wait until it ends.")
+    HELD.add(place)
+    try:
+        with _locked_for_others(folder):
+            yield
+    finally:
+        HELD.remove(place)
+
+
+HELD: set[Path] = set()
+"""Folders in which this process trains."""
+
+
+@contextmanager
+def _locked_for_others(folder: Path) -> Iterator[None]:
     try:
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import probe_cpu
 from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
 from benchmarks.probe_tables import by_offset, not_reached, of_paper, operating_points, signed
 from dualview.probe.arms import ARMS
@@ -120,12 +119,6 @@ def test_distance_of_a_glyph_in_its_cell(results):
 def test_signs_and_bold():
     assert signed(Interval(0.01, -0.02, 0.03)) == "+1.0 (-2.0 to +3.0)"
     assert signed(Interval(-0.05, -0.06, -0.01)) == "**-5.0 (-6.0 to -1.0)**"
-
-
-def test_the_arms_of_a_cpu_are_compared_seed_by_seed():
-    jobs = [(seed, arm.name) for arm, seed in probe_cpu.SCALE.plan.jobs()]
-    assert [seed for seed, _ in jobs] == [0] * 5 + [1] * 5 + [2] * 5
-    assert {name for _, name in jobs} == {probe_cpu.AVERAGE, *probe_cpu.AGAINST}
 
 
 def test_operating_points_are_the_largest_that_fit():

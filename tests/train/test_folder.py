@@ -45,6 +45,9 @@ def test_another_process_is_named_until_it_is_killed(tmp_path):
     process.join(60)
     with run_folder(config(tmp_path), resume=True, report=silent):
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+        said = rf"^output='{re.escape(str(tmp_path / 'run'))}': this process trains in it"
+        with pytest.raises(ValueError, match=said), run_folder(config(tmp_path), resume=True, report=silent):
+            pass
 
 
 def fail_with(folder, *files):
