@@ -248,6 +248,17 @@ def test_both_directions_together_are_those_of_the_equations(masked, fusion, bia
             torch.testing.assert_close(dem(*tiles, grid, mask), expected[0], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("fastest", ["launches count", "never measured"])
+@pytest.mark.parametrize("readout", ["bilinear", "none"])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_live_tiles_may_come_in_any_order(preset, readout, fastest):
+    dem, tiles, grid = build(preset, readout=readout), inputs((3, 3), (6, 6)), (3, 3)
+    live = torch.randperm(9).tolist(), torch.randperm(9).tolist()
+    with torch.no_grad(), machine(fastest):
+        mixed = dem(*(x[:, order] for x, order in zip(tiles, live, strict=True)), grid, live=live)
+        torch.testing.assert_close(mixed, dem(*tiles, grid), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("fusion", ["addition", "multiplication", "bottleneck_concat"])
 @pytest.mark.parametrize("masked", [None, "one"])
 def test_planned_has_the_type_of_full_under_autocast(fusion, masked):
