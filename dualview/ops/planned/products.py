@@ -329,6 +329,7 @@ def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
         and all(untouched(layer, like) for layer in fusion.modules())
         and [layer.weight.shape for layer in layers[:2]] == [layer.weight.shape for layer in layers[2:]]
         and all(layer.bias is not None for layer in layers)
+        and all(layer.approximate == "none" for layer in fusion.modules() if type(layer) is nn.GELU)
     )
 
 

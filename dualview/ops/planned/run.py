@@ -341,7 +341,7 @@ def _take_tiles(
         held = select(source.tiles, 1, [source.present.index(tile) for tile in wanted]).flatten(2, 3)
         for some in groups:
             yield held[:, some].contiguous()  # which every projection of it would make anew
-    elif whole and len(groups) == 1 and len(source.present) == len(wanted) == grid.num_tiles:
+    elif whole and len(groups) == 1 and list(source.present) == wanted == list(range(grid.num_tiles)):
         yield retile(source.tiles, source.perspective, cut, grid).flatten(2, 3)
     else:
         index, tokens = token_index(source, rows, cols, grid), source.tiles.flatten(1, 3)
@@ -371,7 +371,8 @@ def regular_view(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) 
         regular(axis.positions, len(axis.tiles), source.perspective, n, length, held)
         for axis, n, length, held in zip((rows, cols), grid, tiles.shape[2:4], there, strict=True)
     ]
-    if len(present) != len(there[0]) * len(there[1]) or found[0] is None or found[1] is None:
+    in_order = tuple(i * grid.cols + j for i in there[0] for j in there[1])
+    if present != in_order or found[0] is None or found[1] is None:
         return None
     (i, u), (j, v) = ([slice(*part) for part in parts] for parts in found if parts is not None)
     part = tiles.unflatten(1, (len(there[0]), len(there[1])))[:, i, j, u, v].transpose(2, 3)  # (B, i, u, j, v, D)

@@ -114,6 +114,17 @@ def test_a_fusion_that_was_touched_is_called(part: str) -> None:
         torch.testing.assert_close(planned, dem(*tiles, (3, 3)))
 
 
+@pytest.mark.parametrize("parts", [["local_bottleneck"], ["local_bottleneck", "global_bottleneck"]])
+def test_a_gelu_of_another_kind_is_called(parts: list[str]) -> None:
+    dem, tiles = dv.DualPerspectiveEnhance.released(32).double(), torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64)
+    for part in parts:
+        dem.fusion.get_submodule(part)[1].approximate = "tanh"  # type: ignore[index]
+    with torch.no_grad(), machine("launches count"):
+        planned = dem(*tiles, (3, 3))
+        with dv.full_computation():
+            torch.testing.assert_close(planned, dem(*tiles, (3, 3)))
+
+
 def test_a_cpu_is_never_asked_together() -> None:
     """Launches cost it nothing, and a copy does."""
     assert not dv.DualPerspectiveEnhance.released(64).products((3, 3), (24, 24), torch.empty(0)).together

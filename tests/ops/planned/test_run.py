@@ -230,6 +230,35 @@ def test_averages_taken_inside_are_those_of_the_equations(fastest, masked, resid
         torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("grid, tokens", [((1, 1), (3, 4)), ((3, 1), (6, 4)), ((3, 3), (6, 6))])
+@pytest.mark.parametrize("source", ["dual", "sum"])
+@pytest.mark.parametrize("fusion", ["bottleneck_concat", "max_pool"])
+@pytest.mark.parametrize("masked, bias", [(None, True), ("pair", False)])
+def test_both_directions_together_are_those_of_the_equations(masked, fusion, bias, source, grid, tokens):
+    """Hardly a random module is computed so: the directions must share their layers, and one must ask one tile."""
+    dem = build(fusion=fusion, bias=bias, source=source)
+    tiles, size = inputs(grid, tokens), (grid[0] * tokens[0], grid[1] * tokens[1])
+    mask, direction = mask_of(masked, size), torch.randn(*size, DIM, dtype=torch.float64)
+    with dv.full_computation():
+        expected = run(dem, tiles, grid, mask, direction)
+    with machine("launches count"):
+        assert dem.products(grid, tokens, tiles[0]).together
+        torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
+        with torch.no_grad():
+            torch.testing.assert_close(dem(*tiles, grid, mask), expected[0], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("fastest", ["launches count", "never measured"])
+@pytest.mark.parametrize("readout", ["bilinear", "none"])
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_live_tiles_may_come_in_any_order(preset, readout, fastest):
+    dem, tiles, grid = build(preset, readout=readout), inputs((3, 3), (6, 6)), (3, 3)
+    live = torch.randperm(9).tolist(), torch.randperm(9).tolist()
+    with torch.no_grad(), machine(fastest):
+        mixed = dem(*(x[:, order] for x, order in zip(tiles, live, strict=True)), grid, live=live)
+        torch.testing.assert_close(mixed, dem(*tiles, grid), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("fusion", ["addition", "multiplication", "bottleneck_concat"])
 @pytest.mark.parametrize("masked", [None, "one"])
 def test_planned_has_the_type_of_full_under_autocast(fusion, masked):
