@@ -134,8 +134,8 @@ def test_regression_makes_image_tokens_more_like_what_was_told(parts, corpus, tm
 def test_the_language_model_learns_what_it_is_told(monkeypatch):
     """Stage 0 on one kind of question and captions: the loss halves, and accuracy rises above chance by .3.
 
-    Chance is one answer to all, .07. With seed 1 the accuracy was .64, and the loss .37 of what it was. Nearly all of
-    it is captions: a question alone is answered only after some hundred steps.
+    Chance is one answer to all, .07. With seed 1 the accuracy was .64, and the loss .37 of what it was. Of 604
+    characters 441 are in captions, after the name of their cell; a question is answered only after some hundred steps.
     """
     monkeypatch.setattr("dualview.reader.questions.TASKS", {"place": 12})
     torch.manual_seed(0)
