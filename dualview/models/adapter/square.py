@@ -59,7 +59,8 @@ def enhance_square(
         return maps(tower.forward(tiles, *args[1:], **rest))
 
     large = getattr(small, LARGE, small)
-    enhanced = encode_dual_view(DualView(encode, bind(maps(output)), options._replace(tile=tile)), large)
+    of_tile = ViewOptions(tile, *options[1:])  # what `_replace` makes is empty to torch 2.11 after a break of the graph
+    enhanced = encode_dual_view(DualView(encode, bind(maps(output)), of_tile), large)
     width = enhanced.shape[-1] // len(places)
     for k, place in enumerate(places):
         new = enhanced.narrow(-1, k * width, width)  # a host may change what it reads in place: no view of many
