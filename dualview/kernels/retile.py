@@ -175,7 +175,7 @@ def _by_kernel(x: Tensor, move: Move) -> Tensor:
     given = _with_one_batch(x, move)
     if _is_ordinary(x) and not (x.requires_grad and torch.is_grad_enabled()):
         return _launch(given, move)
-    moved: Tensor = _retile(given, move.source, move.target, *move.grid, move.data_format)
+    moved: Tensor = _retile(given, move.source, move.target, move.grid.rows, move.grid.cols, move.data_format)
     return moved.view(move.shape)
 
 

@@ -117,7 +117,8 @@ def test_planned_equals_full_for_batches_of_mixed_grids(preset, fusion, readout,
             out = model(images)
         torch.manual_seed(1)
         parameters = [*images, *model.parameters()]
-        outcomes.append([out, *torch.autograd.grad((out * torch.randn_like(out)).sum(), parameters, allow_unused=True)])
+        weights = torch.randn(out.shape, dtype=out.dtype)  # and not like ``out``, in the order of its memory
+        outcomes.append([out, *torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True)])
     for full, planned in zip(*outcomes, strict=True):
         if full is None or planned is None:
             assert full is None or full.abs().max() == 0
