@@ -167,10 +167,9 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
         return ""
     weight, products = _weight_of(dem), arranged_products(dem, grid, tokens)
     if products.seconds is not None:
-        times = [
-            f"{1000 * seconds:.3g} ms" for seconds in (products.seconds, products.as_it_stands) if seconds is not None
-        ]
-        return f"arranged for {weight.device}: {times[0]} estimated for one image, {times[-1]} as the equations stand"
+        chosen, as_it_stands = (1000 * (seconds or 0.0) for seconds in (products.seconds, products.as_it_stands))
+        times = f"{chosen:.3g} ms estimated for one image, {as_it_stands:.3g} ms as the equations stand"
+        return f"arranged for {weight.device}: {times}"
     if not planning():
         return "not rearranged: full_computation computes the equations as they stand"
     if rates_of(weight.device, weight.dtype) is None:

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from safetensors import safe_open
 
-from dualview.embedded import KNOWN, EmbeddedView
+from dualview.embedded import KNOWN, EmbeddedView, weak_tasks
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
 from dualview.reader.evaluate import BARS, draw_questions
 from dualview.reader.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
@@ -56,8 +56,8 @@ get an answer, too, which means nothing.
 
 ## How they were trained
 
-From nothing, by `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`): backgrounds are
-computed, and nothing is fetched. The parts took these minutes, two at a time: {minutes}.
+From nothing, by the parts of `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`):
+backgrounds are computed, and nothing is fetched. The parts took these minutes, two at a time: {minutes}.
 
 {note}
 
@@ -109,7 +109,7 @@ def row(name: str, task: dict[str, Any]) -> str:
 
 def weak_kinds(tasks: dict[str, Any]) -> str:
     """Which kinds of questions `dual` has not learnt: its interval does not lie above one answer to all."""
-    weak = [name for name, task in tasks.items() if task["dual"]["interval"][0] <= task["constant"]]
+    weak = weak_tasks(tasks)
     return f"Of `dual` this holds for: {'; '.join(weak)}." if weak else "This holds for no kind of `dual`."
 
 

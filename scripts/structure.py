@@ -52,16 +52,8 @@ ADDED = (
     ("ops/dual_crop.py", "_without_padding"),
     ("ops/enhance.py", "EnhancedMaps.__repr__"),
     ("ops/normalized_crop.py", "NormalizedTiles.__repr__"),
-    *(("kernels/retile_triton.py", name) for name in ("_of_images", "_move_lines")),
-    *(("ops/planned/products.py", name) for name in ("_together", "plain_bottlenecks")),
-    *(
-        ("ops/planned/run.py", name)
-        for name in ("enhance_together", "fuse_together", "keys_and_values", "take_regular", "regular_view")
-    ),
-    ("ops/planned/live.py", "regular"),
 )
-"""Definitions inside that are new features since: results that remember their images, and show them; a kernel for
-images; on a GPU, both directions in one product each."""
+"""Definitions inside that are new features since: results that remember their images, and show them."""
 
 
 def passed_through(call: Callable[[], object], *, ground: bool = False) -> tuple[set[str], set[CodeType]]:

@@ -80,8 +80,13 @@ def measured() -> dict[str, Any]:
 def learnt() -> list[str]:
     """The kinds of questions at which the dual model is better than who always gives the most frequent right answer."""
     tasks = measured()["tasks"]
-    weak = {name.split(",")[0] for name, task in tasks.items() if task["dual"]["interval"][0] <= task["constant"]}
+    weak = {name.split(",")[0] for name in weak_tasks(tasks)}
     return [kind for kind in dict.fromkeys(name.split(",")[0] for name in tasks) if kind not in weak]
+
+
+def weak_tasks(tasks: dict[str, Any]) -> list[str]:
+    """Of what was measured, that of which the dual model's interval does not lie above the most frequent answer."""
+    return [name for name, task in tasks.items() if task["dual"]["interval"][0] <= task["constant"]]
 
 
 def embedded_folder(view: EmbeddedView) -> Path:

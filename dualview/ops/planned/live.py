@@ -259,9 +259,10 @@ def plan_layers(needed: int, total: int, *, norm: bool, full: bool, has_norm: bo
 def regular(
     positions: tuple[int, ...], cut: int, perspective: Perspective, tiles: int, size: int, there: tuple[int, ...]
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """Slices of the tiles ``there`` are and of what is inside them that give these positions, in their order.
+    """Two slices (start, stop, step) that take these positions of an axis, in their order, out of a tiled map.
 
-    None where no slices do, or where they take neither one tile nor one for each of the ``cut`` tiles.
+    The first is of the tiles that are ``there``, the second of the tokens inside each. None where no slices take the
+    positions, or where they take them from neither one tile nor ``cut`` tiles.
     """
     place = {position(perspective, tile, u, tiles, size): (i, u) for i, tile in enumerate(there) for u in range(size)}
     places = [place[p] for p in positions]

@@ -273,6 +273,7 @@ def fuse_together(fusion: BottleneckConcatFusion, both: Tensor) -> Tensor:
 def query_key_matrix(attention: TileAttention) -> Tensor:
     """W_q W_k^T / sqrt(D) of one head, as a weight of `torch.nn.functional.linear`."""
     query, key = attention.q_proj.weight, attention.k_proj.weight
+    # One product that scales, too; of its first operand nothing is read, for beta is 0.
     return torch.addmm(query.detach(), key.t(), query, beta=0, alpha=attention.dim**-0.5)
 
 
