@@ -163,7 +163,7 @@ def enhance_direction(
         for tiles, query, key in zip(groups, queries, keys, strict=True):
             key_mask = None if mask is None else mask[:, tiles]
             found = attend_arranged(attention, a, query, key, key_mask, cells=cells, tiles=added_up, folded=folded)
-            part = {"found": found.flatten(3)}
+            part = {"found": found.flatten(3) if a.pool == "map" else found}
             if attention.residual:
                 block = query.unflatten(2, (d.query_rows.per_tile, d.query_cols.per_tile))
                 part["query"] = mean_of_cells(block, cells[::2]).flatten(2, 3) if cells else query
@@ -173,11 +173,12 @@ def enhance_direction(
 
     def finished(found: Tensor, query: Tensor | None = None, any_key: Tensor | None = None) -> Tensor:
         if a.absorb and project:
-            found = project_values(attention, found.unflatten(-1, (attention.num_heads, -1)), any_key).flatten(3)
-        return attention.finish(found, cast(Tensor, query))
+            found = project_values(attention, found, any_key)
+        return attention.finish(found.flatten(3), cast(Tensor, query))
 
     if a.pool == "map":
         means = mean_across_tiles(attended(), plan, d, grid, added_up=bool(added_up))
+        means["found"] = means["found"].unflatten(-1, (attention.num_heads, -1))
         return cast(Tensor, finished(**means).squeeze(1).unflatten(1, plan.tokens))
     parts = [finished(**part) for part in attended()]
     tokens = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -190,11 +191,12 @@ def tiles_at_a_time(d: DirectionPlan, a: Arrangement, attention: TileAttention, 
     """The tiles, as many at a time as the scores of one image allow; all at once where gradients are recorded.
 
     A backward pass keeps the operands of all tiles anyway, and adds up gradients of whole maps for every group.
+    Projections are faster for more rows, so that twice as many tiles are taken as the attention has scores of at once.
     """
     spans_tiles = a.pool == "map" and d.cut == "local"  # a cell has tokens of several tiles
     if a == Arrangement() or spans_tiles or torch.is_grad_enabled():
         return [slice(0, d.num_tiles)]
-    return chunks(d.num_tiles, attention.num_heads * d.queries * d.keys, like.device)
+    return chunks(d.num_tiles, attention.num_heads * d.queries * d.keys // 2, like.device)
 
 
 # --- The products in another order ------------------------------------------------------------------------------------
