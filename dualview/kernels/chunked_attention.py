@@ -75,9 +75,9 @@ def gradients_by_chunks(
     return of_q, of_k, of_v
 
 
-def chunks(tiles: int, scores: int, device: torch.device) -> list[slice]:
-    """The tiles, as many at a time as `SCORES_AT_ONCE` allows; each has so many scores."""
-    step = max(1, SCORES_AT_ONCE.get(device.type, MOST_SCORES) // max(1, scores))
+def chunks(tiles: int, scores: int, device: torch.device, least: int = 1) -> list[slice]:
+    """The tiles, as many at a time as `SCORES_AT_ONCE` allows, or ``least``; each has so many scores."""
+    step = max(least, SCORES_AT_ONCE.get(device.type, MOST_SCORES) // max(1, scores))
     return [slice(first, min(first + step, tiles)) for first in range(0, max(1, tiles), step)]
 
 
