@@ -26,7 +26,6 @@ from dualview.ops.tile_attention import tile_attention as attend
 from dualview.ops.tiling import crop, recombine
 from dualview.views import per_token
 
-
 LEAST_ROWS = 192
 """Of a product with a weight, on a CPU: 64 rows times 1024 x 1024 make 135 G operations/s, 192 make 160."""
 

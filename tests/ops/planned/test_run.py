@@ -1,6 +1,7 @@
 """The live tokens with their products in any order: the results of the equations, nothing for dead tiles."""
 
 import copy
+from contextlib import contextmanager
 from itertools import product
 from unittest.mock import patch
 
@@ -75,9 +76,11 @@ def run(dem, tiles, grid, mask, direction, *, autocast=False):
     return out.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(targets, grads, strict=True)]
 
 
-def at_most(scores):
-    """Within the block so many scores of an image are held at a time."""
-    return patch.dict(SCORES_AT_ONCE, cpu=scores)
+@contextmanager
+def at_most(scores, rows=1):
+    """Within the block so many scores of an image are held at a time, and queries of so many rows projected."""
+    with patch.dict(SCORES_AT_ONCE, cpu=scores), patch("dualview.ops.planned.run.LEAST_ROWS", rows):
+        yield
 
 
 def mask_of(kind, size):
@@ -354,3 +357,15 @@ def test_tiles_are_gathered_a_few_at_a_time(preset):
         dem(*tiles, (5, 5))
         peak = peak_bytes(lambda: dem(*tiles, (5, 5)), "cpu")
     assert peak < 0.6 * tiles[0].nbytes
+
+
+def test_queries_of_a_few_tiles_are_projected_together():
+    """Of 9 tiles with 4 queries each, as many at a time as have the rows that are asked for."""
+    dem, tiles, seen = dv.DualPerspectiveEnhance.released(16), torch.randn(2, 1, 9, 6, 6, 16), []
+    for least in (1, 5, 12, 1000):
+        with torch.no_grad(), machine("attention is free"), at_most(1, least):
+            with patch("torch.nn.functional.linear", wraps=torch.nn.functional.linear) as linear:
+                dem(*tiles, (3, 3))
+        of_queries = [call.args[0] for call in linear.call_args_list if call.args[1] is dem.attentions[0].q_proj.weight]
+        seen.append({x.shape[1] for x in of_queries if x.shape[2] == 4})
+    assert seen == [{1}, {1, 2}, {3}, {9}]
