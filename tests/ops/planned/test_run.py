@@ -363,9 +363,9 @@ def test_queries_of_a_few_tiles_are_projected_together():
     """Of 9 tiles with 4 queries each, as many at a time as have the rows that are asked for."""
     dem, tiles, seen = dv.DualPerspectiveEnhance.released(16), torch.randn(2, 1, 9, 6, 6, 16), []
     for least in (1, 5, 12, 1000):
-        with torch.no_grad(), machine("attention is free"), at_most(1, least):
-            with patch("torch.nn.functional.linear", wraps=torch.nn.functional.linear) as linear:
-                dem(*tiles, (3, 3))
+        seeing = patch("torch.nn.functional.linear", wraps=torch.nn.functional.linear)
+        with torch.no_grad(), machine("attention is free"), at_most(1, least), seeing as linear:
+            dem(*tiles, (3, 3))
         of_queries = [call.args[0] for call in linear.call_args_list if call.args[1] is dem.attentions[0].q_proj.weight]
         seen.append({x.shape[1] for x in of_queries if x.shape[2] == 4})
     assert seen == [{1}, {1, 2}, {3}, {9}]
