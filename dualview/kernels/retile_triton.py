@@ -63,9 +63,9 @@ def _of_shape(
     tile: Size,
     data_format: DataFormat,
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[Any, Any]]:
-    """Programs along each axis, the kernel's arguments after the tensors (sizes, strides, blocks), and what was loaded.
+    """Programs along each axis, the kernel's arguments after the tensors, and the compiled programs that have run.
 
-    That is by device, type and alignment the program that runs: a later launch need not find out again which one it is.
+    The last are kept by what `_place` says of a map, for triton takes longer to find them again.
     """
     (rows, cols), images = grid, data_format == "channels_first"
     dim, stride_tile = shape[-3 if images else -1], 0 if source == "raster" else strides[1]
@@ -79,7 +79,7 @@ def _of_shape(
     programs = (shape[0] * tile_rows * tile_cols * h, triton.cdiv(w, block_v), triton.cdiv(dim, block_d))
     sizes = dim, tile_rows, tile_cols, h, w, *row_steps, *col_steps
     read = strides[0], stride_d, *of_rows, *of_cols
-    write = (h * w * dim, w, 1, h * w) if images else (h * w * dim, w * dim, dim, 1)
+    write = ((dim - 1) * h * w, 1, h * w) if images else (0, dim, 1)
     return programs, (*sizes, *read, *write, images, block_v, block_d), {}
 
 
@@ -107,12 +107,12 @@ GRID = ("tile_rows", "tile_cols", "h", "w", "row_tile", "row_u", "col_tile", "co
 def _move(
     x, out, dim, tile_rows, tile_cols, h, w, row_tile, row_u, col_tile, col_v,
     stride_b, stride_d, row_inner, stride_row_outer, stride_row_inner, col_inner, stride_col_outer, stride_col_inner,
-    write_tile, write_u, write_v, write_d, IMAGES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    write_tile, write_v, write_d, IMAGES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program moves some tokens of one line of the result: row u of tile (i, j) of image b.
 
-    What the tokens of a line share is worked out once for all threads; one division per token is left. Images are
-    tokens whose channels lie far apart: threads beside each other then move pixels beside each other.
+    What the tokens of a line share is worked out once for all threads; one division per token is left. A pixel of an
+    image is a token whose channels lie far apart, so there threads side by side move pixels side by side.
     """
     line = tl.program_id(0)
     u, tile = line % h, line // h
@@ -130,6 +130,5 @@ def _move(
     outer = column // col_inner
     read_token = outer.to(tl.int64) * stride_col_outer + (column - outer * col_inner).to(tl.int64) * stride_col_inner
     read = read_line + read_token + d.to(tl.int64) * stride_d
-    write_line = tile.to(tl.int64) * write_tile + u.to(tl.int64) * write_u
-    write = write_line + v.to(tl.int64) * write_v + d.to(tl.int64) * write_d
+    write = (line.to(tl.int64) * w + v) * write_v + tile.to(tl.int64) * write_tile + d.to(tl.int64) * write_d
     tl.store(out + write, tl.load(x + read, mask=inside), mask=inside)
