@@ -13,8 +13,10 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch._guards import TracingContext
 
 T = TypeVar("T")
 
@@ -45,14 +47,15 @@ class Switch(Generic[T]):
         self._of_all: dict[_Block, T] = {}
         self._lock = Lock()
         self._of_process = default  # a plain attribute, for torch.compile to guard
-        self._traced: tuple[T, ...] = ()  # the block that is being traced; empty again when the graph runs
+        self._of_traces: WeakKeyDictionary[TracingContext, list[T]] = WeakKeyDictionary()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._in_child)
 
     def value(self) -> T:
         """The value here and now."""
         if torch.compiler.is_dynamo_compiling():
-            return self._traced[0] if self._traced else self._of_process
+            traced = self._of_trace()
+            return traced[-1] if traced else self._of_process
         for block, value in reversed(self._of_context.get()):
             if not block.left_elsewhere:
                 return value
@@ -67,11 +70,11 @@ class Switch(Generic[T]):
             traced: Whether what `torch.compile` traces meanwhile, in any thread, has the value, too.
         """
         if torch.compiler.is_dynamo_compiling():
-            before, self._traced = self._traced, (value,)
+            self._enter(value)
             try:
                 yield
             finally:
-                self._traced = before
+                self._leave()
             return
         block = _Block()
         try:
@@ -88,6 +91,20 @@ class Switch(Generic[T]):
             with self._lock:
                 self._of_all.pop(block, None)
                 self._of_process = next(reversed(self._of_all.values()), self._default)
+
+    # Blocks inside of what is traced. These run while it is traced, not in the graph, which has no side effects.
+
+    def _enter(self, value: T) -> None:
+        self._of_traces.setdefault(TracingContext.get(), []).append(value)
+
+    def _leave(self) -> None:
+        self._of_traces[TracingContext.get()].pop()
+
+    def _of_trace(self) -> tuple[T, ...]:
+        return tuple(self._of_traces.get(TracingContext.get(), ()))
+
+    for _constant in (_enter, _leave, _of_trace):
+        _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
 
     def _in_child(self) -> None:
         """After a fork only the thread that forked goes on; another one may have held the lock."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from itertools import permutations
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dualview import DualPerspectiveEnhance, DualViewEncoder
 from dualview.explain import explain
@@ -350,6 +352,62 @@ def test_an_exported_program_keeps_the_value(switch: Switch[str], strict: bool) 
     with switch.holding("on"):
         program = torch.export.export(Looking(switch), (torch.zeros(()),), strict=strict)
     assert program.module()(torch.zeros(())).item() == 1.0
+
+
+class Entering(Looking):
+    """Looks at a switch within a block and after it."""
+
+    def __init__(self, switch: Switch[str]) -> None:
+        super().__init__(switch)
+        self.block = lambda: switch.holding("on")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self.block():
+            inside = self.look(x)
+        return inside, self.look(x)
+
+
+class AskingForTorch(nn.Module):
+    """A call that says by itself which backend runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dem = DualPerspectiveEnhance.paper(8)
+
+    def forward(self, local: Tensor, stride: Tensor) -> Tensor:
+        return self.dem(local, stride, (2, 3), backend="torch")
+
+
+def quietly_exported(module: nn.Module, *given: Tensor) -> Any:
+    """What a strict exporter makes, which warns of everything that outlives the call."""
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        return torch.export.export(module, given, strict=True).module()
+
+
+def test_a_strict_exporter_has_nothing_to_warn_of(switch: Switch[str]) -> None:
+    module, x = AskingForTorch(), torch.zeros(())
+    tiles = torch.randn(2, 1, 6, 2, 2, 8)
+    assert [out.item() for out in quietly_exported(Entering(switch), x)(x)] == [1.0, 0.0]
+    torch.testing.assert_close(quietly_exported(module, *tiles)(*tiles), module(*tiles))
+
+
+def test_a_trace_that_fails_within_a_block_leaves_nothing(switch: Switch[str]) -> None:
+    def fails(x: Tensor) -> Tensor:
+        with switch.holding("on"):
+            torch._dynamo.graph_break()
+            return x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        Compiled(fails)()
+    assert switch.value() == "off"
+    assert Compiled(Looking(switch))() == BONUS["off"]
+
+
+def test_a_block_within_a_checkpoint(switch: Switch[str]) -> None:
+    def function(x: Tensor) -> Tensor:
+        return checkpoint(Entering(switch), x, use_reentrant=False)
+
+    assert Compiled(function)() == [1.0, 0.0]
 
 
 # --- use_backend ------------------------------------------------------------------------------------------------------

@@ -47,32 +47,28 @@ def attend_by_chunks(problem: Problem) -> Tensor:
     return _joined([part.to(problem.q.dtype) for part in parts])
 
 
-def gradients_by_chunks(
-    problem: Problem, grad: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v if needed: dS = P (dP - sum_j P dP), dq = scale dS k, dk = scale dS^T q, dv = P^T g."""
-    q, (need_q, need_k, need_v) = problem.q, needed
-    h, r, w, s = problem.cells or (q.shape[2], 1, 1, 1)
+def gradients_by_chunks(problem: Problem, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of q, k and v, None where they are not needed."""
     if problem.tiles:
-        grad = (grad / problem.tiles).expand(-1, q.shape[1], -1, -1, -1)
-    dq: list[Tensor] = []
-    dk: list[Tensor] = []
-    dv: list[Tensor] = []
-    for chunk in _chunks(problem):
-        weights = _weights(problem, chunk)
-        rows, keys, values, g = (by_head(x[:, chunk]) for x in (*problem[:3], grad))
-        of_cells = _product(g, values.mT, _wide).unflatten(3, (h, 1, w, 1))
-        of_each = weights.unflatten(3, (h, r, w, s))
-        slope = of_each * (of_cells - (of_each * of_cells).sum(-1, keepdim=True)) * (problem.scale / (r * s))
-        slope = slope.to(q.dtype).flatten(3, 6)
-        if need_q:
-            dq.append(_product(slope, keys))
-        if need_k:
-            dk.append(_sum_over_rows(slope, rows, keys.shape[2]))
-        if need_v:
-            dv.append(_sum_over_rows(_mean_of_cells(weights, problem.cells).to(q.dtype), g, keys.shape[2]))
-    of_q, of_k, of_v = (_joined(parts) if parts else None for parts in (dq, dk, dv))
-    return of_q, of_k, of_v
+        grad = (grad / problem.tiles).expand(-1, problem.q.shape[1], -1, -1, -1)
+    found = [_gradients(problem, grad, needed, chunk) for chunk in _chunks(problem)]
+    return [None if of[0] is None else _joined(cast(list[Tensor], list(of))) for of in zip(*found, strict=True)]
+
+
+def _gradients(problem: Problem, grad: Tensor, needed: Sequence[bool], chunk: slice) -> tuple[Tensor | None, ...]:
+    """Those of some tiles: dS = P (dP - sum_j P dP), dq = scale dS k, dk = scale dS^T q, dv = P^T g."""
+    need_q, need_k, need_v = needed
+    h, r, w, s = problem.cells or (problem.q.shape[2], 1, 1, 1)
+    weights = _weights(problem, chunk)
+    rows, keys, values, g = (by_head(x[:, chunk]) for x in (*problem[:3], grad))
+    of_cells = _product(g, values.mT, _wide).unflatten(3, (h, 1, w, 1))
+    of_each = weights.unflatten(3, (h, r, w, s))
+    slope = of_each * (of_cells - (of_each * of_cells).sum(-1, keepdim=True)) * (problem.scale / (r * s))
+    slope = slope.to(rows.dtype).flatten(3, 6)
+    dq = _product(slope, keys) if need_q else None
+    dk = _sum_over_rows(slope, rows, keys.shape[2]) if need_k else None
+    dv = _sum_over_rows(_mean_of_cells(weights, problem.cells).to(rows.dtype), g, keys.shape[2]) if need_v else None
+    return dq, dk, dv
 
 
 def chunks(tiles: int, scores: int, device: torch.device, least: int = 1) -> list[slice]:

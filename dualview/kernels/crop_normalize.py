@@ -109,13 +109,12 @@ def _scales(device: torch.device, factors: tuple[float, ...], offsets: tuple[flo
     return torch.tensor((factors, offsets), dtype=dtype, device=device)
 
 
-SCHEMA = (
-    "(Tensor images, float[] factors, float[] offsets, int[] grid, int[] local, int[] stride, ScalarType dtype) "
-    "-> (Tensor, Tensor)"
+@torch.library.custom_op(
+    "dualview::crop_normalize",
+    mutates_args=(),
+    schema="(Tensor images, float[] factors, float[] offsets, int[] grid, int[] local, int[] stride, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
 )
-
-
-@torch.library.custom_op("dualview::crop_normalize", mutates_args=(), schema=SCHEMA)
 def _crop_normalize(images: Tensor, *cut: Any) -> tuple[Tensor, Tensor]:
     if not dispatch.runs_on(images):
         return _by_torch(images, *cut)

@@ -32,15 +32,14 @@ def make(
     if not local_tiles.numel() + stride_tiles.numel():
         return local_tiles, stride_tiles
     (batch, _, channels, h, w), (rows, cols) = shapes[0], grid
-    live = tuple(local), tuple(stride)
-    index = table(_live_index, rows * cols, live, like=images)
+    index = table(_live_index, rows * cols, (tuple(local), tuple(stride)), like=images)
     block_v = min(triton.next_power_of_2(w), 128)
     block_u = min(triton.next_power_of_2(h), PIXELS // block_v)
     blocks = triton.cdiv(h, block_u)
     with torch.cuda.device_of(images):
         _make[(batch * rows * cols * blocks, triton.cdiv(w, block_v))](
             *(images, local_tiles, stride_tiles, scales, index),
-            *(rows, cols, h, w, blocks, *map(len, live), *images.stride()),
+            *(rows, cols, h, w, blocks, len(local), len(stride), *images.stride()),
             CHANNELS=channels,
             BLOCK_U=block_u,
             BLOCK_V=block_v,
@@ -50,10 +49,8 @@ def make(
 
 def _live_index(device: torch.device, tiles: int, live: tuple[tuple[int, ...], ...]) -> Tensor:
     """(2, tiles): the index of every tile among the live ones of a perspective, or -1."""
-    index = torch.full((2, tiles), -1, dtype=torch.int32, device=device)
-    for of_perspective, chosen in zip(index, live, strict=True):
-        of_perspective[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32)
-    return index
+    indices = [[chosen.index(tile) if tile in chosen else -1 for tile in range(tiles)] for chosen in live]
+    return torch.tensor(indices, dtype=torch.int32, device=device)
 
 
 @triton.jit(do_not_specialize=("rows", "cols", "blocks", "num_local", "num_stride"))

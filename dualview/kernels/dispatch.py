@@ -80,12 +80,12 @@ def use_backend(backend: Backend) -> AbstractContextManager[None]:
     return BACKEND.holding((check_choice(backend, "backend", BACKENDS), "use_backend"))
 
 
-def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
+def choose(kernel: str, x: Tensor, *, backend: Backend | None = None, refused: Sequence[str] = ()) -> Choice:
     """The implementation for one call, with the reasons.
 
     Args:
         kernel: A name among `KERNEL_TYPES`.
-        *tensors: What the kernel would read.
+        x: What the kernel would read.
         backend: What the call asks for; None if nothing.
         refused: Reasons that the caller sees why the kernel cannot run, each with its remedy after a colon.
 
@@ -98,7 +98,7 @@ def choose(kernel: str, *tensors: Tensor, backend: Backend | None = None, refuse
     )
     if asked == "torch":
         return Choice("torch", (f'backend="torch", by {by}',))
-    reasons = (*_refusals(kernel, tensors), *refused)
+    reasons = (*_refusals(kernel, x), *refused)
     if asked == "triton":
         if reasons:
             raise RuntimeError(
@@ -118,10 +118,12 @@ def interpreting() -> bool:
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a GPU; None for another device."""
-    return _capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    return _capability(device) if device.type == "cuda" else None
 
 
-_capability = cache(torch.cuda.get_device_capability)  # asking torch takes longer than all else here
+@cache  # asking torch takes longer than all else here
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def is_new(device: torch.device) -> bool:
@@ -142,29 +144,24 @@ def runs_on(x: Tensor) -> bool:
 
 def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor on the device of ``like``: all outputs and scratch space of the kernels."""
-    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+    return like.new_empty(shape, dtype=dtype)
 
 
-def _refusals(kernel: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+def _refusals(kernel: str, x: Tensor) -> tuple[str, ...]:
     """Why the kernel cannot run, whatever the call is about; empty if it can."""
     reasons = []
     if not _triton_installed:
         reasons.append("triton is not installed: pip install triton, on Linux")
-    devices = {x.device for x in tensors}
-    if len(devices) > 1:
-        named = ", ".join(sorted(map(str, devices)))
-        reasons.append(f"the tensors are on different devices, {named}: move them to one")
-    elif _triton_installed and not all(runs_on(x) for x in tensors):
+    elif not runs_on(x):
         reasons.append(
-            f"the tensors are on {tensors[0].device}: move them to a CUDA device, or set TRITON_INTERPRET=1 before "
-            "triton is imported to try the kernel without a GPU"
+            f"the tensor is on {x.device}: move it to a CUDA device, or set TRITON_INTERPRET=1 before triton is "
+            "imported to try the kernel without a GPU"
         )
-    elif (found := capability(tensors[0].device)) is not None and found < OLDEST and not interpreting():
+    elif (found := capability(x.device)) is not None and found < OLDEST and not interpreting():
         reasons.append(
-            f"the tensors are on a GPU of compute capability {found[0]}.{found[1]}: move them to one of "
+            f"the tensor is on a GPU of compute capability {found[0]}.{found[1]}: move it to one of "
             f"{OLDEST[0]}.{OLDEST[1]} or newer"
         )
-    if unsupported := {x.dtype for x in tensors}.difference(KERNEL_TYPES[kernel]):
-        given, taken = sorted(map(str, unsupported)), map(str, KERNEL_TYPES[kernel])
-        reasons.append(f"tensors of {', '.join(given)}: cast them to one of {', '.join(taken)}")
+    if x.dtype not in KERNEL_TYPES[kernel]:
+        reasons.append(f"a tensor of {x.dtype}: cast it to one of {', '.join(map(str, KERNEL_TYPES[kernel]))}")
     return tuple(reasons)

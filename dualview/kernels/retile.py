@@ -21,8 +21,6 @@ from dualview.views import batch_of, shape_in, split_in, tile_size
 LEAST_BYTES = 2**27
 """Maps from which on the kernel takes less time than torch in eager code; `dispatch.MEASURED` has the figures."""
 
-SCHEMA = "(Tensor x, str source, str target, int rows, int cols, str data_format='channels_last') -> Tensor"
-
 
 class Move(NamedTuple):
     """How a map of one shape gets into another layout.
@@ -33,6 +31,7 @@ class Move(NamedTuple):
         grid: Rows and columns of tiles.
         tile: Their size.
         data_format: Whether the channels come before or after height and width.
+        one_batch: Shape of the map with one batch dimension.
         shape: Of the result.
         sizes: The map, seen with each factor as a dimension; empty where it takes two copies.
         order: These dimensions in the order of the result.
@@ -43,6 +42,7 @@ class Move(NamedTuple):
     grid: TileGrid
     tile: Size
     data_format: DataFormat
+    one_batch: tuple[int, ...]
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
     order: tuple[int, ...]
@@ -88,12 +88,7 @@ def retile(
     images = data_format == "channels_first"
     asked = backend if backend is not None else "torch" if images else dispatch.BACKEND.value()[0]
     slower = asked == "auto" and not (x.is_cuda and not images and _is_faster(x, move))
-    if (
-        asked == "torch"
-        or slower
-        or (images and source == target)
-        or dispatch.choose("retile", x, backend=backend).name == "torch"
-    ):
+    if asked == "torch" or slower or dispatch.choose("retile", x, backend=backend).name == "torch":
         return _by_torch(x, move)
     return _by_kernel(x, move)
 
@@ -115,13 +110,14 @@ def _new_move(x: Tensor, source: Layout, target: Layout, data_format: DataFormat
     source, target = check_choice(source, "source", LAYOUTS), check_choice(target, "target", LAYOUTS)
     grid = TileGrid.of(grid)
     tile = tile_size(x, source, grid, data_format, name)
-    sizes, order = tuple(x.shape), tuple(range(x.dim()))
+    batch, sizes, order = batch_of(x, source), tuple(x.shape), tuple(range(x.dim()))
     if source != target:
         whole = tile[0] % grid.rows == tile[1] % grid.cols == 0
         one = whole or "raster" in (source, target)
         sizes, order = split_in(target, x, source, grid, tile, data_format) if one else ((), ())
     shape = shape_in(target, x, source, grid, tile, data_format)
-    return Move(source, target, grid, tile, data_format, shape, sizes, order)
+    one_batch = (batch.numel(), *x.shape[len(batch) :])
+    return Move(source, target, grid, tile, data_format, one_batch, shape, sizes, order)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -154,7 +150,7 @@ def _is_faster(x: Tensor, move: Move) -> bool:
         return x.nbytes >= LEAST_BYTES
     from dualview.kernels.retile_triton import has_run
 
-    return has_run(_with_one_batch(x, move), *move[:4])
+    return has_run(x.reshape(move.one_batch), *move[:5])
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -172,38 +168,57 @@ def _is_ordinary(x: Tensor) -> bool:
 
 def _by_kernel(x: Tensor, move: Move) -> Tensor:
     """The kernel; straight away where it can be: an operator of torch's library costs the host thrice the launch."""
-    given = _with_one_batch(x, move)
-    if _is_ordinary(x) and not (x.requires_grad and torch.is_grad_enabled()):
-        return _launch(given, move)
-    moved: Tensor = _retile(given, move.source, move.target, move.grid.rows, move.grid.cols, move.data_format)
-    return moved.view(move.shape)
-
-
-def _with_one_batch(x: Tensor, move: Move) -> Tensor:
-    batch = batch_of(x, move.source)
-    return x if len(batch) == 1 else x.reshape(batch.numel(), *x.shape[len(batch) :])
+    ordinary = _is_ordinary(x)
+    if ordinary and not (x.requires_grad and torch.is_grad_enabled()):
+        return _launch(x, move)
+    by = _Recorded.apply if ordinary else _retile
+    moved: Tensor = by(x, move.source, move.target, move.grid.rows, move.grid.cols, move.data_format)
+    return moved
 
 
 def _launch(x: Tensor, move: Move) -> Tensor:
-    """Of a map with one batch dimension, in the shape of the result."""
-    from dualview.kernels.retile_triton import launch
+    """The kernel, or torch where none can run, as in a program that was exported elsewhere."""
+    if not dispatch.runs_on(x):
+        return _by_torch(x, move)
+    import dualview.kernels.retile_triton as device_code  # as a module: that is found in a third of the time
 
-    if move.data_format == "channels_last":
-        return launch(x, move.shape, False, *move[:4])
-    if "raster" not in (move.source, move.target):
-        x = _launch(x, _move(x, move.source, "raster", move.data_format, "x", move.grid))
-        return _launch(x, _move(x, "raster", move.target, move.data_format, "x", move.grid)).view(move.shape)
-    one = _move(x, move.source, move.target, move.data_format, "x", move.grid)
-    return launch(x, move.shape, True, one.sizes, one.order)
+    one_batch = x if x.dim() == len(move.one_batch) else x.reshape(move.one_batch)
+    return device_code.launch(one_batch, move.shape, *move[:5])
 
 
-@torch.library.custom_op("dualview::retile", mutates_args=(), schema=SCHEMA)
-def _retile(
+def _moved(
     x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
 ) -> Tensor:
-    """The same as an operator, for a map with one batch dimension: what is traced keeps it."""
-    move = _move(x, source, target, data_format, "x", (rows, cols))
-    return _launch(x, move) if dispatch.runs_on(x) else _by_torch(x, move)
+    return _launch(x, _move(x, source, target, data_format, "x", (rows, cols)))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
+    _, ctx.source, ctx.target, *ctx.others = inputs
+
+
+class _Recorded(torch.autograd.Function):
+    """The kernel with a gradient, where nobody but autograd looks."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _remember(ctx, inputs)
+        return _moved(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, cols, data_format = ctx.others
+        move = _move(grad, ctx.target, ctx.source, data_format, "grad", (rows, cols))
+        return _by_kernel(grad, move), None, None, None, None, None
+
+
+_retile = torch.library.custom_op(
+    "dualview::retile",
+    _moved,
+    mutates_args=(),
+    schema="(Tensor x, str source, str target, int rows, int cols, str data_format='channels_last') -> Tensor",
+)
+"""The same as an operator of torch's library: what is traced keeps it."""
+_retile.register_autograd(_Recorded.backward, setup_context=_remember)
 
 
 @_retile.register_fake
@@ -211,14 +226,3 @@ def _(
     x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
 ) -> Tensor:
     return x.new_empty(_move(x, source, target, data_format, "x", (rows, cols)).shape)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.source, ctx.target, *ctx.others = inputs
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _retile(grad, ctx.target, ctx.source, *ctx.others), None, None, None, None, None
-
-
-_retile.register_autograd(_backward, setup_context=_remember)

@@ -55,4 +55,4 @@ def compile_in_place_of_launching() -> None:
             tuned.fn.run(*args, **options, **config.all_kwargs())
 
     JITFunction.run, Autotuner.run = compile_only, compile_every_choice
-    dispatch.runs_on, dispatch._refusals = lambda x: True, lambda kernel, tensors: ()
+    dispatch.runs_on, dispatch._refusals = lambda x: True, lambda kernel, x: ()

@@ -102,7 +102,7 @@ def _poisoned(monkeypatch):
 def elsewhere(monkeypatch):
     """The ops are called where no kernel can be launched, as by a program that was exported on a GPU."""
     monkeypatch.setattr(dispatch, "runs_on", lambda x: False)
-    monkeypatch.setattr(dispatch, "_refusals", lambda kernel, tensors: ())
+    monkeypatch.setattr(dispatch, "_refusals", lambda kernel, x: ())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import dualview as dv
 from dualview.kernels import dispatch
@@ -53,9 +54,9 @@ def test_the_kernels_move_what_torch_moves(device, source, target, grid, tile, d
 
 @pytest.mark.parametrize("target", ["local", "global"])
 def test_images_that_take_many_programs(device, target):
-    """Of every axis: lines, columns of tiles, pixels of one."""
-    x = numbered((2, 3, 10, 300), torch.int16).to(device)
-    for grid in ((2, 3), (5, 150), (1, 1), (10, 2)):
+    """Of every axis: lines, pixels of one, channels."""
+    x = numbered((2, 130, 4, 90), torch.int16).to(device)
+    for grid in ((2, 1), (4, 45), (1, 1), (1, 2)):
         tiles = retile(x, "raster", target, grid, data_format="channels_first", backend="triton")
         assert torch.equal(tiles, by_the_equations(x, "raster", target, grid, "channels_first"))
         assert torch.equal(retile(tiles, target, "raster", grid, data_format="channels_first", backend="triton"), x)
@@ -145,6 +146,8 @@ def test_opcheck(device, grad):
     torch.library.opcheck(torch.ops.dualview.retile.default, (x, "local", "global", 2, 3))
     x = torch.randn(2, 6, 3, 2, 5, device=device, requires_grad=grad)
     torch.library.opcheck(torch.ops.dualview.retile.default, (x, "local", "raster", 2, 3, "channels_first"))
+    x = torch.randn(2, 1, 4, 3, 5, device=device, requires_grad=grad)
+    torch.library.opcheck(torch.ops.dualview.retile.default, (x, "raster", "global", 2, 3))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -194,6 +197,45 @@ def test_what_is_traced_keeps_the_operator(device):
         assert "dualview" in str(program.graph)
         y = torch.randn_like(x)
         assert torch.equal(program(y), retile(y, "local", "global", (2, 3), backend="torch"))
+
+
+def test_a_recorded_call_goes_straight_to_the_kernel_and_saves_nothing(device, monkeypatch):
+    """Also that of a gradient, and of a gradient's gradient."""
+
+    def fails(*given):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "_retile", fails)
+    x = torch.randn(2, 6, 2, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn_like(x, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(fails, fails):
+        moved = retile(x, "local", "global", (2, 3), backend="triton")
+    (grad,) = torch.autograd.grad((moved * weight).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * x).sum(), weight)
+    assert torch.equal(grad, by_the_equations(weight, "global", "local", (2, 3), "channels_last"))
+    assert torch.equal(second, moved)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints(device, use_reentrant):
+    def move(x):
+        return retile(x.sin(), "local", "global", (2, 3), backend="triton").cos()
+
+    grads, given = [], torch.randn(2, 6, 2, 3, 5, device=device)
+    for call in (move, partial(checkpoint, move, use_reentrant=use_reentrant)):
+        x = given.clone().requires_grad_()
+        call(x).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops over an operator under vmap
+def test_vmap(device):
+    def move(x):
+        return retile(x, "local", "global", (2, 3), backend="triton")
+
+    x = torch.randn(3, 6, 2, 3, 5, device=device)
+    assert torch.equal(torch.func.vmap(move)(x), move(x))
 
 
 @pytest.fixture
@@ -269,10 +311,13 @@ def test_a_launch_takes_the_host_a_few_calls(device):
     from dualview.kernels import retile_triton
 
     x = torch.randn(1, 9, 3, 3, 8, device=device)
-    loaded = retile_triton._of_tokens(x.shape, x.stride(), "local", "global", dv.TileGrid(3, 3), (3, 3))[-1]
+    move = "local", "global", dv.TileGrid(3, 3), (3, 3), "channels_last"
+    loaded = retile_triton._of_shape(x.shape, x.stride(), *move)[-1]
     loaded[retile_triton._place(x)] = defaultdict(lambda: lambda *given: None)
     try:
-        assert calls_of(partial(retile, x, "local", "global", (3, 3), backend="triton")) <= 75
+        for recorded, most in ((False, 75), (True, 95)):
+            x.requires_grad_(recorded)
+            assert calls_of(partial(retile, x, "local", "global", (3, 3), backend="triton")) <= most
     finally:
         loaded.clear()
 
