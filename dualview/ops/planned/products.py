@@ -235,29 +235,21 @@ def seconds_of(
     for d, layer, a in zip(plan.directions, layers, chosen.directions, strict=True):
         queries, keys = d.num_tiles * d.queries, d.num_tiles * d.keys
         results = pooled_tokens if a.pool else queries
-        projections = queries + results * layer.out_proj  # rows that meet a matrix of d x d
-        if a.absorb:
-            projections += (not a.fold) * queries + (not chosen.fold_values) * results
-        else:
-            projections += 2 * keys
-        dense += projections * dim**2
+        absorbed = (not a.fold) * queries + (not chosen.fold_values) * results
+        rows = queries + results * layer.out_proj + (absorbed if a.absorb else 2 * keys)  # that meet a matrix of d x d
+        dense += rows * dim**2
         inside = a.pool == "cells"
         meet_values = results if inside else queries
         scores = (queries + meet_values) * d.keys * dim * (layer.heads if a.absorb else 1)
         width = dim if a.absorb else dim // layer.heads
         of_width = [rate for widest, rate in rates.attention if width <= widest] or [rates.attention[-1][1]]
-        copied = (
-            queries * dim if inside or (a.pool and d.cut == "local") else 0
-        )  # to bring the tokens of cells together
-        seconds += (
-            2 * scores / (rates.pooled if inside else of_width[0])
-            + copied / rates.moved
-            + (12 if inside else 8) * rates.launch
-        )
+        attention = 2 * scores / (rates.pooled if inside else of_width[0])
+        copied = queries * dim if a.pool and d.cut == "local" else 0  # to bring the tokens of cells together
+        seconds += attention + copied / rates.moved + (12 if inside else 8) * rates.launch
     if chosen.together:  # what was attended is stacked; queries are gathered in any case
         seconds += 2 * queries * dim / rates.moved - 5 * rates.launch
-    pooled = chosen.directions[0].pool is not None
-    dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
+    of_map = len(plan.fused[0]) * len(plan.fused[1])
+    dense += fusion_weights * (pooled_tokens if chosen.directions[0].pool else of_map)
     return seconds + 2 * dense / rates.dense
 
 

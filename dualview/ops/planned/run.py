@@ -175,9 +175,7 @@ def enhance_direction(
         cells = d.query_rows.per_tile // r, r, d.query_cols.per_tile // s, s
     # Over strides, each cell has one token in every tile, at the same index: attention by chunks adds them up itself.
     added_up = d.num_tiles if a.absorb and a.pool == "map" and d.cut == "global" else 0
-    any_key = None
-    if mask is not None and attention.v_proj.bias is not None:
-        any_key = mask.any(-1)[:, :, None, None].to(attention.v_proj.bias.dtype)
+    any_key = None if mask is None else mask.any(-1)[:, :, None, None].to(maps[d.query][0].tiles.dtype)
     parts: list[Tensor] = []
     for tiles, query, key in zip(groups, queries, keys, strict=True):
         masked = None if mask is None else mask[:, tiles]
