@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from dualview.arguments import check_choice
@@ -74,11 +76,11 @@ class DirectReadout(nn.Module):
             "local": TileMap(local_tiles, "local", present[0]),
             "global": TileMap(stride_tiles, "global", present[1]),
         }
-        planes = []
-        for perspective, rows, cols in plan.cuts:
-            for taken in take_tiles([given[perspective]], rows, cols, perspective, grid, [slice(None)]):
-                planes.append(put_back(taken, rows, cols, perspective, grid))
-        total = planes[0] if len(planes) == 1 else planes[0] + planes[1]
+        planes = [
+            put_back(next(take_tiles([given[cut]], rows, cols, cut, grid)), rows, cols, cut, grid)
+            for cut, rows, cols in plan.cuts
+        ]
+        total = reduce(torch.add, planes)
         whole = tuple(total.shape[1:3]) == grid.map_size(size)
         return read_out(total, grid, self.readout) if whole else mean_of_cells(total, size)
 

@@ -391,12 +391,10 @@ class DualPerspectiveEnhance(nn.Module):
         pair = key_mask if isinstance(key_mask, tuple) and len(key_mask) == 2 else (key_mask, key_mask)
         shapes, means = ((like.shape[0], *size), size), "real tokens"
         local, of_global = (check_mask(mask, "key_mask", shapes, like, means) for mask in pair)
-        of_map = {"local": local.reshape(-1, *size), "global": of_global.reshape(-1, *size)}
-        masks: dict[Perspective, Tensor | None] = {}
-        for role in KEYS_OF_QUERY:
-            first, *others = (of_map[perspective] for perspective in MAPS_OF_ROLE[self.source][role])
-            masks[role] = first | others[0] if others else first
-        return masks
+        of_map: dict[Perspective, Tensor] = {"local": local.reshape(-1, *size), "global": of_global.reshape(-1, *size)}
+        return {
+            role: reduce(torch.bitwise_or, (of_map[p] for p in of)) for role, of in MAPS_OF_ROLE[self.source].items()
+        }
 
     def load_released(self, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
         """Load the weights of a released checkpoint, copied into this module's parameters.

@@ -82,8 +82,6 @@ def released_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 def _strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The DEM's tensors by their bare names: those under a prefix if any is there, else all."""
-    for prefix in ("model.spatial_embed.", "spatial_embed."):
-        found = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        if found:
-            return found
-    return dict(state_dict)
+    prefixes = ("model.spatial_embed.", "spatial_embed.")
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in state_dict)), "")
+    return {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}

@@ -110,8 +110,8 @@ class TileBatch(Record, tensors=("data",)):
                 f"{[str(g) for g in grid_tuple]}: give at least one image, one grid per image, rows*cols tiles each, "
                 "and the same tile size, type and device throughout."
             )
-        placements = None if images is None else check_placements(images, grid_tuple, "images")
-        return cls(torch.cat(list(tiles)), (0, *accumulate(counts)), grid_tuple, perspective, placements)
+        offsets = 0, *accumulate(counts)
+        return cls(torch.cat(list(tiles)), offsets, grid_tuple, perspective, images)  # type: ignore[arg-type]  # checked
 
     def split(self) -> list[Tensor]:
         """The tiles of each image, views of shape (rows*cols, ...)."""

@@ -8,7 +8,7 @@ with dilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast, overload
+from typing import cast, overload
 
 from torch import Tensor, nn
 
@@ -220,9 +220,7 @@ def recombine(
     if isinstance(grid, str) and perspective is None:
         grid, perspective = None, grid
     if not isinstance(tiles, Tensor) and isinstance(tiles, DualPerspectiveTiles | DualPerspectiveTileBatch):
-        held: tuple[Any, ...] = tiles.of(perspective), tiles.checked_grid(grid), perspective  # type: ignore[arg-type]
-        back: Tensor | list[Tensor] = recombine(*held, data_format=data_format, size=size, backend=backend)
-        return back
+        grid, tiles = tiles.checked_grid(grid), tiles.of(perspective)  # type: ignore[arg-type]
     if not isinstance(tiles, Tensor) and isinstance(tiles, TileBatch):
         grids = tiles.checked_grids(grid, "grid")
         recorded = tiles.checked_perspective(perspective)
@@ -235,11 +233,11 @@ def recombine(
             f"recombine(tiles, grid={grid!r}, perspective={perspective!r}): a plain tensor records neither, so both "
             'must be given: recombine(tiles, (rows, cols), "local" or "global").'
         )
-    perspective, known = check_perspective(perspective), cast(GridLike, grid)
+    perspective, known, plain = check_perspective(perspective), cast(GridLike, grid), cast(Tensor, tiles)
     if size is not None:
         known = TileGrid.of(known)
-        check_result_size(size, known, tile_size(tiles, perspective, known, data_format, "tiles"))
-    return retile(tiles, perspective, "raster", known, data_format=data_format, backend=backend, name="tiles")
+        check_result_size(size, known, tile_size(plain, perspective, known, data_format, "tiles"))
+    return retile(plain, perspective, "raster", known, data_format=data_format, backend=backend, name="tiles")
 
 
 class _Crop(nn.Module):

@@ -133,25 +133,21 @@ class EnhancePlan:
     """What of a DEM reaches the output, for one grid and one size of token map.
 
     Attributes:
-        pair: Rows and columns of tiles.
         tokens: Token map (h, w) of one tile.
         directions: The directions that are computed, local queries first.
         read: Rows and columns of the fused map that the readout reads.
         fused: Rows and columns that the fusion reads: those, widened by its radius.
         cell: Rows and columns of tokens that the readout averages to one; (1, 1) where it averages nothing.
-        averages: Whether it averages anything.
-        looks_around: Whether the fusion reads more than the readout does.
+        whole_cells: Whether every local tile holds whole cells of rows x cols tokens.
         live: The encoded tiles that are needed.
     """
 
-    pair: tuple[int, int]
     tokens: Size
     directions: tuple[DirectionPlan, ...]
     read: tuple[tuple[int, ...], tuple[int, ...]]
     fused: tuple[tuple[int, ...], tuple[int, ...]]
     cell: tuple[int, int]
-    averages: bool
-    looks_around: bool
+    whole_cells: bool
     live: LiveTiles
 
 
@@ -184,7 +180,7 @@ def plan_enhance(
     read = _both(partial(_read_positions, readout), grid, tokens)
     fused = _both(partial(_widened, radius), read, grid.map_size(tokens))
     directions = []
-    needed: dict[Perspective, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {"local": [], "global": []}
+    needed: dict[Perspective, set[int]] = {"local": set(), "global": set()}
     for query, key in KEYS_OF_QUERY.items():
         if enhance not in ("both", query):
             continue
@@ -194,13 +190,13 @@ def plan_enhance(
         counts = len(queries[0].tiles) * len(queries[1].tiles), *(r.per_tile * c.per_tile for r, c in (queries, keys))
         directions.append(DirectionPlan(query, cut, *queries, *keys, *counts))
         for perspective in MAPS_OF_ROLE[source][query]:
-            needed[perspective].append(fused)
+            needed[perspective] |= _tiles_of(perspective, fused, grid, tokens)
         for perspective in MAPS_OF_ROLE[source][key]:
-            needed[perspective].append((keys[0].positions, keys[1].positions))
-    averaged = (1, 1) if readout == "none" else tuple(len(readout_support(readout, n)) for n in grid)
-    live = LiveTiles(*(_tiles_of(perspective, held, grid, tokens) for perspective, held in needed.items()))
-    cell = (averaged[0], averaged[1])
-    return EnhancePlan(pair, tokens, tuple(directions), read, fused, cell, cell != (1, 1), fused != read, live)
+            needed[perspective] |= _tiles_of(perspective, (keys[0].positions, keys[1].positions), grid, tokens)
+    cell = (1, 1) if readout == "none" else _both(lambda n: len(readout_support(readout, n)), grid)
+    whole_cells = all(size % n == 0 for size, n in zip(tokens, grid, strict=True))
+    live = LiveTiles(*(tuple(sorted(tiles)) for tiles in needed.values()))
+    return EnhancePlan(tokens, tuple(directions), read, fused, cell, whole_cells, live)
 
 
 @dataclass(frozen=True)
@@ -255,23 +251,6 @@ def plan_layers(needed: int, total: int, *, norm: bool, full: bool, has_norm: bo
     return LayerPlan(total if full else needed, total, norm or (full and has_norm))
 
 
-@constant
-def regular(
-    positions: tuple[int, ...], cut: int, perspective: Perspective, tiles: int, size: int, there: tuple[int, ...]
-) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """Two slices (start, stop, step) that take these positions of an axis, in their order, out of a tiled map.
-
-    The first is of the tiles that are ``there``, the second of the tokens inside each. None where no slices take the
-    positions, or where they take them from neither one tile nor ``cut`` tiles.
-    """
-    place = {position(perspective, tile, u, tiles, size): (i, u) for i, tile in enumerate(there) for u in range(size)}
-    places = [place[p] for p in positions]
-    of_axes = [sorted(set(indices)) for indices in zip(*places, strict=True)]
-    of_tiles, inside = ((x[0], x[-1] + 1, x[1] - x[0] if len(x) > 1 else 1) for x in of_axes)
-    fits = len(of_axes[0]) in (1, cut) and places == [(i, u) for i in range(*of_tiles) for u in range(*inside)]
-    return (of_tiles, inside) if fits else None
-
-
 def _both(of_axis: Callable[..., R], *pairs: Iterable[Any]) -> tuple[R, R]:
     """The same for rows and for columns."""
     rows, cols = (of_axis(*axis) for axis in zip(*pairs, strict=True))
@@ -290,13 +269,7 @@ def _widened(radius: int | None, positions: tuple[int, ...], length: int) -> tup
 
 
 def _tiles_of(
-    perspective: Perspective,
-    needed: list[tuple[tuple[int, ...], tuple[int, ...]]],
-    grid: TileGrid,
-    tokens: Size,
-) -> tuple[int, ...]:
-    live = set()
-    for positions in needed:
-        rows, cols = _both(partial(AxisCut.of, perspective), positions, grid, tokens)
-        live |= {i * grid.cols + j for i in rows.tiles for j in cols.tiles}
-    return tuple(sorted(live))
+    perspective: Perspective, positions: tuple[tuple[int, ...], tuple[int, ...]], grid: TileGrid, tokens: Size
+) -> set[int]:
+    rows, cols = _both(partial(AxisCut.of, perspective), positions, grid, tokens)
+    return {i * grid.cols + j for i in rows.tiles for j in cols.tiles}

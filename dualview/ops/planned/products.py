@@ -30,7 +30,7 @@ from torch.nn.modules import module as module_hooks
 
 from dualview.kernels.dispatch import capability
 from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, declared
-from dualview.ops.planned.live import DirectionPlan, EnhancePlan, EnhanceSpec, constant, plan_enhance
+from dualview.ops.planned.live import EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
 
 Pool: TypeAlias = Literal["cells", "map"] | None
@@ -144,8 +144,8 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
     device = like.device.type
     autocast = not like.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
-    linear = type(fusion) is nn.Linear or (declared(fusion, "radius") == 0 and declared(fusion, "linear"))
-    commutes = bool(linear) and as_declared(fusion, like)
+    linear = type(fusion) is nn.Linear or (declared(fusion, "radius") == 0 and bool(declared(fusion, "linear")))
+    commutes = linear and as_declared(fusion, like)
     return choose_products(
         spec,
         tuple(sizes_of(attention) for attention in attentions),
@@ -196,40 +196,32 @@ def choose_products(
     plan, rates, layers = plan_enhance(*spec), rates_of(device, dtype), [Layers(*values) for values in sizes]
     if rates is None:
         return Products.as_written(len(layers))
-    averaged = plan.averages and commutes and all(layer.linear for layer in layers)
+    averaged = plan.cell != (1, 1) and commutes and all(layer.linear for layer in layers)
     timed = [
         candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
-        for candidate in (*_candidates(plan, layers, averaged=averaged, concat=concat), *_together(plan, shared=shared))
+        for candidate in _candidates(plan, layers, shared=shared, averaged=averaged, concat=concat)
     ]
     return min(timed, key=lambda candidate: candidate.seconds or 0.0)._replace(as_it_stands=timed[0].seconds)
 
 
-def _candidates(plan: EnhancePlan, layers: list[Layers], *, averaged: bool, concat: bool) -> Iterator[Products]:
+def _candidates(
+    plan: EnhancePlan, layers: list[Layers], *, shared: bool, averaged: bool, concat: bool
+) -> Iterator[Products]:
     """Every arrangement that gives the same result; first that of the equations."""
     for pooled in (False, True) if averaged else (False,):
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
-            pool = _pool(d, plan) if pooled else None
+            # Averages are taken in the earliest place where the tokens of a cell meet.
+            pool: Pool = ("cells" if d.cut == "local" and plan.whole_cells else "map") if pooled else None
             folds = (False, True) if layer.heads == 1 else (False,)
             ways.append([Arrangement(False, False, pool), *(Arrangement(True, fold, pool) for fold in folds)])
         for directions in product(*ways):
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
                 yield Products(directions, fold_values=True)
-
-
-def _together(plan: EnhancePlan, *, shared: bool) -> Iterator[Products]:
-    """Both directions in one, where they have as many queries and one asks one tile: its queries may have any order."""
-    counts = [(d.num_tiles * d.queries, d.num_tiles) for d in plan.directions]
-    alike = shared and len(counts) == 2 and counts[0][0] == counts[1][0] and 1 in (counts[0][1], counts[1][1])
-    if alike and not plan.looks_around:
+    one_of_each_cell = plan.cell == (1, 1) and plan.whole_cells and plan.fused == plan.read
+    if shared and one_of_each_cell and len(layers) == 2 and any(d.num_tiles == 1 for d in plan.directions):
         yield Products.as_written(2)._replace(together=True)
-
-
-def _pool(d: DirectionPlan, plan: EnhancePlan) -> Pool:
-    """The earliest place where the tokens of a cell can be averaged."""
-    whole_cells = all(size % tiles == 0 for size, tiles in zip(plan.tokens, plan.pair, strict=True))
-    return "cells" if d.cut == "local" and whole_cells else "map"
 
 
 def seconds_of(
@@ -243,32 +235,31 @@ def seconds_of(
     for d, layer, a in zip(plan.directions, layers, chosen.directions, strict=True):
         queries, keys = d.num_tiles * d.queries, d.num_tiles * d.keys
         results = pooled_tokens if a.pool else queries
-        projections = queries + results * layer.out_proj  # rows that meet a matrix of d x d
-        if a.absorb:
-            projections += (not a.fold) * queries + (not chosen.fold_values) * results
-        else:
-            projections += 2 * keys
-        dense += projections * dim**2
+        absorbed = (not a.fold) * queries + (not chosen.fold_values) * results
+        rows = queries + results * layer.out_proj + (absorbed if a.absorb else 2 * keys)  # that meet a matrix of d x d
+        dense += rows * dim**2
         inside = a.pool == "cells"
         meet_values = results if inside else queries
         scores = (queries + meet_values) * d.keys * dim * (layer.heads if a.absorb else 1)
-        rate = rates.pooled if inside else _rate_of_width(rates, dim if a.absorb else dim // layer.heads)
-        copied = (
-            queries * dim if inside or (a.pool and d.cut == "local") else 0
-        )  # to bring the tokens of cells together
-        seconds += 2 * scores / rate + copied / rates.moved + (12 if inside else 8) * rates.launch
-    if chosen.together:  # two stacks, for queries are gathered in any case, and the weights of keys and values
-        seconds += (2 * queries * dim + 2 * dim**2) / rates.moved - 5 * rates.launch
-    pooled = chosen.directions[0].pool is not None
-    dense += fusion_weights * (pooled_tokens if pooled else len(plan.fused[0]) * len(plan.fused[1]))
+        width = dim if a.absorb else dim // layer.heads
+        of_width = [rate for widest, rate in rates.attention if width <= widest] or [rates.attention[-1][1]]
+        attention = 2 * scores / (rates.pooled if inside else of_width[0])
+        copied = queries * dim if a.pool and d.cut == "local" else 0  # to bring the tokens of cells together
+        seconds += attention + copied / rates.moved + (12 if inside else 8) * rates.launch
+    if chosen.together:  # what was attended is stacked; queries are gathered in any case
+        seconds += 2 * queries * dim / rates.moved - 5 * rates.launch
+    of_map = len(plan.fused[0]) * len(plan.fused[1])
+    dense += fusion_weights * (pooled_tokens if chosen.directions[0].pool else of_map)
     return seconds + 2 * dense / rates.dense
 
 
-def _rate_of_width(rates: Rates, width: int) -> float:
-    return next((rate for widest, rate in rates.attention if width <= widest), rates.attention[-1][1])
-
-
 # --- What may be read ------------------------------------------------------------------------------------------------
+
+
+FORWARDS: dict[type[nn.Module], Any] = {
+    layer: layer.forward for layer in (nn.Linear, nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
+}
+"""As torch has them: somebody may put another one into a class."""
 
 
 def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
@@ -282,10 +273,13 @@ def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
     # torch.compile does not guard the first condition; it guards the method, but misses its function by getattr.
     forward: Any = layer.forward
     patched = "forward" in vars(layer) or not isinstance(forward, MethodType)
-    if hooked or _global_hook() or patched or forward.__func__ is not type(layer).forward or hasattr(layer, "_hf_hook"):
+    ordinary = FORWARDS.get(type(layer), type(layer).forward)
+    if hooked or _global_hook() or patched or forward.__func__ is not ordinary or hasattr(layer, "_hf_hook"):
         return False
     parameters = [p for p in layer._parameters.values() if p is not None]
-    return all(_plain(p) and p.device == like.device for p in parameters)
+    # Of no other kind of tensor; fake ones stand for plain ones while costs are counted.
+    plain = all(isinstance(p, nn.Parameter) and type(p) in (nn.Parameter, FakeTensor) for p in parameters)
+    return plain and all(p.device == like.device for p in parameters)
 
 
 def _global_hook() -> bool:
@@ -293,11 +287,6 @@ def _global_hook() -> bool:
     names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
     hooks = [hook for name in names for hook in getattr(module_hooks, f"_global_{name}").values()]
     return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
-
-
-def _plain(parameter: Tensor) -> bool:
-    """A parameter of no other kind of tensor; fake ones stand for plain ones while costs are counted."""
-    return isinstance(parameter, nn.Parameter) and type(parameter) in (nn.Parameter, FakeTensor)
 
 
 def readable(attention: TileAttention, like: Tensor) -> bool:
@@ -315,8 +304,7 @@ def readable(attention: TileAttention, like: Tensor) -> bool:
 def _is_linear(layer: nn.Module, dim: int, like: Tensor) -> bool:
     """Whether a layer is exactly torch's linear layer, from the width D to D, with a weight of its own."""
     weight = layer._parameters.get("weight")
-    exactly = type(layer) is nn.Linear and nn.Linear.forward is LINEAR_FORWARD and untouched(layer, like)
-    return exactly and weight is not None and weight.shape == (dim, dim)
+    return type(layer) is nn.Linear and untouched(layer, like) and weight is not None and weight.shape == (dim, dim)
 
 
 def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
@@ -324,7 +312,6 @@ def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
     layers = [layer for layer in fusion.modules() if type(layer) is nn.Linear]
     return (
         type(fusion) is BottleneckConcatFusion
-        and nn.Linear.forward is LINEAR_FORWARD
         and [type(layer) for layer in fusion.modules()] == BOTTLENECKS
         and all(untouched(layer, like) for layer in fusion.modules())
         and [layer.weight.shape for layer in layers[:2]] == [layer.weight.shape for layer in layers[2:]]
@@ -334,14 +321,12 @@ def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:
 
 
 BOTTLENECKS = [BottleneckConcatFusion, *2 * [nn.Sequential, nn.Linear, nn.GELU, nn.Linear], nn.LayerNorm]
-LINEAR_FORWARD = nn.Linear.forward
-"""As torch has it: somebody may put another one into the class."""
 LINEAR_LAYERS = (nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential, nn.ModuleList)
 
 
 def as_declared(fusion: nn.Module, like: Tensor) -> bool:
     """Whether a fusion that declares itself linear still is: nothing is hooked on, and no layer inside is replaced."""
-    return nn.Linear.forward is LINEAR_FORWARD and all(
+    return all(
         untouched(layer, like) and (type(layer) in LINEAR_LAYERS or bool(declared(layer, "linear")))
         for layer in fusion.modules()
     )

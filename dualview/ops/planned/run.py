@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple, cast
 
@@ -19,11 +19,10 @@ from dualview.kernels.retile import retile
 from dualview.kernels.tables import index_tensor, table
 from dualview.kernels.tile_attention import tile_attention
 from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, fuse
-from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan, regular
+from dualview.ops.planned.live import KEYS_OF_QUERY, AxisCut, DirectionPlan, EnhancePlan
 from dualview.ops.planned.products import Arrangement, Products, plain_bottlenecks
 from dualview.ops.tile_attention import TileAttention
 from dualview.ops.tile_attention import tile_attention as attend
-from dualview.ops.tiling import crop, recombine
 from dualview.views import per_token
 
 LEAST_ROWS = 192
@@ -69,24 +68,23 @@ def enhance_live(
     """
     if products.together:
         return enhance_together(plan, grid, attentions[0], fusion, maps, masks)
-    folded: dict[TileAttention, Tensor] = {}  # both directions may share one matrix
-    enhanced = []
-    for d, a, attention in zip(plan.directions, products.directions, attentions, strict=True):
-        if a.fold and attention not in folded:
-            folded[attention] = query_key_matrix(attention)
-        matrix = folded.get(attention) if a.fold else None
-        values = not products.fold_values
-        enhanced.append(enhance_direction(plan, d, grid, a, attention, maps, masks, matrix, project=values))
+    ways = list(zip(plan.directions, products.directions, attentions, strict=True))
+    folding = {attention: a for _, a, attention in ways if a.fold}  # both directions may share one matrix
+    folded = {attention: query_key_matrix(attention) for attention in folding}
+    project = not products.fold_values
+    enhanced = [
+        enhance_direction(plan, d, grid, a, attention, maps, masks, folded.get(attention), project=project)
+        for d, a, attention in ways
+    ]
     if products.fold_values:
         return fuse_with_values(cast(LinearConcatFusion, fusion), enhanced, attentions)
-    if plan.looks_around:  # the fusion looks around, so it gets whole maps, with zeros where nothing is read
+    if plan.fused != plan.read:  # the fusion looks around, so it gets whole maps, with zeros where nothing is read
         size = grid.map_size(plan.tokens)
-        fused = select(
-            select(fuse(fusion, *(on_full_map(x, plan, size) for x in enhanced)), 1, plan.read[0]), 2, plan.read[1]
-        )
+        fused = fuse(fusion, *(on_full_map(x, plan, size) for x in enhanced))
+        fused = select(select(fused, 1, plan.read[0]), 2, plan.read[1])
     else:
         fused = fuse(fusion, *enhanced)
-    return mean_of_cells(fused, plan.tokens) if plan.averages else fused
+    return fused if plan.cell == (1, 1) else mean_of_cells(fused, plan.tokens)
 
 
 def enhance_together(
@@ -97,29 +95,42 @@ def enhance_together(
     maps: Mapping[Perspective, list[TileMap]],
     masks: Mapping[Perspective, Tensor | None],
 ) -> Tensor:
-    """The same with the queries of both directions in one tensor, (2, B, Q of all tiles, D), V_loc first.
+    """The same where one token of each cell is read, with the queries of both directions in one tensor, V_loc first.
 
-    One direction asks one tile, so its queries may have any order: that of the other one.
+    One direction asks one tile: its keys are the tokens that ask in the other direction.
     """
-    order = max(plan.directions, key=lambda d: d.num_tiles)
-    axes = order.query_rows, order.query_cols
-    views = [take_regular(maps[d.query], *axes, order.cut, grid) for d in plan.directions]
-    asking = torch.stack(views).flatten(2, -2)
-    found, project = [], keys_and_values(attention)
-    for d, queries in zip(plan.directions, per_token(attention.q_proj, asking), strict=True):
-        (key,) = take_tiles(maps[KEYS_OF_QUERY[d.query]], d.key_rows, d.key_cols, d.cut, grid, [slice(0, d.num_tiles)])
-        q, (k, v) = queries.unflatten(1, (d.num_tiles, d.queries)), project(key)
-        found.append(attend(q, k, v, num_heads=attention.num_heads, key_mask=mask_of(d, masks, grid)).flatten(1, 2))
+    reads = [reduce(torch.add, [read_tokens(of, plan, grid) for of in maps[d.query]]) for d in plan.directions]
+    asking = torch.stack(reads).flatten(2, -2)  # (2, B, h * w, D), in the order of local tiles
+    found = []
+    for d, q, other in zip(plan.directions, per_token(attention.q_proj, asking), (asking[1], asking[0]), strict=True):
+        key, mask = other.unsqueeze(1), mask_of(d, masks, grid)
+        if d.num_tiles > 1:
+            (key,) = take_tiles(maps[KEYS_OF_QUERY[d.query]], d.key_rows, d.key_cols, d.cut, grid)
+        elif mask is not None:
+            cells = mask.view(-1, *plan.tokens, 1)
+            mask = retile(cells, "raster", "local", grid, backend="torch").flatten(1).unsqueeze(1)
+        asked, k, v = q.unflatten(1, (d.num_tiles, d.queries)), attention.k_proj(key), attention.v_proj(key)
+        found.append(attend(asked, k, v, num_heads=attention.num_heads, key_mask=mask).flatten(1, 2))
     both = attention.finish(torch.stack(found), asking)
-
-    def back(tokens: Tensor) -> Tensor:
-        return put_back(tokens.unflatten(1, (order.num_tiles, order.queries)), *axes, order.cut, grid)
-
+    tiles = grid.num_tiles, *grid.tile_size(plan.tokens)
     if plain_bottlenecks(fusion, both):
-        fused = back(fuse_together(cast(BottleneckConcatFusion, fusion), both))
-    else:
-        fused = fuse(fusion, *map(back, both))
-    return mean_of_cells(fused, plan.tokens) if plan.averages else fused
+        fused = fuse_together(cast(BottleneckConcatFusion, fusion), both)
+        return retile(fused.unflatten(1, tiles), "local", "raster", grid)
+    return fuse(fusion, *retile(both.unflatten(2, tiles), "local", "raster", grid))
+
+
+def read_tokens(source: TileMap, plan: EnhancePlan, grid: TileGrid) -> Tensor:
+    """The token that is read of each cell, as a view in the order of local tiles, which hold whole cells.
+
+    Shape:
+        (B, present tiles, h, w, D) -> (B, rows, cols, h / rows, w / cols, D)
+    """
+    row, col = plan.read[0][0], plan.read[1][0]
+    if source.perspective == "global":  # one tile has them all
+        tile = source.tiles[:, source.present.index(row * grid.cols + col)]
+        return rearrange(tile, "b (i u) (j v) d -> b i j u v d", i=grid.rows, j=grid.cols)
+    tiles = select(source.tiles, 1, [source.present.index(tile) for tile in range(grid.num_tiles)])
+    return cast(Tensor, tiles[:, :, row :: grid.rows, col :: grid.cols].unflatten(1, (grid.rows, grid.cols)))
 
 
 def mask_of(d: DirectionPlan, masks: Mapping[Perspective, Tensor | None], grid: TileGrid) -> Tensor | None:
@@ -127,8 +138,7 @@ def mask_of(d: DirectionPlan, masks: Mapping[Perspective, Tensor | None], grid: 
     if (mask := masks[KEYS_OF_QUERY[d.query]]) is None:
         return None
     live = [i * grid.cols + j for i in d.key_rows.tiles for j in d.key_cols.tiles]
-    cut = crop(mask.unsqueeze(-1), grid, d.cut, data_format="channels_last", backend="torch").flatten(2)
-    return select(cut, 1, live)
+    return select(retile(mask.unsqueeze(-1), "raster", d.cut, grid, backend="torch").flatten(2), 1, live)
 
 
 def enhance_direction(
@@ -148,46 +158,53 @@ def enhance_direction(
     Shape:
         (B, live rows, live columns, D), or (B, h, w, D) averaged
     """
-    keys_of, mask = KEYS_OF_QUERY[d.query], mask_of(d, masks, grid)
-    groups = tiles_at_a_time(d, a, attention, maps[d.query][0].tiles)
+    mask, groups = mask_of(d, masks, grid), tiles_at_a_time(d, a, attention, maps[d.query][0].tiles)
     queries = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid, groups)
-    keys = take_tiles(maps[keys_of], d.key_rows, d.key_cols, d.cut, grid, groups)
+    keys = take_tiles(maps[KEYS_OF_QUERY[d.query]], d.key_rows, d.key_cols, d.cut, grid, groups)
+
+    def back(tokens: Tensor) -> Tensor:
+        return put_back(tokens, d.query_rows, d.query_cols, d.cut, grid)
+
     if a == Arrangement():
-        return put_back(attention(next(queries), next(keys), mask), d.query_rows, d.query_cols, d.cut, grid)
+        return back(attention(next(queries), next(keys), mask))
+
+    def finished(found: Tensor, query: Tensor | None, any_key: Tensor | None) -> Tensor:
+        if a.absorb and project:
+            found = project_values(attention, found, any_key)
+        return attention.finish(found.flatten(-2), cast(Tensor, query))
 
     (r, s), cells = plan.cell, None
     if a.pool == "cells":
         cells = d.query_rows.per_tile // r, r, d.query_cols.per_tile // s, s
     # Over strides, each cell has one token in every tile, at the same index: attention by chunks adds them up itself.
     added_up = d.num_tiles if a.absorb and a.pool == "map" and d.cut == "global" else 0
-
-    def attended() -> Iterator[dict[str, Tensor]]:
-        """Of each group, what its queries collect and what is averaged together with it: arguments of `finished`."""
-        for tiles, query, key in zip(groups, queries, keys, strict=True):
-            key_mask = None if mask is None else mask[:, tiles]
-            found = attend_arranged(attention, a, query, key, key_mask, cells=cells, tiles=added_up, folded=folded)
-            part = {"found": found.flatten(3) if a.pool == "map" else found}
-            if attention.residual:
-                block = query.unflatten(2, (d.query_rows.per_tile, d.query_cols.per_tile))
-                part["query"] = mean_of_cells(block, cells[::2]).flatten(2, 3) if cells else query
-            if key_mask is not None:
-                part["any_key"] = key_mask.any(-1)[:, :, None, None].to(query.dtype).expand(-1, -1, found.shape[2], 1)
-            yield part
-
-    def finished(found: Tensor, query: Tensor | None = None, any_key: Tensor | None = None) -> Tensor:
-        if a.absorb and project:
-            found = project_values(attention, found, any_key)
-        return attention.finish(found.flatten(3), cast(Tensor, query))
-
-    if a.pool == "map":
-        means = mean_across_tiles(attended(), plan, d, grid, added_up=bool(added_up))
-        means["found"] = means["found"].unflatten(-1, (attention.num_heads, -1))
-        return cast(Tensor, finished(**means).squeeze(1).unflatten(1, plan.tokens))
-    parts = [finished(**part) for part in attended()]
+    any_key = None if mask is None else mask.any(-1)[:, :, None, None].to(maps[d.query][0].tiles.dtype)
+    parts: list[Tensor] = []
+    for tiles, query, key in zip(groups, queries, keys, strict=True):
+        masked = None if mask is None else mask[:, tiles]
+        part = attend_arranged(attention, a, query, key, masked, cells=cells, tiles=added_up, folded=folded)
+        dtype = part.dtype
+        if a.pool is None:
+            part = finished(part, query, None if any_key is None else any_key[:, tiles])
+        elif added_up and parts:  # a share of the mean
+            part = parts.pop() + part.to(torch.promote_types(dtype, torch.float32))
+        parts.append(part)
     tokens = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if a.pool is None:
-        return put_back(tokens, d.query_rows, d.query_cols, d.cut, grid)
-    return recombine(tokens.unflatten(2, grid.tile_size(plan.tokens)), grid, "local", data_format="channels_last")
+        return back(tokens)
+    tokens = tokens.flatten(3)
+
+    def average(x: Tensor) -> Tensor:
+        return mean_of_cells(back(x), plan.tokens)
+
+    if cells:
+        found = retile(tokens.unflatten(2, grid.tile_size(plan.tokens)), "local", "raster", grid)
+    else:
+        found = tokens.to(dtype).squeeze(1).unflatten(1, plan.tokens) if added_up else average(tokens)
+    asking = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
+    any_key = None if any_key is None else average(any_key.expand(-1, -1, d.queries, -1))
+    found = found.unflatten(-1, (attention.num_heads, -1))
+    return finished(found, average(next(asking)) if attention.residual else None, any_key)
 
 
 def tiles_at_a_time(d: DirectionPlan, a: Arrangement, attention: TileAttention, like: Tensor) -> list[slice]:
@@ -251,17 +268,6 @@ def attend_arranged(
         cells=cells,
         tiles=tiles,
     )
-
-
-def keys_and_values(attention: TileAttention) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Both projections of keys, (B, T, K, D): by one product, unless a backward pass would have to join gradients."""
-    k_proj, v_proj, dim = attention.k_proj, attention.v_proj, attention.dim
-    biases = [bias for bias in (k_proj.bias, v_proj.bias) if bias is not None]
-    if torch.is_grad_enabled() or len(biases) == 1:
-        return lambda key: (k_proj(key), v_proj(key))
-    weights = torch.cat([x.flatten() for x in (k_proj.weight, v_proj.weight, *biases)])
-    matrix, bias = weights[: 2 * dim**2].unflatten(0, (-1, dim)), weights[2 * dim**2 :]
-    return lambda key: F.linear(key, matrix, bias if biases else None).chunk(2, -1)
 
 
 def fuse_together(fusion: BottleneckConcatFusion, both: Tensor) -> Tensor:
@@ -328,7 +334,12 @@ def fuse_with_values(fusion: LinearConcatFusion, collected: list[Tensor], attent
 
 
 def take_tiles(
-    maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid, groups: Sequence[slice]
+    maps: list[TileMap],
+    rows: AxisCut,
+    cols: AxisCut,
+    cut: Perspective,
+    grid: TileGrid,
+    groups: Sequence[slice] = (slice(None),),
 ) -> Iterator[Tensor]:
     """The sum of maps at ``rows`` x ``cols``, as tiles of perspective ``cut``, group after group.
 
@@ -351,42 +362,10 @@ def _take_tiles(
     elif whole and len(groups) == 1 and list(source.present) == wanted == list(range(grid.num_tiles)):
         yield retile(source.tiles, source.perspective, cut, grid).flatten(2, 3)
     else:
-        index, tokens = token_index(source, rows, cols, grid), source.tiles.flatten(1, 3)
+        size, tokens = check_size(source.tiles.shape[2:4], "token map"), source.tiles.flatten(1, 3)
+        index = table(_token_index, source.perspective, source.present, rows, cols, grid, size, like=tokens)
         for some in groups:
             yield tokens.index_select(1, index[some].flatten()).unflatten(1, index[some].shape)
-
-
-def take_regular(maps: list[TileMap], rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
-    """What `take_tiles` takes, in two more dimensions: a view, where positions lie regularly in the tiles of one map.
-
-    Shape:
-        (B, present tiles, h, w, D) -> (B, rows of tiles, columns of tiles, rows of a tile, columns of a tile, D)
-    """
-    if len(maps) == 1 and (view := regular_view(maps[0], rows, cols, grid)) is not None:
-        return view
-    (tiles,) = take_tiles(maps, rows, cols, cut, grid, [slice(0, len(rows.tiles) * len(cols.tiles))])
-    return cast(
-        Tensor, tiles.unflatten(2, (rows.per_tile, cols.per_tile)).unflatten(1, (len(rows.tiles), len(cols.tiles)))
-    )
-
-
-def regular_view(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor | None:
-    """The tokens at ``rows`` x ``cols`` as a view, None where there is none; shape as for `take_regular`."""
-    tiles, present = source.tiles, source.present
-    there = tuple(sorted({i // grid.cols for i in present})), tuple(sorted({i % grid.cols for i in present}))
-    found = [
-        regular(axis.positions, len(axis.tiles), source.perspective, n, length, held)
-        for axis, n, length, held in zip((rows, cols), grid, tiles.shape[2:4], there, strict=True)
-    ]
-    in_order = tuple(i * grid.cols + j for i in there[0] for j in there[1])
-    if present != in_order or found[0] is None or found[1] is None:
-        return None
-    (i, u), (j, v) = ([slice(*part) for part in parts] for parts in found if parts is not None)
-    part = tiles.unflatten(1, (len(there[0]), len(there[1])))[:, i, j, u, v].transpose(2, 3)  # (B, i, u, j, v, D)
-    for dim, axis in ((1, rows), (3, cols)):
-        if part.shape[dim] != len(axis.tiles):  # one tile of the source, for all tiles of the cut
-            part = part.flatten(dim, dim + 1).unflatten(dim, (len(axis.tiles), axis.per_tile))
-    return cast(Tensor, part.transpose(2, 3))
 
 
 def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid: TileGrid) -> Tensor:
@@ -397,15 +376,9 @@ def put_back(tiles: Tensor, rows: AxisCut, cols: AxisCut, cut: Perspective, grid
     """
     split = tiles.unflatten(2, (rows.per_tile, cols.per_tile))
     if rows.whole and cols.whole and tiles.shape[1] == grid.num_tiles:
-        return recombine(split, grid, cut, data_format="channels_last")
+        return retile(split, cut, "raster", grid)
     plane = split.unflatten(1, (len(rows.tiles), len(cols.tiles))).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return select(select(plane, 1, rows.index), 2, cols.index)
-
-
-def token_index(source: TileMap, rows: AxisCut, cols: AxisCut, grid: TileGrid) -> Tensor:
-    """Which of all tokens of a map `take_tiles` takes: (tiles, tokens per tile)."""
-    size = check_size(source.tiles.shape[2:4], "token map")
-    return table(_token_index, source.perspective, source.present, rows, cols, grid, size, like=source.tiles)
 
 
 def _token_index(
@@ -417,6 +390,7 @@ def _token_index(
     grid: TileGrid,
     size: Size,
 ) -> Tensor:
+    """Which of all present tokens of a map are taken: (tiles, tokens per tile)."""
     tokens = torch.full((grid.num_tiles, *size, 1), -1, device=device)
     tokens[list(present)] = torch.arange(len(present) * size[0] * size[1], device=device).view(-1, *size, 1)
     plane = retile(tokens, perspective, "raster", grid, backend="torch").squeeze(-1)
@@ -439,28 +413,6 @@ def mean_of_cells(plane: Tensor, size: Size) -> Tensor:
     if tuple(plane.shape[-3:-1]) == size:
         return plane
     return einops.reduce(plane, "... (h r) (w c) d -> ... h w d", "mean", h=size[0], w=size[1])
-
-
-def mean_across_tiles(
-    parts: Iterable[dict[str, Tensor]], plan: EnhancePlan, d: DirectionPlan, grid: TileGrid, *, added_up: bool
-) -> dict[str, Tensor]:
-    """The mean of each cell, whose tokens lie in several tiles. (B, tiles of a group, Q, C) -> (B, 1, h * w, C)
-
-    What queries found may be ``added_up`` over the tiles of a group, as a share of the mean: (B, 1, Q, C).
-    """
-    means: dict[str, Tensor] = {}
-    for part in parts:
-        for name, x in part.items():
-            if d.cut == "local":  # all tiles are one group
-                whole = put_back(x, d.query_rows, d.query_cols, d.cut, grid)
-                means[name] = mean_of_cells(whole, plan.tokens).flatten(1, 2).unsqueeze(1)
-                continue
-            wide, share = torch.promote_types(x.dtype, torch.float32), x
-            if not (added_up and name == "found"):  # a cell has one token in every tile, at the same index
-                every = x.shape[1] == d.num_tiles
-                share = x.mean(1, keepdim=True) if every else x.sum(1, keepdim=True, dtype=wide) / d.num_tiles
-            means[name] = means[name] + share.to(wide) if name in means else share
-    return {name: mean.to(part[name].dtype) for name, mean in means.items()}
 
 
 def select(x: Tensor, dim: int, wanted: list[int] | tuple[int, ...]) -> Tensor:

@@ -86,7 +86,7 @@ def launches(preset: str, *, batch: int = 1, grad: bool = False, **options: Any)
 @pytest.mark.usefixtures("_on_an_h100")
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize(
-    "preset, grad, most", [("released", False, 20), ("released", True, 21), ("paper", False, 20), ("paper", True, 20)]
+    "preset, grad, most", [("released", False, 20), ("released", True, 20), ("paper", False, 20), ("paper", True, 20)]
 )
 def test_a_forward_pass_launches_few_operations(preset: str, grad: bool, most: int, batch: int) -> None:
     seen = launches(preset, batch=batch, grad=grad).seen
@@ -94,7 +94,7 @@ def test_a_forward_pass_launches_few_operations(preset: str, grad: bool, most: i
 
 
 @pytest.mark.usefixtures("_on_an_h100")
-@pytest.mark.parametrize("preset, most", [("released", 0.24), ("paper", 0.72)])
+@pytest.mark.parametrize("preset, most", [("released", 0.19), ("paper", 0.72)])
 def test_few_bytes_are_copied(preset: str, most: float) -> None:
     """Of 16 images, 170 MB a map: the paper's module brings both maps into the other order, and moves little else."""
     moved = launches(preset, batch=16).bytes
@@ -119,6 +119,15 @@ def test_a_gelu_of_another_kind_is_called(parts: list[str]) -> None:
     dem, tiles = dv.DualPerspectiveEnhance.released(32).double(), torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64)
     for part in parts:
         dem.fusion.get_submodule(part)[1].approximate = "tanh"  # type: ignore[index]
+    with torch.no_grad(), machine("launches count"):
+        planned = dem(*tiles, (3, 3))
+        with dv.full_computation():
+            torch.testing.assert_close(planned, dem(*tiles, (3, 3)))
+
+
+def test_a_gelu_whose_class_was_given_another_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    dem, tiles = dv.DualPerspectiveEnhance.released(32).double(), torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64)
+    monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: 3 * x)
     with torch.no_grad(), machine("launches count"):
         planned = dem(*tiles, (3, 3))
         with dv.full_computation():

@@ -188,8 +188,8 @@ class TestByRates:
                 record["moved"] / (2 * itemsize),
                 record["launch"],
             )
-            ways = list(products._candidates(plan, layers, averaged=preset == "paper", concat=preset == "paper"))
-            ways += products._together(plan, shared=shared)
+            paper = preset == "paper"
+            ways = list(products._candidates(plan, layers, shared=shared, averaged=paper, concat=paper))
             spec = dem._spec((n, n), (24, 24), dem.readout)
             options = {"shared": shared, "commutes": preset == "paper", "concat": preset == "paper"}
             chosen = products.choose_products(
