@@ -313,8 +313,12 @@ def test_a_launch_takes_the_host_a_few_calls(device):
     x = torch.randn(1, 9, 3, 3, 8, device=device)
     move = "local", "global", dv.TileGrid(3, 3), (3, 3), "channels_last"
     loaded = retile_triton._of_shape(x.shape, x.stride(), *move)[-1]
-    loaded[retile_triton._place(x)] = defaultdict(lambda: lambda *given: None)
+    launched = []
+    loaded[retile_triton._place(x)] = defaultdict(lambda: lambda *given: launched.append(given))
     try:
+        moved = retile(x, "local", "global", (3, 3), backend="triton")
+        assert launched[-1][0] is x
+        assert launched[-1][1] is moved
         for recorded, most in ((False, 75), (True, 95)):
             x.requires_grad_(recorded)
             assert calls_of(partial(retile, x, "local", "global", (3, 3), backend="triton")) <= most
