@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualview.answers import Asked, Shown, check_report, write_report
 from dualview.canvas import fit_to_grid, fit_to_tile
-from dualview.chat import Chat, questions, say_piece
+from dualview.chat import Chat, QuestionError, questions, say_piece
 from dualview.demo import run_demo
 from dualview.embedded import KNOWN, EmbeddedView, embedded_folder
 from dualview.explain import explain as explained
@@ -147,7 +147,10 @@ def chat(options: argparse.Namespace) -> None:
     """Run `dualview chat`."""
     conversation = _chat(options)
     for question in questions():
-        conversation.ask(question, say_piece)
+        try:
+            conversation.ask(question, say_piece)
+        except QuestionError as error:  # what was said before is not lost by it
+            hint(str(error))
         say("")
 
 
