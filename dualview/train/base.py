@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
+from dualview.arguments import check_instance, shown
 from dualview.outputs import new_folder
 from dualview.train.config import BaseConfig
 
@@ -109,3 +117,54 @@ def _generation(language_model: Any, tokenizer: Any) -> GenerationConfig:
         suppress_tokens=sorted({image, *range(len(tokenizer), rows)}),
     )
     return made
+
+
+def load(source: str | Path) -> tuple[Any, Any]:
+    """Model, with weights of float32, and processor of a directory.
+
+    Raises:
+        ValueError: There is no INF-LLaVA, or no processor of one, or they do not belong together.
+    """
+    from dualview.models.inf_llava import InfLlavaForConditionalGeneration
+    from dualview.models.inf_llava.shards import check_loaded
+
+    processor = load_processor(source)
+    model, report = InfLlavaForConditionalGeneration.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True
+    )
+    check_loaded(source, report)
+    return model, processor
+
+
+def load_outline(source: str | Path) -> Any:
+    """The model of a directory without its weights, on the meta device."""
+    from dualview.models.inf_llava import InfLlavaConfig, InfLlavaForConditionalGeneration
+
+    config = InfLlavaConfig.from_pretrained(source)
+    with torch.device("meta"):
+        return InfLlavaForConditionalGeneration(config)
+
+
+def load_processor(source: str | Path) -> Any:
+    """The processor of a directory with an INF-LLaVA.
+
+    Raises:
+        ValueError: There is no model, or no processor, or the tokenizer is that of another language model.
+    """
+    from dualview.models.inf_llava import InfLlavaConfig, InfLlavaProcessor
+
+    said = f"model={shown(str(source))}: "
+    if not Path(source, "config.json").is_file():
+        raise ValueError(f"{said}no model there; `dualview convert` makes such a directory.")
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{said}its processor cannot be loaded: {error}") from error
+    check_instance(processor, "processor", InfLlavaProcessor, "an InfLlavaProcessor")
+    rows = InfLlavaConfig.from_pretrained(source).text_config.vocab_size
+    if (last := max(processor.tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(
+            f"{said}its tokenizer has ids up to {last}, and the language model {rows} rows: put the tokenizer of this "
+            "language model into the directory."
+        )
+    return processor
