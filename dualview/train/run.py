@@ -75,6 +75,8 @@ def _train_stages(config: TrainConfig, state: Any, report: Callable[[str], None]
     results = {name: output / name / "model" for name in config.stages}
     sources = dict(zip(config.stages, [source, *results.values()], strict=False))
     left = {name: stage for name, stage in config.stages.items() if not _is_whole(results[name])}
+    if not left and state.is_main_process:
+        report(f"all stages are trained already: {list(results.values())[-1]}")
     data = ready(config, left, sources[next(iter(left))], report) if left else {}
     for name, stage in left.items():
         _train_stage(config, name, stage, sources[name], data.pop(name))

@@ -174,7 +174,9 @@ def test_a_file_that_was_edited_is_seen_when_the_run_goes_on(place, tmp_path):
     before = rows.read_text()
     rows.write_text(before.replace("it is a", "it is b"))
     try:
-        assert train(config(place), resume=True, report=lambda line: None) == model
+        said = []
+        assert train(config(place), resume=True, report=said.append) == model
+        assert said == [f"all stages are trained already: {model}"]
         model.rename(tmp_path / "model")
         with pytest.raises(ValueError, match=r"chats\.jsonl: 12 good rows, .* was begun with 12 of"):
             train(config(place), resume=True, report=lambda line: None)
