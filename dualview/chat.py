@@ -38,9 +38,8 @@ class Chat:
 
     Raises:
         ImageError: The picture cannot be read.
-        ValueError: The directory holds no model that takes pictures and chats, or weights that are not those of its
+        ValueError: There is no such model, or none that takes pictures and chats, or its weights are not those of its
             configuration.
-        OSError: There is no such directory.
     """
 
     def __init__(
@@ -58,7 +57,12 @@ class Chat:
         from dualview.models.inf_llava import InfLlavaConfig, InfLlavaForConditionalGeneration
         from dualview.models.inf_llava.shards import check_loaded
 
-        kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
+        try:
+            kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
+        except OSError as error:
+            raise ValueError(
+                f"model {model}: cannot be loaded; give a directory or a name on the hub: {error}"
+            ) from error
         if kind == "llava_llama":  # released weights that are not converted; the Auto classes know no such model
             InfLlavaConfig.check_model_type({"model_type": kind})
         self.image = None if image is None else load_image(image)  # before minutes are spent on the weights

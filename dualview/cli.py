@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, unknown = _parser().parse_known_args(argv)
             prog = options.parser.prog
             if unknown:
-                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+                quotes = ": put the question in quotes" if options.command == "ask" else ""
+                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes}")
             with libraries_silent():
                 _run(options)
         except SystemExit as stop:  # help is printed, or an argument is wrong

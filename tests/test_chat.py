@@ -13,6 +13,7 @@ from dualview import cli
 from dualview.answers import reduced
 from dualview.chat import Chat, QuestionError, to_inputs
 from dualview.images import load_image, to_image
+from dualview.models import InfLlavaConfig
 from tests.checks import refuses
 from tests.released import write_released
 from tests.tiny import photograph
@@ -115,6 +116,15 @@ def test_bad_input_is_one_line(place, argv, message, capsys):
     assert message in err
     assert err.strip().count("\n") == 0, err
     assert not (place / "new").exists()
+
+
+def test_a_model_that_is_not_found_is_named(place, monkeypatch):
+    def refuse(name):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(InfLlavaConfig, "get_config_dict", refuse)
+    with refuses("model nobody/none: cannot be loaded; give a directory or a name on the hub: We couldn't connect"):
+        Chat("nobody/none")
 
 
 def test_loading_shows_its_progress(place):

@@ -393,6 +393,10 @@ def test_variables_of_the_shell_that_were_not_set(photo, capsys, argv):
     assert "is empty: write a name or a path" in err
 
 
+def test_a_question_without_quotes(photo, capsys):
+    assert "arguments: is it: put the question in quotes" in failure(capsys, "ask", photo, "What", "is", "it")[0]
+
+
 def test_the_help_is_that_of_the_command(capsys):
     for command in ("demo", "view", "explain"):
         source = ["x.png"] if command == "view" else []
