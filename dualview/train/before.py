@@ -53,8 +53,8 @@ def ready(
                 raise ValueError(f"{name}.{error}") from error
         data, files = _rows(stage, load_processor(source), report if state.is_main_process else _nothing)
         check_rows(files, folder, write=state.is_main_process)
-        data.report = report  # every process reads rows of its own
         _ = data[max(range(len(data)), key=lambda index: len(data.rows[index].images))]  # `max_length` cuts it first
+        data.report = report  # every process reads rows of its own
         _check_trainer(stage, name, folder, data, config.seed, state.num_processes)
         if stage.feature_cache is not None:
             _check_folder(stage.feature_cache, f"{name}.feature_cache")

@@ -190,7 +190,7 @@ def check_rows(files: Sequence[tuple[str, Sequence[Row]]], folder: Path, *, writ
     if checkpoints(folder) and record.is_file():
         remedy = "if the files of rows are still what the run was begun with, move it away and resume"
         before = _read(record, list, what := f"a name, a number and a digest for each of {len(now)} files", remedy)
-        if len(before) != len(now) or not all(isinstance(each, list) and len(each) == len(now[0]) for each in before):
+        if len(before) != len(now) or not all(map(_is_note, before)):
             raise ValueError(f"{record} holds {shown(before)}, which is not {what}: {remedy}.")
         for (_, count, digest), (name, had, was) in zip(now, before, strict=True):
             if digest != was:
@@ -202,6 +202,10 @@ def check_rows(files: Sequence[tuple[str, Sequence[Row]]], folder: Path, *, writ
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(record.absolute(), memoryview(json.dumps(now, indent=1).encode()))
+
+
+def _is_note(value: Any) -> bool:
+    return isinstance(value, list) and [type(part) for part in value] == [str, int, str]
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -150,7 +150,9 @@ def begin(folder):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '[["rows.json", 1]]', "[1, 2]", "[]", "null", '"rows"'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "{}", '[["rows.json", 1]]', '[["rows.json", 1, 5]]', "[1, 2]", "[]", "null", '"rows"']
+)
 def test_a_record_of_rows_of_another_shape(tmp_path, text):
     (tmp_path / "checkpoint-1").mkdir()
     record = tmp_path / "data.json"
