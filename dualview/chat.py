@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from dualview.answers import reduced
+from dualview.arguments import MOST, shown
 from dualview.canvas import fit_canvas
 from dualview.geometry import TileGrid
 from dualview.images import load_image
 from dualview.terminal import printable
 
 Messages: TypeAlias = list[dict[str, Any]]
+
+
+class QuestionError(ValueError):
+    """A question that cannot be put to the model; the conversation is as it was."""
 
 
 class Chat:
@@ -33,9 +38,8 @@ class Chat:
 
     Raises:
         ImageError: The picture cannot be read.
-        ValueError: The directory holds no model that takes pictures and chats, or weights that are not those of its
+        ValueError: There is no such model, or none that takes pictures and chats, or its weights are not those of its
             configuration.
-        OSError: There is no such directory.
     """
 
     def __init__(
@@ -51,8 +55,14 @@ class Chat:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from dualview.models.inf_llava import InfLlavaConfig, InfLlavaForConditionalGeneration
+        from dualview.models.inf_llava.shards import check_loaded
 
-        kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
+        try:
+            kind = InfLlavaConfig.get_config_dict(model)[0].get("model_type")
+        except OSError as error:
+            raise ValueError(
+                f"model {model}: cannot be loaded; give a directory or a name on the hub: {error}"
+            ) from error
         if kind == "llava_llama":  # released weights that are not converted; the Auto classes know no such model
             InfLlavaConfig.check_model_type({"model_type": kind})
         self.image = None if image is None else load_image(image)  # before minutes are spent on the weights
@@ -63,13 +73,7 @@ class Chat:
         loaded, report = AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype or "auto", output_loading_info=True
         )
-        lacking = [sorted(report[name]) for name in ("missing_keys", "unexpected_keys")]
-        if lacking[0] or (lacking[1] and isinstance(loaded, InfLlavaForConditionalGeneration)):
-            raise ValueError(
-                f"{model}: weights and config.json do not belong together, so that answers would be of random numbers. "
-                f"Without weights: {shortened(lacking[0])}; without a place: {shortened(lacking[1])}. Make the "
-                "directory again."
-            )
+        check_loaded(model, report, whole=isinstance(loaded, InfLlavaForConditionalGeneration))
         self.model = loaded.to(self.device).eval()
         self.messages: Messages = []
 
@@ -104,14 +108,26 @@ class Chat:
         Args:
             question: What is asked.
             say: Called with every piece of text as soon as it is known.
+
+        Raises:
+            QuestionError: The question holds a token that has a meaning of its own to the model, or what is no text; or
+                the conversation has become too long for the model.
         """
         from transformers import TextStreamer
 
+        self._check(question)
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if self.image is not None and not self.messages:
             content.insert(0, {"type": "image", "image": self.image})
-        self.messages.append({"role": "user", "content": content})
-        inputs = to_inputs(self, self.messages)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs = to_inputs(self, messages)
+        room = self._most - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise QuestionError(
+                f"question {shown(question)}: {self._most - room:,} tokens with what was said before, and the model "
+                f"takes {self._most:,} with its answer: ask in fewer words, or begin a new conversation."
+            )
+        self.messages = messages
         pieces: list[str] = []
 
         class Streamer(TextStreamer):  # type: ignore[misc]
@@ -122,15 +138,31 @@ class Chat:
 
         streamer = Streamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode():
-            self.model.generate(**inputs, streamer=streamer, max_new_tokens=self.max_new_tokens)
+            self.model.generate(**inputs, streamer=streamer, max_new_tokens=min(self.max_new_tokens, room))
         answer = "".join(pieces)
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
 
+    @property
+    def _most(self) -> int:
+        """Tokens of the longest conversation."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or MOST
 
-def shortened(names: list[str]) -> str:
-    """The first of many names, and how many there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+    def _check(self, question: str) -> None:
+        """Refuse what the tokenizer would not read as text."""
+        known = self.processor.tokenizer.added_tokens_decoder.values()
+        marks = [token.content for token in known if token.special] + [getattr(self.processor, "image_token", None)]
+        if found := [mark for mark in marks if mark and mark in question]:
+            raise QuestionError(
+                f"question {shown(question)}: {found[0]!r} is a token with a meaning of its own to the model, and no "
+                "text: leave it out, or write it otherwise."
+            )
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise QuestionError(
+                f"question {shown(question)}: holds what is no text in UTF-8: write it anew."
+            ) from error
 
 
 def to_inputs(chat: Chat, messages: Messages) -> dict[str, Any]:
@@ -153,10 +185,15 @@ def say_piece(text: str) -> None:
 
 def questions() -> Iterator[str]:
     """Lines of standard input that are not empty, until it ends; a terminal is shown where to write."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: give the questions there, a line each.")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is no text in {error.encoding}: save the questions in it.") from error
         if not line:
             return
         if line.strip():

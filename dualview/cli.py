@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, unknown = _parser().parse_known_args(argv)
             prog = options.parser.prog
             if unknown:
-                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+                quotes = ": put the question in quotes" if options.command == "ask" else ""
+                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes}")
             with libraries_silent():
                 _run(options)
         except SystemExit as stop:  # help is printed, or an argument is wrong
@@ -123,12 +124,12 @@ def _parser() -> Parser:
     picture = demo.add_mutually_exclusive_group()
     picture.add_argument(
         "image",
-        type=Path,
+        type=_path,
         nargs="?",
         metavar="IMAGE",
         help="the photograph (default: one of matplotlib's)",
     )
-    picture.add_argument("--image", dest="named_image", type=Path, metavar="IMAGE", help="the same")
+    picture.add_argument("--image", dest="named_image", type=_path, metavar="IMAGE", help="the same")
     _add_output(demo, "dualview_demo.png", Path("dualview_demo.png"))
     demo.add_argument(
         "--seed", type=_argument(_parse_seed), default=0, help="of page, code and questions, or of weights (default: 0)"
@@ -145,7 +146,7 @@ def _parser() -> Parser:
     full_size.add_argument("--full", action="store_true", help="also encode and compute what does not reach the result")
 
     view = command("view", "draw an image with its grid, its local tiles and its stride tiles")
-    view.add_argument("image", type=Path, metavar="IMAGE", help="a picture; transparency is composited on white")
+    view.add_argument("image", type=_path, metavar="IMAGE", help="a picture; transparency is composited on white")
     _add_output(view, "IMAGE_tiles.png, beside the picture", None)
     cut = view.add_mutually_exclusive_group()
     _add_grid(cut)
@@ -172,17 +173,17 @@ def _parser() -> Parser:
     table.add_argument("--fusion", choices=FUSIONS, help="default: the preset's")
 
     change = command("convert", "make a model directory of released INF-LLaVA weights, or the other way round")
-    change.add_argument("source", type=Path, metavar="SRC", help="directory of the weights, or mm_projector.bin")
-    change.add_argument("target", type=Path, metavar="DST", help="new directory; it appears when it is complete")
+    change.add_argument("source", type=_path, metavar="SRC", help="directory of the weights, or mm_projector.bin")
+    change.add_argument("target", type=_path, metavar="DST", help="new directory; it appears when it is complete")
     for name, text in (
         ("--vision-tower", "the vision tower, where SRC lacks it"),
         ("--language-model", "the language model, for mm_projector.bin"),
         ("--tokenizer", "the tokenizer, where it is not in SRC"),
     ):
-        change.add_argument(name, type=Path, metavar="DIR", help=f"directory of {text}")
+        change.add_argument(name, type=_path, metavar="DIR", help=f"directory of {text}")
 
     ask = command("ask", "answer a question about a picture")
-    ask.add_argument("image", type=Path, metavar="IMAGE", help="a picture; transparency is composited on white")
+    ask.add_argument("image", type=_path, metavar="IMAGE", help="a picture; transparency is composited on white")
     ask.add_argument("question", metavar="QUESTION", help="what to answer")
     ask.add_argument(
         "--compare",
@@ -191,31 +192,33 @@ def _parser() -> Parser:
         "model trained for that",
     )
     ask.add_argument(
-        "--report", type=Path, metavar="FILE.html", help="also write picture, tiles and answers as one file"
+        "--report", type=_path, metavar="FILE.html", help="also write picture, tiles and answers as one file"
     )
     _add_model(ask)
     chat = command("chat", "answer one question after the other, a line each")
-    chat.add_argument("image", type=Path, nargs="?", metavar="IMAGE", help="a picture that they are about")
+    chat.add_argument("image", type=_path, nargs="?", metavar="IMAGE", help="a picture that they are about")
     _add_model(chat)
 
     probe = command("probe", "measure on drawn pages whether the second perspective helps")
     probe.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         default=Path("probe.json"),
         metavar="OUT.json",
         help="results to write, with a figure beside them (default: probe.json)",
     )
     probe.add_argument("--full", action="store_true", help="all arms and three seeds: for a large GPU")
     probe.add_argument("--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)")
-    probe.add_argument("--towers", type=Path, metavar="DIR", help="folder where trained encoders are kept, and found")
+    probe.add_argument("--towers", type=_path, metavar="DIR", help="folder where trained encoders are kept, and found")
     probe.add_argument(
         "--minutes", type=_argument(_parse_width), metavar="N", help="after which no arm goes on; the rest is left out"
     )
 
     trained = command("train", "train an INF-LLaVA in two stages")
-    trained.add_argument("config", type=Path, metavar="CONFIG", help="YAML file: model, output, and data of the stages")
+    trained.add_argument(
+        "config", type=_path, metavar="CONFIG", help="YAML file: model, output, and data of the stages"
+    )
     trained.add_argument(
         "--resume", action="store_true", help="go on with the run in the output folder, from its last checkpoint"
     )
@@ -225,6 +228,7 @@ def _parser() -> Parser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
+        type=_name,
         metavar="DIR",
         help="directory that `dualview convert` made, or a name on the hub (default: the small model that comes with "
         f"the package. It was trained on drawn pages of 8 x 8 cells and on these questions alone: {' '.join(KNOWN)})",
@@ -235,7 +239,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels a side that pictures are scaled to (default: the model's; 336: as the released inference code)",
     )
-    parser.add_argument("--device", metavar="NAME", help="where to compute (default: a GPU where there is one)")
+    parser.add_argument(
+        "--device", type=_name, metavar="NAME", help="where to compute (default: a GPU where there is one)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the files)")
     parser.add_argument(
         "--max-new-tokens", type=_argument(_parse_width), default=512, metavar="N", help="of an answer (default: 512)"
@@ -266,7 +272,7 @@ def _add_output(parser: argparse.ArgumentParser, text: str, default: Path | None
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         default=default,
         metavar="OUT",
         help=f"picture to write: {', '.join(SAVED_AS)} (default: {text})",
@@ -292,6 +298,16 @@ def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parsed
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: is empty: write a name or a path.")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
 
 
 def _parse_size(text: str) -> Size:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualview.answers import Asked, Shown, check_report, write_report
 from dualview.canvas import fit_to_grid, fit_to_tile
-from dualview.chat import Chat, questions, say_piece
+from dualview.chat import Chat, QuestionError, questions, say_piece
 from dualview.demo import run_demo
 from dualview.embedded import KNOWN, EmbeddedView, embedded_folder
 from dualview.explain import explain as explained
@@ -147,7 +147,10 @@ def chat(options: argparse.Namespace) -> None:
     """Run `dualview chat`."""
     conversation = _chat(options)
     for question in questions():
-        conversation.ask(question, say_piece)
+        try:
+            conversation.ask(question, say_piece)
+        except QuestionError as error:  # what was said before is not lost by it
+            hint(str(error))
         say("")
 
 
@@ -166,11 +169,14 @@ def probe(options: argparse.Namespace) -> None:
     from dualview.probe.results import table
     from dualview.probe.run import FULL, SMALL, run_probe
 
-    check_file(options.output)
-    if options.output.suffix.lower() == ".png":
+    if options.output.suffix.lower() != ".json":
         raise ImageError(
-            f"{options.output}: the figure beside the results has this name: give them another, as probe.json."
+            f"{options.output}: the extension {options.output.suffix!r} is not .json: results are one JSON file, "
+            "with a figure beside it."
         )
+    check_file(options.output)
+    if options.towers is not None and options.towers.exists() and not options.towers.is_dir():
+        raise ValueError(f"--towers {options.towers}: is no folder: give one, or a name that is free.")
     picture = options.output.with_suffix(".png")
     check_output(picture)
     _check_device(options.device)
@@ -191,7 +197,7 @@ def probe(options: argparse.Namespace) -> None:
 
 def _check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (AssertionError, RuntimeError) as error:  # the former of a torch that was built without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 

@@ -38,13 +38,16 @@ def resized(images: Tensor, size: Size) -> Tensor:
 
 
 def upright(resizing: Callable[[Tensor, Size], Tensor], image: Tensor, size: Size) -> Tensor:
-    """What ``resizing`` makes of the picture, by way of its transpose where torch would mix up the rows of the result.
+    """What ``resizing`` makes of the picture, where torch would do something else on a CPU.
 
-    On a CPU, torch 2.11 to 2.15 do so with floating-point pictures that become one pixel wide.
+    torch 2.11 to 2.15 mix up the rows of floating-point pictures that become one pixel wide, and fail on pictures of
+    uint8 that become a single pixel: these go by way of their transpose, or by way of float32.
 
     Shape:
         (..., C, H, W) -> (..., C, h, w)
     """
+    if image.dtype == torch.uint8 and tuple(size) == (1, 1):
+        return upright(resizing, image.float(), size).round().clamp(0, 255).to(torch.uint8)
     if size[1] > 1 or not image.is_floating_point():
         return resizing(image, size)
     return resizing(image.mT.contiguous(), (size[1], size[0])).mT

@@ -51,7 +51,7 @@ def read_file(source: str | os.PathLike[str] | IO[bytes]) -> Tensor:
         if not stat.S_ISREG(found.st_mode):
             raise ImageError(f"{name} is not a file: give the path of one picture.")
         if found.st_size == 0:
-            raise ImageError(f"{name} is empty (0 bytes).")
+            raise ImageError(f"{name} is empty (0 bytes): copy or download it again.")
         # Opened here, for Pillow maps what it opens by itself into memory, and mixes up the sides of turned TIFF files.
         with Path(source).open("rb") as file:
             return _of_file(file, name)

@@ -47,6 +47,14 @@ def test_fit_canvas_of_a_line():
     assert np.array_equal(canvas, expected)
 
 
+@pytest.mark.parametrize("size", [(9, 12), (90, 1), (1, 1)])
+def test_a_picture_that_becomes_a_single_pixel(size):
+    """torch's own interpolation of bytes fails."""
+    image = tensor(noise(*size))
+    exact = resize(image.double() / 255, (1, 1)) * 255
+    assert torch.equal(resize(image, (1, 1)), exact.round().to(torch.uint8))
+
+
 def test_the_mean_colour_is_nearly_zero_when_normalised():
     assert np.abs((np.array(MEAN_COLOUR) / 255 - CLIP_MEAN) / CLIP_STD).max() < 0.02
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview import cli
 from dualview.answers import reduced
-from dualview.chat import Chat
+from dualview.chat import Chat, QuestionError, to_inputs
 from dualview.images import load_image, to_image
+from dualview.models import InfLlavaConfig
 from tests.checks import refuses
 from tests.released import write_released
 from tests.tiny import photograph
@@ -117,6 +118,15 @@ def test_bad_input_is_one_line(place, argv, message, capsys):
     assert not (place / "new").exists()
 
 
+def test_a_model_that_is_not_found_is_named(place, monkeypatch):
+    def refuse(name):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(InfLlavaConfig, "get_config_dict", refuse)
+    with refuses("model nobody/none: cannot be loaded; give a directory or a name on the hub: We couldn't connect"):
+        Chat("nobody/none")
+
+
 def test_loading_shows_its_progress(place):
     done = subprocess.run(
         [sys.executable, "-m", "dualview", "ask", place / "photo.png", "what", "--model", place / "model",
@@ -166,3 +176,43 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(p
     same.write_bytes((place / "photo.png").read_bytes())
     assert cli.main(["ask", str(same), *asked[2:], "--report", str(same)]) == 1
     assert "would be overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<|eot_id|>", "\udcff"])
+def test_what_is_no_text_is_not_asked(place, capsys, mark):
+    chat = Chat(str(place / "model"), place / "photo.png", max_new_tokens=2)
+    with refuses(repr(f"is it {mark}?"), "leave it out" if mark[0] == "<" else "no text", error=QuestionError):
+        chat.ask(f"is it {mark}?", lambda _: None)
+    assert chat.messages == []
+    assert isinstance(chat.ask("is it", lambda _: None), str)
+    assert cli.main(["ask", str(place / "photo.png"), f"is it {mark}?", "--model", str(place / "model")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dualview ask: error: question 'is it ")
+
+
+def test_a_conversation_goes_on_after_what_could_not_be_asked(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is this\n<image>\nand now\n"))
+    argv = ["chat", str(place / "photo.png"), "--model", str(place / "model"), "--max-new-tokens", "12"]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr()
+    assert printed("".join(answers(place, "what is this", "and now")), said.out)
+    assert said.err.splitlines()[-1].startswith("question '<image>': '<image>' is a token")
+
+
+def test_a_conversation_ends_where_the_model_has_no_place_for_more(place):
+    chat, tokens = Chat(str(place / "model"), max_new_tokens=12), []
+    chat.model.register_forward_pre_hook(lambda *_: tokens.append(1))
+    prompt = to_inputs(chat, [{"role": "user", "content": [{"type": "text", "text": "what"}]}])["input_ids"].shape[1]
+    chat.model.config.text_config.max_position_embeddings = prompt + 2
+    chat.model.generation_config.eos_token_id = None
+    chat.ask("what", lambda _: None)
+    assert len(tokens) == 2
+    with refuses("'and now'", f"takes {prompt + 2} with its answer", "fewer words", error=QuestionError):
+        chat.ask("and now", lambda _: None)
+    assert len(chat.messages) == 2
+
+
+@pytest.mark.parametrize("given, message", [(None, "is closed"), (b"what \xe9\n", "is no text in utf-8")])
+def test_questions_that_cannot_be_read(place, capsys, monkeypatch, given, message):
+    monkeypatch.setattr(sys, "stdin", given and io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert cli.main(["chat", "--model", str(place / "model")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"dualview chat: error: standard input {message}")

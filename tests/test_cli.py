@@ -378,6 +378,25 @@ def test_wrong_usage(capsys, argv):
     assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["view", ""], ["view", "{}", "-o", " "], ["demo", ""], ["demo", "--image", ""], ["ask", "", "what"]),
+        *(["ask", "{}", "what", "--model", ""], ["ask", "{}", "what", "--report", ""], ["chat", "--device", ""]),
+        *(["train", ""], ["probe", "-o", ""], ["convert", "", "new"]),
+    ],
+)
+def test_variables_of_the_shell_that_were_not_set(photo, capsys, argv):
+    """The working directory is no picture, and no model is not the embedded one."""
+    err, code = failure(capsys, *[str(photo) if part == "{}" else part for part in argv])
+    assert code == 2
+    assert "is empty: write a name or a path" in err
+
+
+def test_a_question_without_quotes(photo, capsys):
+    assert "arguments: is it: put the question in quotes" in failure(capsys, "ask", photo, "What", "is", "it")[0]
+
+
 def test_the_help_is_that_of_the_command(capsys):
     for command in ("demo", "view", "explain"):
         source = ["x.png"] if command == "view" else []

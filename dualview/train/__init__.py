@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from dualview.train.config import BaseConfig, DataConfig, LoraConfig, StageConfig, TrainConfig
     from dualview.train.dataset import LlavaDataset
     from dualview.train.features import FeatureCache
+    from dualview.train.parts import freeze
     from dualview.train.run import train
-    from dualview.train.stages import freeze, training_arguments
+    from dualview.train.stages import training_arguments
     from dualview.train.trainer import DualViewTrainer
 
 _HOMES = {
@@ -20,8 +21,9 @@ _HOMES = {
     "config": ("BaseConfig", "DataConfig", "LoraConfig", "StageConfig", "TrainConfig"),
     "dataset": ("LlavaDataset",),
     "features": ("FeatureCache",),
+    "parts": ("freeze",),
     "run": ("train",),
-    "stages": ("freeze", "training_arguments"),
+    "stages": ("training_arguments",),
     "trainer": ("DualViewTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
+from dualview.arguments import check_instance, shown
 from dualview.outputs import new_folder
 from dualview.train.config import BaseConfig
 
@@ -38,17 +48,20 @@ def make_base(base: BaseConfig, folder: Path, seed: int) -> None:
         InfLlavaProcessor,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(base.language_model)
+    with _part("language_model", base.language_model):
+        tokenizer = AutoTokenizer.from_pretrained(base.language_model)
     template = _template(base, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    language_model = AutoModelForCausalLM.from_pretrained(base.language_model, dtype="auto")
+    with _part("language_model", base.language_model):
+        language_model = _loaded(AutoModelForCausalLM, base.language_model, dtype="auto")
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     language_model.resize_token_embeddings(-(-rows // ROWS) * ROWS, mean_resizing=False)
     language_model.config.pad_token_id = tokenizer.pad_token_id
 
-    tower = _tower(base.vision_tower, language_model.dtype)
+    with _part("vision_tower", base.vision_tower):
+        tower = _tower(base.vision_tower, language_model.dtype)
     config = InfLlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=language_model.config.to_dict(),
@@ -78,7 +91,26 @@ def _tower(name: str, kind: torch.dtype) -> Any:
     config = getattr(config, "vision_config", config)
     with torch.device("meta"):
         found = type(AutoModel.from_config(config))
-    return found.from_pretrained(name, config=config, dtype=kind)
+    return _loaded(found, name, config=config, dtype=kind)
+
+
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    from dualview.models.inf_llava.shards import check_loaded
+
+    model, report = kind.from_pretrained(name, output_loading_info=True, **options)
+    check_loaded(name, report, whole=False)  # of a model of images and text, a part is taken
+    return model
+
+
+@contextmanager
+def _part(field: str, name: str) -> Iterator[None]:
+    """What transformers says of a part that it cannot load is said of the field that names it."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"model.{field}={shown(name)}: cannot be loaded; give a directory or a name on the hub: {error}"
+        ) from error
 
 
 def _template(base: BaseConfig, tokenizer: Any) -> str | None:
@@ -109,3 +141,54 @@ def _generation(language_model: Any, tokenizer: Any) -> GenerationConfig:
         suppress_tokens=sorted({image, *range(len(tokenizer), rows)}),
     )
     return made
+
+
+def load(source: str | Path) -> tuple[Any, Any]:
+    """Model, with weights of float32, and processor of a directory.
+
+    Raises:
+        ValueError: There is no INF-LLaVA, or no processor of one, or they do not belong together.
+    """
+    from dualview.models.inf_llava import InfLlavaForConditionalGeneration
+    from dualview.models.inf_llava.shards import check_loaded
+
+    processor = load_processor(source)
+    model, report = InfLlavaForConditionalGeneration.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True
+    )
+    check_loaded(source, report)
+    return model, processor
+
+
+def load_outline(source: str | Path) -> Any:
+    """The model of a directory without its weights, on the meta device."""
+    from dualview.models.inf_llava import InfLlavaConfig, InfLlavaForConditionalGeneration
+
+    config = InfLlavaConfig.from_pretrained(source)
+    with torch.device("meta"):
+        return InfLlavaForConditionalGeneration(config)
+
+
+def load_processor(source: str | Path) -> Any:
+    """The processor of a directory with an INF-LLaVA.
+
+    Raises:
+        ValueError: There is no model, or no processor, or the tokenizer is that of another language model.
+    """
+    from dualview.models.inf_llava import InfLlavaConfig, InfLlavaProcessor
+
+    said = f"model={shown(str(source))}: "
+    if not Path(source, "config.json").is_file():
+        raise ValueError(f"{said}no model there; `dualview convert` makes such a directory.")
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{said}its processor cannot be loaded: {error}") from error
+    check_instance(processor, "processor", InfLlavaProcessor, "an InfLlavaProcessor")
+    rows = InfLlavaConfig.from_pretrained(source).text_config.vocab_size
+    if (last := max(processor.tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(
+            f"{said}its tokenizer has ids up to {last}, and the language model {rows} rows: put the tokenizer of this "
+            "language model into the directory."
+        )
+    return processor

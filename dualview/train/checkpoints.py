@@ -7,6 +7,7 @@ beside, which gets its name by one rename when everything is on the disk; an old
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -16,6 +17,8 @@ from pathlib import Path
 STAGED = ".dualview-saving"
 """Folder that a checkpoint is written into, one for every process group, so that all of its processes know it."""
 NAME = re.compile(r"checkpoint-(\d+)")
+FILES = "files.json"
+"""What a checkpoint consists of: sizes of files, by name."""
 
 
 def staging(folder: Path) -> Path:
@@ -36,6 +39,27 @@ def publish(staged: Path, final: Path) -> None:
     drop(final)
     staged.rename(final)
     _sync(final.parent)
+
+
+def note_files(folder: Path) -> None:
+    """Write down what a checkpoint consists of."""
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise a ValueError where a file of a checkpoint is missing, or has another size than was written."""
+    try:
+        noted = json.loads((folder / FILES).read_text(encoding="utf-8")).items()
+        found = {name: path.stat().st_size if (path := folder / name).is_file() else None for name, _ in noted}
+        wrong = [f"{name} has {found[name]} bytes in place of {size}" for name, size in noted if found[name] != size]
+    except (OSError, ValueError, AttributeError):
+        wrong = [f"{FILES} does not say of which files it consists"]
+    if wrong:
+        raise ValueError(
+            f"{folder}: is not the checkpoint that was written: {wrong[0].replace('None bytes', 'no bytes')}. Move the "
+            "folder away, and resume: the run goes on from the checkpoint before, or from the beginning of the stage."
+        )
 
 
 def drop(folder: Path) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from dualview.arguments import check_choice, check_count, check_flags, check_number, check_path, check_size, shown
+from dualview.arguments import check_choice, check_count, check_flags, check_number, check_size, shown
+from dualview.train.plain import (
+    check_names,
+    check_share,
+    check_text,
+    checked_mapping,
+    number_of_text,
+    plain_mapping,
+    plain_value,
+    read_yaml,
+)
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 PARTS = ("dem", "projector", "language_model")
@@ -35,10 +44,9 @@ class DataConfig:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("file", "images", "source"):
-            value = getattr(self, name)
-            if not (isinstance(value, str) and value) and (name == "file" or value is not None):
-                raise ValueError(f"data.{name}={shown(value)}: must be a text that is not empty.")
+        check_text(self.file, "data.file")
+        for name in ("images", "source"):
+            check_text(getattr(self, name), f"data.{name}", optional=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         check_count(self.rank, "lora.rank")
         check_count(self.alpha, "lora.alpha")
-        _check_share(self.dropout, "lora.dropout")
+        check_share(self.dropout, "lora.dropout")
         try:
             valid = bool(re.compile(self.target_modules).pattern) and isinstance(self.target_modules, str)
         except (re.error, TypeError, RecursionError):
@@ -95,12 +103,11 @@ class BaseConfig:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vision_tower", "language_model", "chat_template"):
-            value = getattr(self, name)
-            if not (isinstance(value, str) and value) and (name != "chat_template" or value is not None):
-                raise ValueError(f"model.{name}={shown(value)}: must be a text that is not empty.")
+        check_text(self.vision_tower, "model.vision_tower")
+        check_text(self.language_model, "model.language_model")
+        check_text(self.chat_template, "model.chat_template", optional=True)
         object.__setattr__(self, "grid", check_size(self.grid, "model.grid", high=128))
-        object.__setattr__(self, "dem", _plain_mapping(self.dem, "model.dem"))
+        object.__setattr__(self, "dem", plain_mapping(self.dem, "model.dem"))
 
 
 @dataclass(frozen=True)
@@ -181,14 +188,12 @@ class StageConfig:
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
         check_count(self.workers, "workers", low=0)
-        _check_share(self.warmup_ratio, "warmup_ratio")
+        check_share(self.warmup_ratio, "warmup_ratio")
         for name in ("weight_decay", "max_grad_norm"):
             if check_number(getattr(self, name), name) < 0:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: must not be negative.")
-        for name in ("scheduler", "feature_cache"):
-            value = getattr(self, name)
-            if not (isinstance(value, str) and value) and (name == "scheduler" or value is not None):
-                raise ValueError(f"{name}={shown(value)}: must be a text that is not empty.")
+        check_text(self.scheduler, "scheduler")
+        check_text(self.feature_cache, "feature_cache", optional=True)
         check_choice(self.precision, "precision", PRECISIONS)
         check_choice(self.bad_rows, "bad_rows", ("error", "skip"))
         flags = ("pad_images", "group_by_length", "gradient_checkpointing")
@@ -253,8 +258,8 @@ class TrainConfig:
             >>> config.stages["stage1"].learning_rate, config.stages["stage1"].batch_size
             (0.001, 8)
         """
-        given = _mapping(fields, "fields")
-        _check_names(given, ("model", "output", "seed", *STAGES), "")
+        given = checked_mapping(fields, "fields")
+        check_names(given, ("model", "output", "seed", *STAGES), "")
         model = given.get("model")
         model = _made(BaseConfig, model, "model") if isinstance(model, Mapping) else model
         for name, value in (("model", model), ("output", given.get("output"))):
@@ -276,24 +281,7 @@ class TrainConfig:
         Raises:
             ValueError: There is no such file, it is no YAML, or a field is wrong.
         """
-        import yaml
-
-        class Loader(yaml.SafeLoader):
-            """YAML itself would keep the last value of a key that is written twice."""
-
-            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-                keys = [key.value for key, _ in getattr(node, "value", ()) if isinstance(key, yaml.ScalarNode)]
-                if twice := [key for key in keys if keys.count(key) > 1]:
-                    raise yaml.YAMLError(f"{shown(twice[0])} is written twice, {node.start_mark}; keep one of them.")
-                return super().construct_mapping(node, deep)
-
-        file = Path(check_path(file, "file"))
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file.")
-        try:
-            fields = yaml.load(file.read_text(encoding="utf-8"), Loader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{file} is no YAML: {error}") from error
+        fields = read_yaml(file)
         try:
             return cls.of(fields)
         except ValueError as error:
@@ -301,18 +289,18 @@ class TrainConfig:
 
     def plain(self) -> dict[str, Any]:
         """All fields as plain values, defaults among them: what `of` takes."""
-        stages = {name: _plain(dataclasses.asdict(stage)) for name, stage in self.stages.items()}
-        model = self.model if isinstance(self.model, str) else _plain(dataclasses.asdict(self.model))
+        stages = {name: plain_value(dataclasses.asdict(stage)) for name, stage in self.stages.items()}
+        model = self.model if isinstance(self.model, str) else plain_value(dataclasses.asdict(self.model))
         return {"model": model, "output": self.output, "seed": self.seed, **stages}
 
 
 def _stage(name: str, fields: Any) -> StageConfig:
-    given = dict(_mapping(fields, name))
+    given = dict(checked_mapping(fields, name))
     known = {each.name: each for each in dataclasses.fields(StageConfig)}
-    _check_names(given, known, f"{name}.")
+    check_names(given, known, f"{name}.")
     for key, kind in known.items():
         if key in given and "float" in str(kind.type):
-            given[key] = _number(given[key])
+            given[key] = number_of_text(given[key])
     try:
         data = given.get("data")
         if not isinstance(data, (list, tuple)) or not data:
@@ -322,7 +310,7 @@ def _stage(name: str, fields: Any) -> StageConfig:
             given["lora"] = _made(LoraConfig, {} if given["lora"] is True else given["lora"], "lora")
         train = given.get("train", STAGES[name]["train"])
         given["train"] = tuple(train) if isinstance(train, (list, tuple)) else (train,)
-        given["arguments"] = _plain_mapping(given.get("arguments") or {}, "arguments")
+        given["arguments"] = plain_mapping(given.get("arguments") or {}, "arguments")
         return StageConfig(**{**STAGES[name], **given})
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
@@ -331,61 +319,10 @@ def _stage(name: str, fields: Any) -> StageConfig:
 def _made(kind: Any, fields: Any, name: str) -> Any:
     if isinstance(fields, kind):
         return fields
-    given = dict(_mapping(fields, name))
+    given = dict(checked_mapping(fields, name))
     known = {each.name: each for each in dataclasses.fields(kind)}
-    _check_names(given, known, f"{name}.")
+    check_names(given, known, f"{name}.")
     for key, each in known.items():
         if key not in given and each.default is each.default_factory is dataclasses.MISSING:
             raise ValueError(f"{name}: {shown(given)} has no {key}.")
-    return kind(**{key: _number(value) if known[key].type == "float" else value for key, value in given.items()})
-
-
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name}={shown(value)}: must be fields with their values.")
-    return value
-
-
-def _plain_mapping(value: Any, name: str) -> dict[str, Any]:
-    """A mapping of what JSON has, so that the record of a run can hold it."""
-    made: dict[str, Any] = _plain(_mapping(value, name))
-    _check_plain(made, name)
-    return made
-
-
-def _check_plain(value: Any, name: str) -> None:
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        for key, each in value.items():
-            _check_plain(each, f"{name}.{key}")
-    elif isinstance(value, list):
-        for each in value:
-            _check_plain(each, name)
-    elif not (value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))):
-        raise ValueError(
-            f"{name}={shown(value)}: must be a text, a finite number, true, false, or a list or fields of these."
-        )
-
-
-def _check_names(given: Mapping[str, Any], known: Any, prefix: str) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{prefix}{name}={shown(given[name])}: is no field; there are {', '.join(known)}.")
-
-
-def _number(value: Any) -> Any:
-    """YAML takes 1e-3, without a point, for text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _check_share(value: Any, name: str) -> None:
-    if not 0 <= check_number(value, name) < 1:
-        raise ValueError(f"{name}={shown(value)}: must be at least 0 and below 1.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return kind(**{key: number_of_text(value) if known[key].type == "float" else value for key, value in given.items()})

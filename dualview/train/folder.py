@@ -12,18 +12,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualview.arguments import shown
 from dualview.outputs import replace_file
 from dualview.train.checkpoints import checkpoints
-from dualview.train.config import TrainConfig
+from dualview.train.config import STAGES, TrainConfig
 from dualview.train.rows import Row
+
+T = TypeVar("T")
 
 RECORD, ROWS, LOCK = "config.json", "data.json", ".lock"
 """What a run was begun with, and the rows that a stage was begun with; who uses the folder."""
 EXACT = ("bad_rows", "workers", "save_steps", "save_total_limit", "logging_steps")
 """Fields of a stage that may change when a run is resumed, for they change no weight."""
+OF_BASE = ("model", "seed")
+"""What decides the model that training begins with, which a run may have made."""
 ROUNDED = "rows_per_device"
 """May change, too, for memory may have run out; sums over the rows of a step are then rounded otherwise."""
 
@@ -71,7 +75,8 @@ def _holds_notes_alone(folder: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """A lock that the system takes away when the process ends, however it ends; processes forked do not share it."""
-    if (place := folder.resolve()) in HELD:  # the system asks other processes alone
+    where = folder.stat()  # whatever path leads there
+    if (place := (where.st_dev, where.st_ino)) in HELD:  # the system asks other processes alone
         raise ValueError(f"output={shown(str(folder))}: this process trains in it; wait until it ends.")
     HELD.add(place)
     try:
@@ -81,8 +86,8 @@ def _locked(folder: Path) -> Iterator[None]:
         HELD.remove(place)
 
 
-HELD: set[Path] = set()
-"""Folders in which this process trains."""
+HELD: set[tuple[int, int]] = set()
+"""Folders in which this process trains. It must not open their locks a second time: closing one would free both."""
 
 
 @contextmanager
@@ -92,7 +97,10 @@ def _locked_for_others(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"output={shown(str(folder))}: {error.strerror}; name a folder of a run.") from error
     with file:
-        if not _lock(file.fileno()):
+        held = _lock(file.fileno())
+        if not (folder / LOCK).is_file() or not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+            raise ValueError(f"output={shown(str(folder))}: has just been removed by another process; start again.")
+        if not held:
             file.seek(0)
             raise ValueError(
                 f"output={shown(str(folder))}: process {file.read().strip() or 'unknown'} trains in it; wait until it "
@@ -124,8 +132,10 @@ def _lock(descriptor: int) -> bool:
 def _record(config: TrainConfig, folder: Path, report: Callable[[str], None]) -> None:
     record, now = folder / RECORD, json.loads(json.dumps(config.plain()))
     if record.is_file():
-        before = _read(record)
+        before = _read(record, dict, "the configuration of a run")
         changed = [each for each in _differences(before, now) if each[0].rpartition(".")[2] not in EXACT]
+        if not any(checkpoints(folder / name) or (folder / name / "model").exists() for name in STAGES):
+            changed = [each for each in changed if each[0].partition(".")[0] in OF_BASE]  # nothing is trained yet
         if fixed := [each for each in changed if each[0].rpartition(".")[2] != ROUNDED]:
             name, was, value = fixed[0]
             raise ValueError(
@@ -146,11 +156,14 @@ def _record(config: TrainConfig, folder: Path, report: Callable[[str], None]) ->
     replace_file(record.absolute(), memoryview(json.dumps(now, indent=1).encode()))
 
 
-def _read(record: Path) -> Any:
+def _read(record: Path, kind: type[T], what: str, remedy: str = "begin another run in another folder") -> T:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{record} cannot be read ({error}): begin another run in another folder.") from error
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{record} cannot be read ({error}): {remedy}.") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"{record} holds {shown(found)}, which is not {what}: {remedy}.")
+    return found
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -175,7 +188,11 @@ def check_rows(files: Sequence[tuple[str, Sequence[Row]]], folder: Path, *, writ
     now: list[Any] = [[name, len(rows), _digest(rows)] for name, rows in files]
     record = folder / ROWS
     if checkpoints(folder) and record.is_file():
-        for (_, count, digest), (name, had, was) in zip(now, _read(record), strict=True):
+        remedy = "if the files of rows are still what the run was begun with, move it away and resume"
+        before = _read(record, list, what := f"a name, a number and a digest for each of {len(now)} files", remedy)
+        if len(before) != len(now) or not all(map(_is_note, before)):
+            raise ValueError(f"{record} holds {shown(before)}, which is not {what}: {remedy}.")
+        for (_, count, digest), (name, had, was) in zip(now, before, strict=True):
             if digest != was:
                 raise ValueError(
                     f"{name}: {count} good rows, whose SHA-256 begins with {digest[:12]}, and {folder} was begun with "
@@ -185,6 +202,10 @@ def check_rows(files: Sequence[tuple[str, Sequence[Row]]], folder: Path, *, writ
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(record.absolute(), memoryview(json.dumps(now, indent=1).encode()))
+
+
+def _is_note(value: Any) -> bool:
+    return isinstance(value, list) and [type(part) for part in value] == [str, int, str]
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -79,7 +79,10 @@ def tokens_of(row: Row, processor: Any, form: str, max_length: int | None = None
     labels = _labels(ids, encoded["offset_mapping"], answers)
     if max_length is not None and len(ids) > max_length:
         if processor.image_token_id in ids[max_length:]:
-            raise RowError(f"{row.place}: {len(ids)} tokens, and max_length={max_length} cuts through an image.")
+            raise RowError(
+                f"{row.place}: {len(ids)} tokens, and max_length={max_length} cuts through an image, which has "
+                f"{processor.image_seq_length}: raise max_length."
+            )
         ids, labels = ids[:max_length], labels[:max_length]
     if ids.count(processor.image_token_id) != len(row.images) * processor.image_seq_length:
         raise RowError(f"{row.place}: the text has the token {processor.image_token!r} where there is no image.")

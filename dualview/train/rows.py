@@ -66,7 +66,8 @@ def check_files(file: str | Path, images: str | Path | None, source: str | None)
     folder = file.parent if images is None else Path(images)
     for path, found, kind in ((file, file.is_file(), "file"), (folder, folder.is_dir(), "folder of images")):
         if not found:
-            raise ValueError(f"{path}: no such {kind}.{f' Fetch it from {source}' if source else ''}")
+            remedy = f"Fetch it from {source}" if source else "Correct `file` or `images` of the stage's data."
+            raise ValueError(f"{path}: {f'is no {kind}' if path.exists() else f'no such {kind}'}. {remedy}")
     return file, folder
 
 
@@ -88,7 +89,9 @@ def read_rows(file: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON ({error}): write a list of rows, or a row a line as .jsonl.") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{file} holds {shown(rows)}: must be a list of at least one row.")
+        raise ValueError(
+            f"{file} holds {shown(rows)}: must be a list of at least one row, each with its conversations."
+        )
     return rows
 
 
@@ -146,7 +149,10 @@ def _checked(row: Any, place: str, folder: Path, form: str) -> Row:
 
 def _turns(conversations: Any, place: str) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
-        raise RowError(f"{place}: conversations={shown(conversations)} must be a list of turns, at least two.")
+        raise RowError(
+            f"{place}: conversations={shown(conversations)} must be a list of turns, at least two: "
+            "{from: human, value: text} and {from: gpt, value: text}."
+        )
     found = []
     for number, turn in enumerate(conversations):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)

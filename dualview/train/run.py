@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
-from dualview.arguments import check_callable, check_flags, check_instance, shown
+from dualview.arguments import check_callable, check_flags, check_instance
 from dualview.terminal import say
-from dualview.train.base import make_base
+from dualview.train.base import load, make_base
+from dualview.train.before import ready
 from dualview.train.checkpoints import checkpoints
 from dualview.train.config import StageConfig, TrainConfig
 from dualview.train.dataset import LlavaDataset
 from dualview.train.features import FeatureCache
-from dualview.train.folder import check_rows, run_folder
+from dualview.train.folder import run_folder
 from dualview.train.logs import LossLog
+from dualview.train.parts import freeze, with_lora
 from dualview.train.rows import RowError, check_files
-from dualview.train.stages import check_stage, freeze, training_arguments, with_lora
+from dualview.train.stages import check_stage, training_arguments
 from dualview.train.trainer import DualViewTrainer
 
 
@@ -67,47 +69,48 @@ def _train_stages(config: TrainConfig, state: Any, report: Callable[[str], None]
         source = Path(config.model)
     else:
         source = output / "base"
-        if state.is_main_process and not source.is_dir():
+        if not _is_whole(source) and state.is_main_process:
             make_base(config.model, source, config.seed)
         state.wait_for_everyone()
-    for name, stage in config.stages.items():
-        result = output / name / "model"
-        if not result.is_dir():
-            _train_stage(config, name, stage, source, report)
-            if state.is_main_process:
-                report(f"wrote {result}: dualview ask PICTURE QUESTION --model {result}")
-        source = result
-    return source
+    results = {name: output / name / "model" for name in config.stages}
+    sources = dict(zip(config.stages, [source, *results.values()], strict=False))
+    left = {name: stage for name, stage in config.stages.items() if not _is_whole(results[name])}
+    if not left and state.is_main_process:
+        report(f"all stages are trained already: {list(results.values())[-1]}")
+    data = ready(config, left, sources[next(iter(left))], report) if left else {}
+    for name, stage in left.items():
+        _train_stage(config, name, stage, sources[name], data.pop(name))
+        if state.is_main_process:
+            report(f"wrote {results[name]}: dualview ask PICTURE QUESTION --model {results[name]}")
+    return list(results.values())[-1]
 
 
-def _train_stage(
-    config: TrainConfig, name: str, stage: StageConfig, source: Path, report: Callable[[str], None]
-) -> None:
+def _is_whole(folder: Path) -> bool:
+    """Whether a model has been written; it appears when it is complete.
+
+    Raises:
+        ValueError: There is something else.
+    """
+    if os.path.lexists(folder) and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: has no config.json, so it is not the model that the run wrote there. Move it away, and resume: "
+            "it is made again."
+        )
+    return folder.is_dir()
+
+
+def _train_stage(config: TrainConfig, name: str, stage: StageConfig, source: Path, data: LlavaDataset) -> None:
     from accelerate import PartialState
 
     folder = Path(config.output) / name
-    model, processor = load(source)
-    images: dict[str, Any] = {}
-    if getattr(processor.image_processor, "max_tiles", None) is None:
-        images["do_pad"] = stage.pad_images
-    data = LlavaDataset(
-        processor,
-        stage.form,
-        max_length=stage.max_length,
-        bad_rows="skip" if stage.bad_rows == "skip" else "error",
-        images_kwargs=images,
-        report=report if PartialState().is_main_process else lambda line: None,
-    )
-    files = []
-    for one in stage.data:
-        before = len(data)
-        data.add(one.file, one.images, source=one.source)
-        files.append((one.file, data.rows[before:]))
-    check_rows(files, folder, write=PartialState().is_main_process)
+    model, _ = load(source)
     if stage.feature_cache is not None:
         data.cache = _filled_cache(stage.feature_cache, model, data)
-    data.report = report  # every process reads rows of its own
-    model = freeze(model, stage.train) if stage.lora is None else with_lora(model, stage.lora, stage.train)
+    if stage.lora is None:
+        model = freeze(model, stage.train)
+    else:
+        torch.manual_seed(config.seed)  # whatever came before: a run that is resumed draws the same matrices
+        model = with_lora(model, stage.lora, stage.train)
     arguments = training_arguments(stage, name, folder, config.seed, PartialState().num_processes)
     trainer = DualViewTrainer(
         model,
@@ -140,22 +143,3 @@ def _filled_cache(folder: str, model: Any, data: LlavaDataset) -> FeatureCache:
     cache.fill(share, model, shown=state.is_main_process)
     state.wait_for_everyone()
     return cache
-
-
-def load(source: str | Path) -> tuple[Any, Any]:
-    """Model, with weights of float32, and processor of a directory.
-
-    Raises:
-        ValueError: There is no INF-LLaVA, or no processor of one.
-    """
-    from dualview.models.inf_llava import InfLlavaForConditionalGeneration
-
-    source = Path(source)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"model={shown(str(source))}: no model there; `dualview convert` makes such a directory.")
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"model={shown(str(source))}: its processor cannot be loaded: {error}") from error
-    model = InfLlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    return model, processor

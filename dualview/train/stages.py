@@ -1,21 +1,23 @@
-"""A stage: which parts are trained, and with which of transformers' training arguments."""
+"""A stage in transformers' words, and what it refuses before anything is trained."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
-from torch import nn
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from dualview.arguments import check_choice, check_count, check_instance, check_path, shown
-from dualview.train.config import PARTS, ROWS_PER_DEVICE, STAGES, LoraConfig, StageConfig
+from dualview.arguments import check_choice, check_count, check_instance, check_path, number_of, shown
+from dualview.train.config import ROWS_PER_DEVICE, STAGES, StageConfig
+from dualview.train.plain import number_of_text
 
-MODULES = {"dem": "dem", "projector": "multi_modal_projector", "language_model": "language_model"}
-"""Names of the parts in an `InfLlavaModel`."""
 GIVEN = {
     "learning_rate": "learning_rate",
     "max_grad_norm": "max_grad_norm",
@@ -35,69 +37,6 @@ FIXED: tuple[str, ...] = (
     *GIVEN.values(),
 )
 """Arguments that fields of the configuration stand for."""
-
-
-def freeze(model: nn.Module, train: tuple[str, ...] | list[str]) -> nn.Module:
-    """Train some parts of an INF-LLaVA and no others; the vision tower never.
-
-    Args:
-        model: An `InfLlavaForConditionalGeneration`.
-        train: Some of "dem", "projector" and "language_model", to which its head belongs.
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: The model is another.
-        ValueError: There is no such part.
-
-    Example:
-        >>> from dualview.models import InfLlavaConfig, InfLlavaForConditionalGeneration
-        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        >>> config = InfLlavaConfig(vision_config={**sizes, "image_size": 28, "patch_size": 14},
-        ...                         text_config={**sizes, "vocab_size": 64}, grid=(2, 3), image_token_id=63)
-        >>> model = freeze(InfLlavaForConditionalGeneration(config), ["dem", "projector"])
-        >>> sorted({name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad})
-        ['dem', 'multi_modal_projector']
-    """
-    from dualview.models.inf_llava import InfLlavaForConditionalGeneration
-
-    check_instance(model, "model", InfLlavaForConditionalGeneration, "an InfLlavaForConditionalGeneration")
-    if not isinstance(train, (tuple, list)):
-        raise ValueError(f"train={shown(train)}: must be a list of some of {', '.join(PARTS)}.")
-    for part in train:
-        check_choice(part, "train", PARTS)
-    inner: Any = model.base_model
-    model.requires_grad_(False)
-    for part in train:
-        getattr(inner, MODULES[part]).requires_grad_(True)
-    if "language_model" in train:
-        head: Any = getattr(model, "lm_head")  # noqa: B009 - nn.Module knows no names
-        head.requires_grad_(True)
-    return model
-
-
-def with_lora(model: nn.Module, lora: LoraConfig, train: tuple[str, ...] | list[str]) -> nn.Module:
-    """Peft's model: low-rank matrices in the language model, and the other parts trained as they are.
-
-    Args:
-        model: An `InfLlavaForConditionalGeneration`.
-        lora: Rank, scale and layers.
-        train: As for [`freeze`][dualview.train.freeze].
-    """
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    whole = [MODULES[part] for part in train if part != "language_model"]
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=whole or None,
-    )
-    made: nn.Module = get_peft_model(model, config)
-    return made
 
 
 def rows_per_device(stage: StageConfig, name: str, processes: int) -> tuple[int, int]:
@@ -127,17 +66,54 @@ def check_stage(stage: StageConfig, name: str, processes: int) -> None:
     """Raise a ValueError for what transformers would refuse when the stage begins, or do otherwise than is said."""
     rows_per_device(stage, name, processes)
     check_choice(stage.scheduler, f"{name}.scheduler", [each.value for each in SchedulerType])
-    known = {each.name for each in dataclasses.fields(TrainingArguments)}
-    for key in stage.arguments:
+    given_arguments(stage, name)
+    gpu = _on_gpu(stage)
+    if stage.precision == "fp16" and not gpu:
+        raise ValueError(f"{name}.precision='fp16': needs a GPU, and there is none here: take bf16 or fp32.")
+    if stage.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"{name}.precision='bf16': this GPU has no bfloat16: take fp16 or fp32.")
+
+
+def _on_gpu(stage: StageConfig) -> bool:
+    return torch.cuda.is_available() and not stage.arguments.get("use_cpu")
+
+
+KINDS = {bool: "true or false", int: "an integer", float: "a number", NoneType: "null"}
+"""Types of arguments that transformers takes unseen, and stumbles over when they are used."""
+
+
+def given_arguments(stage: StageConfig, name: str) -> dict[str, Any]:
+    """The arguments that a stage passes on, numbers that YAML took for text as numbers.
+
+    Raises:
+        ValueError: There is no such argument, a field of the stage stands for it, or its value is of another type.
+    """
+    fields, hints = {each.name for each in dataclasses.fields(TrainingArguments)}, get_type_hints(TrainingArguments)
+    given = {}
+    for key, value in stage.arguments.items():
+        said = f"{name}.arguments.{key}={shown(value)}: "
         if key in FIXED:
-            raise ValueError(
-                f"{name}.arguments.{key}={shown(stage.arguments[key])}: is said by another field of the stage; use it."
-            )
-        if key not in known:
-            raise ValueError(
-                f"{name}.arguments.{key}={shown(stage.arguments[key])}: is no argument of transformers' "
-                "TrainingArguments."
-            )
+            raise ValueError(f"{said}is said by another field of the stage; use it.")
+        if key not in fields:
+            raise ValueError(f"{said}is no argument of transformers' TrainingArguments.")
+        kinds = get_args(hints[key]) or (hints[key],)
+        given[key] = number_of_text(value) if float in kinds else value
+        fits = type(value) in kinds or (float in kinds and not math.isnan(number_of(given[key])))
+        if not fits and KINDS.keys() >= set(kinds):
+            raise ValueError(f"{said}must be {' or '.join(KINDS[kind] for kind in kinds)}.")
+    return given
+
+
+@contextmanager
+def refusals(stage: StageConfig, name: str) -> Iterator[None]:
+    """What transformers stumbles over within the block is said as an error of the stage's arguments."""
+    try:
+        yield
+    except Exception as error:  # whatever it and accelerate, or packages that they call, have to say
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name}.arguments={shown(dict(stage.arguments))}: transformers refuses to begin so: {text}"
+        ) from error
 
 
 def training_arguments(
@@ -169,7 +145,7 @@ def training_arguments(
     seed, processes = check_count(seed, "seed", low=0), check_count(processes, "processes")
     check_stage(stage, name, processes)
     rows, passes = rows_per_device(stage, name, processes)
-    gpu = torch.cuda.is_available() and not stage.arguments.get("use_cpu")
+    gpu = _on_gpu(stage)
     values: dict[str, Any] = {theirs: getattr(stage, ours) for ours, theirs in GIVEN.items()}
     values |= {
         "output_dir": str(folder),
@@ -193,10 +169,8 @@ def training_arguments(
         _checkpointing(): stage.gradient_checkpointing,
         f"{_checkpointing()}_kwargs": {"use_reentrant": False},
     }
-    try:
-        return TrainingArguments(**{**values, **stage.arguments})
-    except (TypeError, AttributeError) as error:  # what transformers stumbles over
-        raise ValueError(f"{name}.arguments={shown(dict(stage.arguments))}: {error}") from error
+    with refusals(stage, name):
+        return TrainingArguments(**{**values, **given_arguments(stage, name)})
 
 
 def _checkpointing() -> str:

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dualview.arguments import check_instance
-from dualview.train.checkpoints import clear, prune, publish, staging
+from dualview.train.checkpoints import clear, note_files, prune, publish, staging
 from dualview.train.collator import Collator
 from dualview.train.dataset import LlavaDataset
 from dualview.train.logs import Progress
@@ -103,6 +103,7 @@ class DualViewTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
+            note_files(staging(folder) / name)
             publish(staging(folder) / name, folder / name)
             prune(folder, self.keep)
         self.accelerator.wait_for_everyone()

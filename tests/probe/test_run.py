@@ -177,7 +177,7 @@ def test_the_name_of_a_tower_is_of_every_module_that_trains_or_draws():
     assert used <= {*encoders.TRAINING}
 
 
-@pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png"])
+@pytest.mark.parametrize("output", ["nowhere/probe.json", "folder.json", "probe.png", "probe.jpg", "probe"])
 def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, monkeypatch, capsys, output):
     (tmp_path / "folder.json").mkdir()
     monkeypatch.setattr(run, "run_probe", None)
@@ -185,9 +185,11 @@ def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, monk
     assert "probe" in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_refused_first(tmp_path, capsys):
-    assert cli.main(["probe", "-o", str(tmp_path / "probe.json"), "--device", "gpu"]) == 1
-    assert capsys.readouterr().err.startswith("dualview probe: error: --device gpu: ")
+@pytest.mark.parametrize(("option", "value"), [("--device", "gpu"), ("--device", "meta"), ("--towers", __file__)])
+def test_what_is_not_there_is_refused_first(tmp_path, capsys, monkeypatch, option, value):
+    monkeypatch.setattr(run, "run_probe", None)
+    assert cli.main(["probe", "-o", str(tmp_path / "probe.json"), option, value]) == 1
+    assert capsys.readouterr().err.startswith(f"dualview probe: error: {option} {value}: ")
 
 
 def test_a_file_in_the_place_of_the_towers_is_refused_before_any_training(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 from dualview.chat import Chat
 from dualview.train import TrainConfig, train
 from dualview.train.base import make_base
+from tests.checks import refuses
 from tests.tiny import TINY_LLM, TINY_TOWER, tiny_tokenizer
 from tests.train.data import config, fields, write_data
 
@@ -65,6 +66,20 @@ def test_other_tokenizers_need_a_template(parts, tmp_path):
     options = {"language_model": str(tmp_path / "other"), "chat_template": str(tmp_path / "template")}
     make_base(base_of(folder, **options), tmp_path / "base", 0)
     assert "generation" in Chat(str(tmp_path / "base")).processor.chat_template
+
+
+def test_parts_that_cannot_be_loaded_are_named(parts, tmp_path):
+    folder, _, llm = parts
+    (tmp_path / "empty").mkdir()
+    for field in ("language_model", "vision_tower"):
+        with refuses(f"model.{field}='{tmp_path / 'empty'}': cannot be loaded; give a directory"):
+            make_base(base_of(folder, **{field: str(tmp_path / "empty")}), tmp_path / "base", 0)
+    llm.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    LlamaConfig(**TINY_LLM | {"num_hidden_layers": 3}).save_pretrained(tmp_path / "other")
+    with refuses("model.language_model=", "do not belong together", "layers.2"):
+        make_base(base_of(folder, language_model=str(tmp_path / "other")), tmp_path / "base", 0)
+    assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.more

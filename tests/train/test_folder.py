@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from dualview.train import TrainConfig
+from dualview.train import folder as folder_module
 from dualview.train.folder import check_rows, run_folder
 from dualview.train.rows import Row, Turn
+from tests.checks import refuses
 
 ROWS = [{"file": "rows.json"}]
 ONE = Row("rows.json, row 0", (Path("0.png"),), (Turn("user", "<image>"), Turn("assistant", "a")))
@@ -81,7 +83,7 @@ def test_what_was_made_is_kept(tmp_path, kept):
 
 def test_what_may_change_when_a_run_goes_on(tmp_path):
     with run_folder(config(tmp_path, rows_per_device=4), resume=False, report=silent):
-        pass
+        (tmp_path / "run" / "stage1" / "checkpoint-1").mkdir(parents=True)
     said, free = [], {"save_steps": 7, "save_total_limit": 9, "logging_steps": 3, "workers": 0, "bad_rows": "skip"}
     with run_folder(config(tmp_path, rows_per_device=4, **free), resume=True, report=said.append):
         assert said == []
@@ -94,6 +96,82 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     with pytest.raises(ValueError, match=message), run_folder(refused, resume=True, report=silent):
         pass
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stage1"]["batch_size"] == 256
+
+
+def test_what_was_not_trained_may_change(tmp_path):
+    """As where the model was put together, and then a layer's name was wrong."""
+    with run_folder(config(tmp_path), resume=False, report=silent):
+        (tmp_path / "run" / "base").mkdir()
+    with run_folder(config(tmp_path, batch_size=8), resume=True, report=silent):
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["stage1"]["batch_size"] == 8
+    other = TrainConfig.of({"model": "other", "output": str(tmp_path / "run"), "stage1": {"data": ROWS}})
+    with pytest.raises(ValueError, match=r"^model='other' is not"), run_folder(other, resume=True, report=silent):
+        pass
+
+
+def test_a_lock_is_not_freed_by_another_path_to_the_folder(tmp_path):
+    """Where this process opened and closed it once more, the system would free it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with run_folder(config(tmp_path), resume=True, report=silent):
+        held = (tmp_path / "run").stat()
+        assert {(held.st_dev, held.st_ino)} == folder_module.HELD
+        other = TrainConfig.of({"model": "base", "output": str(tmp_path / "link"), "stage1": {"data": ROWS}})
+        with pytest.raises(ValueError, match="this process trains in it"):
+            run_folder(other, resume=True, report=silent).__enter__()
+        assert not in_another_process(tmp_path)
+    assert in_another_process(tmp_path)
+
+
+def test_a_folder_that_was_removed_before_it_was_locked(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+
+    def lock(descriptor):
+        (tmp_path / "run" / ".lock").unlink()
+        return True
+
+    monkeypatch.setattr(folder_module, "_lock", lock)
+    with pytest.raises(ValueError, match="just been removed"), run_folder(config(tmp_path), resume=True, report=silent):
+        pass
+
+
+def in_another_process(folder):
+    """Whether another process can begin."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=begin, args=(folder,))
+    process.start()
+    process.join(60)
+    return process.exitcode == 0
+
+
+def begin(folder):
+    folder_module.HELD.clear()
+    with run_folder(config(folder), resume=True, report=silent):
+        pass
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "{}", '[["rows.json", 1]]', '[["rows.json", 1, 5]]', "[1, 2]", "[]", "null", '"rows"']
+)
+def test_a_record_of_rows_of_another_shape(tmp_path, text):
+    (tmp_path / "checkpoint-1").mkdir()
+    record = tmp_path / "data.json"
+    record.write_text(text)
+    with refuses(str(record), "move it away and resume"):
+        check_rows([("rows.json", [ONE])], tmp_path, write=True)
+    assert record.read_text() == text
+    record.rename(tmp_path / "away")
+    check_rows([("rows.json", [ONE])], tmp_path, write=True)
+    assert json.loads(record.read_text())[0][:2] == ["rows.json", 1]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "7"])
+def test_a_record_of_the_configuration_of_another_shape(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    with refuses(str(tmp_path / "run" / "config.json"), "begin another run in another folder"):
+        run_folder(config(tmp_path), resume=True, report=silent).__enter__()
+    assert (tmp_path / "run" / "config.json").read_text() == text
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

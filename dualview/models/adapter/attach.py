@@ -15,7 +15,7 @@ from dualview.geometry import GridLike, TileGrid
 from dualview.models.adapter.dems import Dem, dems_of, like
 from dualview.models.adapter.hosts import SOURCES, Place, Source
 from dualview.models.adapter.idle import after, before, between, owner_of
-from dualview.models.adapter.locate import NAME, check_bare, family_of, places_of, tower_of
+from dualview.models.adapter.locate import NAME, check_bare, family_of, part_of, places_of, tower_of
 from dualview.models.adapter.module import AttachedEnhance, Bound
 from dualview.models.adapter.packed import enhance_packed, without_large
 from dualview.models.adapter.packings import Flat, packing_of
@@ -129,7 +129,7 @@ def attach(
             "the module's parameters would be on the meta device: load the host's weights first, then attach."
         )
 
-    owner, decoder = owner_of(model), cast(Any, model).get_decoder()
+    owner, decoder = owner_of(model), part_of(model, "get_decoder")
     resize = source != "native"
     views = ViewOptions((1, 1), grid, None, resize=resize, max_tiles_per_pass=max_tiles_per_pass)
     hook = partial(_enhance, host.layout, tuple(places.values()), views)

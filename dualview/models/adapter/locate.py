@@ -60,11 +60,28 @@ def family_of(model: nn.Module) -> tuple[Any, Host]:
 
 def tower_of(model: nn.Module, host: Host) -> nn.Module:
     """The module whose output is enhanced."""
-    tower = cast(Any, model).get_encoder(modality="image")
-    tower = tower.get_submodule(host.inner)
+    tower = part_of(model, "get_encoder", modality="image")
+    try:
+        tower = tower.get_submodule(host.inner)
+    except AttributeError as error:
+        raise ValueError(
+            f"model: its vision tower, {type(tower).__name__}, has no part {host.inner!r}. {REMEDY}"
+        ) from error
     if hasattr(tower, NAME):
         raise ValueError(f"{type(tower).__name__} has something of the name {NAME!r} already.")
-    return cast(nn.Module, tower)
+    return tower
+
+
+def part_of(model: nn.Module, method: str, **options: str) -> nn.Module:
+    """What a method of a model gives: its vision tower, or its language model."""
+    ask = getattr(model, method, None)
+    part = ask(**options) if callable(ask) else None
+    if not isinstance(part, nn.Module):
+        raise ValueError(f"model: {method} of this {type(model).__name__} gives {shown(part)}, and no module. {REMEDY}")
+    return part
+
+
+REMEDY = "Load the whole model, images and text, as AutoModelForImageTextToText does, and attach to it."
 
 
 def places_of(config: Any, host: Host, layers: Sequence[int] | None) -> dict[int, Place]:

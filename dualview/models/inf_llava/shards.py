@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -193,3 +193,24 @@ def _open(file: Path) -> Any:
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError("no dictionary of tensors")
     return content
+
+
+def check_loaded(source: Any, report: Mapping[str, Collection[str]], *, whole: bool = True) -> None:
+    """Raise a ValueError where a model of transformers has weights that its files do not have.
+
+    Args:
+        source: Named in the message.
+        report: The loading info of ``from_pretrained``.
+        whole: Whether the files may not have more than the model, either.
+    """
+    lacking, more = (sorted(report[name]) for name in ("missing_keys", "unexpected_keys"))
+    if lacking or (more and whole):
+        raise ValueError(
+            f"{source}: weights and config.json do not belong together, so that the model would be of random numbers. "
+            f"Without weights: {_shortened(lacking)}; without a place: {_shortened(more)}. Make the directory again."
+        )
+
+
+def _shortened(names: list[str]) -> str:
+    """The first of many names, and how many there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
