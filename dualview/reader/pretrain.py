@@ -187,6 +187,7 @@ def pretrain(
     descent = Descent([*tower.parameters(), *heads.parameters()], learning_rate, steps, watch=watch)
     place = waves(TILE // PATCH, TILE // PATCH, torch.empty(0, device=device)).flatten(0, 1)
     learn_statistics(tower, True)
+    tower.to(memory_format=torch.channels_last)  # a step of 20 tiles on one core: 0.24 s, and 0.30 s without
     for step in range(steps):
         smallest = 12.0 if step * 12 < steps else 4.0
         if step % 2:
@@ -201,7 +202,7 @@ def pretrain(
             loss = _loss(of_patch(tokens), tiles.labels) + 2 * (of_place(tokens) - place).square().mean()
         descent.step(loss)
     learn_statistics(tower, False)
-    tower.eval()
+    tower.to(memory_format=torch.contiguous_format).eval()
     return cast(nn.Linear, of_cell)
 
 
