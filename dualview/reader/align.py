@@ -123,19 +123,13 @@ def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor
     The second and third part are cross-entropies of choosing by distance: near is not enough, nearest is what counts.
     """
     wanted = names + said[symbols]
-    weights = torch.where(symbols > len(CLASSES), LARGE, 1.0)
-    weights = weights / weights.sum()
+    error = (given - wanted).square().mean() / wanted.var()
     scale = 10 / (given.shape[-1] * wanted.var())
     places = torch.arange(len(names), device=given.device).expand(len(given), -1)
-    errors = (given - wanted).square().mean(-1) / wanted.var()
-    for rest, to, of in ((given - names, said, symbols), (given - said[symbols], names, places)):
-        logits = scale * _nearness(rest, to)
-        errors = errors + nn.functional.cross_entropy(logits.movedim(-1, 1), of, reduction="none")
-    return (weights * errors).sum()
-
-
-LARGE = 1.0
-"""How much a part of a large character counts, of which there are few."""
+    parts = ((given - names, said, symbols), (given - said[symbols], names, places))
+    return error + sum(
+        nn.functional.cross_entropy((scale * _nearness(rest, to)).flatten(0, 1), of.flatten()) for rest, to, of in parts
+    )
 
 
 def _nearness(points: Tensor, to: Tensor) -> Tensor:

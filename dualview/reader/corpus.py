@@ -33,7 +33,7 @@ def write_corpus(
     atlas: Atlas,
     chats: int = 1,
     sparse: float = 0.0,
-    photographs: Sequence[Tensor] = (),
+    photographs: Sequence[Tensor] | None = None,
     photographic: float = 0.0,
 ) -> None:
     """Draw pages and write them into a new folder, with ``chats.json`` and what stands on them beside.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dualview.arguments import check_count
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
@@ -58,16 +59,16 @@ class Recipe:
         ValueError: The seed is none of these.
     """
 
-    tower_steps: int = 3000
+    tower_steps: int = 3400
     tower_batch: int = 20
     warm_steps: int = 3200
-    pages: int = 2000
-    aligning: int = 12
+    pages: int = 2400
+    aligning: int = 10
     chats: int = 4
     sparse: float = 0.2
     photographs: float = 0.2
     stage1_steps: int = 50
-    stage2_steps: int = 300
+    stage2_steps: int = 450
     warm_rate: float = 2e-3
     stage1_rate: float = 1e-3
     stage2_rate: float = 1e-3
@@ -153,7 +154,13 @@ def train_tower(output: Path, recipe: Recipe, device: str) -> None:
     tower = ReaderVisionModel(ReaderVisionConfig())
     with minutes_of(output, "tower") as watch:
         head = pretrain(
-            tower, recipe.tower_steps, seed=recipe.seed, batch=recipe.tower_batch, device=device, watch=watch
+            tower,
+            recipe.tower_steps,
+            seed=recipe.seed,
+            batch=recipe.tower_batch,
+            device=device,
+            photographs=behind(recipe),
+            watch=watch,
         )
     for height in (6, 8, 10, 14, 28):
         share = reading_accuracy(tower, head, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
@@ -162,25 +169,33 @@ def train_tower(output: Path, recipe: Recipe, device: str) -> None:
         tower.cpu().save_pretrained(made)
 
 
+def behind(recipe: Recipe) -> list[Tensor] | None:
+    """Photographs to draw pages on, (3, h, w) each; None where there should be none."""
+    if not recipe.photographs:
+        return None
+    return [torch.from_numpy(photo).movedim(-1, 0) / 255 for photo in photographs("train", 3 * TILE)]
+
+
 def write_pages(output: Path, recipe: Recipe, device: str) -> None:
     """The pages, those folders of them that are not there yet."""
+    missing = [shard for shard in shards_of(recipe) if not folder_of(output, shard).is_dir()]
+    if not missing:
+        return
     atlas = build_atlas().to(device)
-    behind = [torch.from_numpy(photo).movedim(-1, 0) / 255 for photo in photographs("train", 3 * TILE)]
     with minutes_of(output, "pages"):
-        for shard in shards_of(recipe):
-            if not folder_of(output, shard).is_dir():
-                write_corpus(
-                    folder_of(output, shard),
-                    min(SHARD, recipe.pages - shard * SHARD),
-                    3 * TILE,
-                    HEIGHTS,
-                    seed=recipe.seed * 1000 + shard,
-                    atlas=atlas,
-                    chats=recipe.chats,
-                    sparse=recipe.sparse,
-                    photographs=behind,
-                    photographic=recipe.photographs,
-                )
+        for shard in missing:
+            write_corpus(
+                folder_of(output, shard),
+                min(SHARD, recipe.pages - shard * SHARD),
+                3 * TILE,
+                HEIGHTS,
+                seed=recipe.seed * 1000 + shard,
+                atlas=atlas,
+                chats=recipe.chats,
+                sparse=recipe.sparse,
+                photographs=behind(recipe),
+                photographic=recipe.photographs,
+            )
 
 
 def train_language(output: Path, recipe: Recipe, device: str) -> None:
@@ -198,11 +213,14 @@ def train_language(output: Path, recipe: Recipe, device: str) -> None:
 
 
 def fill_features(output: Path, recipe: Recipe, device: str, shard: int) -> None:
-    """What the tower makes of a folder of pages, for both models."""
+    """What the tower makes of a folder of pages, for both models, where it is not there yet."""
     for arm in ARMS:
         model, processor = _with_tower(output, arm)
-        with minutes_of(output, f"{arm}, features", shard):
-            _cache(output, model, processor).fill(pictures(folder_of(output, shard)), model.to(device))
+        cache = _cache(output, model, processor)
+        missing = [picture for picture in pictures(folder_of(output, shard)) if cache.read([picture]) is None]
+        if missing:
+            with minutes_of(output, f"{arm}, features", shard):
+                cache.fill(missing, model.to(device))
 
 
 def _with_tower(output: Path, arm: str) -> tuple[Any, Any]:

@@ -137,6 +137,8 @@ def test_photographs_stand_behind_pages():
     pages.large.fill_(EMPTY)
     drawn = render(pages, 112, build_atlas(FONTS), behind)
     assert {round(float(page.median())) for page in drawn} == {0, 1}
+    tiles = draw_pages(2, (8, 8), 4, build_atlas(FONTS), behind[:1]).tiles * STD + MEAN
+    assert float(tiles.median()) < 0.1, "the tower sees them, too"
 
 
 def test_ink_differs_from_paper():
