@@ -175,7 +175,7 @@ def pretrain(
         batch: Tiles in a step.
         learning_rate: The highest.
         device: Where to compute. The tower is left there.
-        photographs: Backgrounds (3, h, w) of one in five pages. None: all are computed.
+        photographs: Backgrounds (3, h, w) of one step of pages in ten. None: all are computed.
         watch: Called with step and loss.
 
     Returns:
@@ -196,7 +196,7 @@ def pretrain(
         smallest = 12.0 if step * 12 < steps else 4.0
         if step % 2:
             number = int(torch.randint(2**31, (), generator=random))
-            behind = photographs if number % 5 == 0 else None
+            behind = photographs if number % 10 == 0 else None
             seen = draw_pages(max(1, batch // 10), (max(5.0, smallest), 28.0), number, atlas, behind)
             whole, cells = tower(seen.thumbnails).last_hidden_state, of_cells(tower, seen.tiles)
             loss = _loss(of_cell(cells), seen.labels[0]) + _loss(of_patch(whole), seen.labels[1])

@@ -65,7 +65,7 @@ class Recipe:
     pages: int = 2400
     aligning: int = 10
     chats: int = 4
-    sparse: float = 0.2
+    sparse: float = 0.1
     photographs: float = 0.2
     stage1_steps: int = 50
     stage2_steps: int = 450
