@@ -58,9 +58,8 @@ def write_corpus(
     with new_folder(folder) as made, ThreadPoolExecutor() as pool:
         for start in range(0, count, BATCH):
             size = min(BATCH, count - start)
-            drawn = {"count": size, "heights": heights, "seed": seed * 1_000_003 + start, "sparse": sparse}
-            pages = sample_pages(**drawn)
-            said.append(drawn)
+            pages = sample_pages(size, heights, seed * 1_000_003 + start, sparse)
+            said.append({"count": size, "heights": heights, "seed": pages.seed, "sparse": sparse})
             behind = photographs if Random(pages.seed).random() < photographic else None
             names = [f"{start + index:06}.jpg" for index in range(size)]
             pictures = (render(pages, side, atlas, behind) * 255).round().to(torch.uint8).cpu()
