@@ -118,6 +118,7 @@ def test_sparse_pages_have_a_code_alone():
     assert 40 < int(thin.sum()) < 80
     for name in ("heights", "shifts", "large", "large_height", "large_centre"):
         assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
+    assert torch.equal(codes.kinds == COVERED, plain.kinds == COVERED)
     lengths = set()
     for kinds in codes.kinds:
         rows, columns = (kinds >= 0).nonzero(as_tuple=True)
