@@ -56,8 +56,8 @@ get an answer, too, which means nothing.
 
 ## How they were trained
 
-From nothing, by the parts of `make reader`, on pages and questions that are drawn from seeds (`dualview.reader`):
-backgrounds are computed, and nothing is fetched. The parts took these minutes, two at a time: {minutes}.
+From nothing, by {call}, on pages and questions that are drawn from seeds (`dualview.reader`); nothing is fetched.
+Backgrounds are computed{behind}. The parts took these minutes, two at a time: {minutes}.
 
 {note}
 
@@ -78,16 +78,20 @@ that is no better there has learnt nothing of the pages. {weak}
 
 The weights are of this project, under its Apache License 2.0. Glyphs were drawn with fonts that matplotlib ships; none
 is contained here. Trained on: {trained}. Kept for tests: {held_out}. DejaVu: Bitstream Vera's licence, its changes in
-the public domain; STIX: the STIX Font License; cm: the BaKoMa Fonts Licence. All three stand in matplotlib. No
-photograph was used in training. That of `dualview demo`, Grace Hopper by the US Navy, is in the public domain;
-matplotlib ships it, too.
+the public domain; STIX: the STIX Font License; cm: the BaKoMa Fonts Licence. All three stand in matplotlib. Photographs
+in training: {photographs}. That of `dualview demo`, Grace Hopper by the US Navy, is none of them and in the public
+domain; matplotlib ships it, too.
 """
 
 
 def card(folder: Path) -> str:
     """The card of the models in a folder, by their weights and by what was measured."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    wall, photographs = results["wall_minutes"], results["photographs"]
     return CARD.format(
+        call="the parts of `make reader`" if wall is None else f"one call of `make reader`, in {wall:.1f} minutes",
+        behind=f"; of {results['recipe']['photographs']:.0%} of the pages they are photographs" if photographs else "",
+        photographs="; ".join(f"{name} ({licence})" for name, licence in photographs.items()) or "none",
         dual=millions(folder / "dual"),
         low_res=millions(folder / "low-res"),
         known=" ".join(f"*{question}*" for question in KNOWN),

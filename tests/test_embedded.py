@@ -203,6 +203,8 @@ class TestPacking:
         save_file(weights, source / "dual" / "model.safetensors", {"format": "pt"})
         results = json.loads((source / "results.json").read_text())
         results["minutes"]["an abacus"] = 7.0
+        results["wall_minutes"], results["photographs"] = 44.0, {"skimage/grass.png": "CC0, linolafett"}
+        results["recipe"]["photographs"] = 0.2
         for task in results["tasks"].values():
             task["questions"] = 2
         (source / "results.json").write_text(json.dumps(results))
@@ -212,7 +214,14 @@ class TestPacking:
         packed = load_file(place / "dual" / "model.safetensors")
         assert torch.equal(packed[name], weights[name].half())
         assert packed.keys() == weights.keys()
-        assert "an abacus 7.0" in (place / "README.md").read_text()
+        card = (place / "README.md").read_text()
+        for said in (
+            "an abacus 7.0",
+            "one call of `make reader`, in 44.0 minutes",
+            "of 20% of the pages",
+            "grass.png (CC0",
+        ):
+            assert said in card
         assert {path.name for path in place.iterdir()} == {*VIEWS, "results.json", "README.md"}
 
     def test_what_is_too_large_or_not_measured_changes_nothing(self, script, source, tmp_path, monkeypatch):

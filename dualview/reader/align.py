@@ -33,16 +33,21 @@ class SeenPages(Dataset[dict[str, Tensor]]):
 
     def __init__(self, folders: list[Path], cache: FeatureCache) -> None:
         self.cache = cache
-        self.groups = [(folder, start) for folder in folders for start in range(0, len(pictures(folder)), BATCH)]
+        self.groups = [
+            (files[start : start + BATCH], symbols_of(pages_of(folder, start)))
+            for folder in folders
+            for files in [pictures(folder)]
+            for start in range(0, len(files), BATCH)
+        ]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        folder, start = self.groups[index]
-        found = self.cache.read(pictures(folder)[start : start + BATCH])
+        files, symbols = self.groups[index]
+        found = self.cache.read(files)
         assert found is not None, "the cache is filled before"
-        return {**found, "symbols": symbols_of(pages_of(folder, start))}
+        return {**found, "symbols": symbols}
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -78,13 +83,13 @@ def align(
     parameters = [p for part in front for p in part.parameters()]
     descent = Descent(parameters, learning_rate, epochs * len(pages), warm_up=30, decay=0.01, watch=watch)
     random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        names, said = vocabulary(model.get_input_embeddings(), tokenizer)
     for _ in range(epochs):
         for batch in DataLoader(pages, batch_size=None, shuffle=True, generator=random):
             symbols, features, canvases = (
                 batch[name].to(device) for name in ("symbols", "view_features", "image_canvases")
             )
-            with torch.no_grad():
-                names, said = vocabulary(model.get_input_embeddings(), tokenizer)
             given = model.get_image_features(view_features=features, image_canvases=canvases).pooler_output
             loss = _loss(torch.stack(list(given)), symbols.flatten(1), names, said)
             descent.step(loss)
@@ -120,10 +125,13 @@ def _loss(given: Tensor, symbols: Tensor, names: Tensor, said: Tensor) -> Tensor
     wanted = names + said[symbols]
     error = (given - wanted).square().mean() / wanted.var()
     scale = 10 / (given.shape[-1] * wanted.var())
-    of_symbols = (given - names)[:, :, None] - said
-    of_names = (given - said[symbols])[:, :, None] - names
     places = torch.arange(len(names), device=given.device).expand(len(given), -1)
-    parts = ((of_symbols, symbols), (of_names, places))
+    parts = ((given - names, said, symbols), (given - said[symbols], names, places))
     return error + sum(
-        nn.functional.cross_entropy((-scale * x.square().sum(-1)).flatten(0, 1), y.flatten()) for x, y in parts
+        nn.functional.cross_entropy((scale * _nearness(rest, to)).flatten(0, 1), of.flatten()) for rest, to, of in parts
     )
+
+
+def _nearness(points: Tensor, to: Tensor) -> Tensor:
+    """Minus the squared distance of points (B, n, D) to others (m, D), but for a number of each point: (B, n, m)."""
+    return 2 * points @ to.T - to.square().sum(-1)

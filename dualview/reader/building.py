@@ -55,7 +55,7 @@ def build_model(tower: ReaderVisionModel | None, tile: int, *, dual: bool = True
     model = InfLlavaForConditionalGeneration(config)
     if tower is not None:
         model.model.vision_tower.load_state_dict(tower.state_dict())
-    pictures = InfLlavaImageProcessor(size=3 * tile, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+    pictures = InfLlavaImageProcessor(size=3 * tile, tile_size=tile, image_mean=[MEAN] * 3, image_std=[STD] * 3)
     processor = InfLlavaProcessor(
         pictures, tokenizer, image_seq_length=(tile // PATCH) ** 2, chat_template=CHAT_TEMPLATE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -31,6 +32,9 @@ def write_corpus(
     seed: int,
     atlas: Atlas,
     chats: int = 1,
+    sparse: float = 0.0,
+    photographs: Sequence[Tensor] | None = None,
+    photographic: float = 0.0,
 ) -> None:
     """Draw pages and write them into a new folder, with ``chats.json`` and what stands on them beside.
 
@@ -42,6 +46,9 @@ def write_corpus(
         seed: The same seed gives the same pages and questions.
         atlas: Fonts to draw with, on the device that draws.
         chats: Conversations about each page, each with questions of its own.
+        sparse: Share of pages with a code alone.
+        photographs: Backgrounds of some pages, (3, h, w) each.
+        photographic: Share of those.
 
     Raises:
         FileExistsError: There is something of that name already.
@@ -51,10 +58,11 @@ def write_corpus(
     with new_folder(folder) as made, ThreadPoolExecutor() as pool:
         for start in range(0, count, BATCH):
             size = min(BATCH, count - start)
-            pages = sample_pages(size, heights, seed * 1_000_003 + start)
-            said.append({"start": start, "count": size, "heights": heights, "seed": pages.seed})
+            pages = sample_pages(size, heights, seed * 1_000_003 + start, sparse)
+            said.append({"count": size, "heights": heights, "seed": pages.seed, "sparse": sparse})
+            behind = photographs if Random(pages.seed).random() < photographic else None
             names = [f"{start + index:06}.jpg" for index in range(size)]
-            pictures = (render(pages, side, atlas) * 255).round().to(torch.uint8).cpu()
+            pictures = (render(pages, side, atlas, behind) * 255).round().to(torch.uint8).cpu()
             list(pool.map(_save, pictures, [made / name for name in names]))
             for index, name in enumerate(names):
                 random = Random(pages.seed * BATCH + index)
@@ -66,8 +74,7 @@ def write_corpus(
 
 def pages_of(folder: Path, start: int) -> Pages:
     """What stands on the pages of a folder that `write_corpus` drew at once."""
-    said = json.loads((folder / "pages.json").read_text(encoding="utf-8"))[start // BATCH]
-    return sample_pages(said["count"], tuple(said["heights"]), said["seed"])
+    return sample_pages(**json.loads((folder / "pages.json").read_text(encoding="utf-8"))[start // BATCH])
 
 
 def row_of(name: str, spoken: list[tuple[str, str]]) -> dict[str, Any]:

@@ -60,9 +60,8 @@ def draw(pages: Tensor, lattice: Lattice, atlas: Atlas) -> Tensor:
     angle, shear, aspect = lattice.bend.unbind(-1)
     level = (BOX / (lattice.height * (BOX / TALL))).log2().floor().clamp(0, LEVELS - 1)
     count = (lattice.glyphs >= 0).sum(-1).float()
-    numbers = [*lattice.centre.unbind(-1), lattice.height, angle.cos(), angle.sin(), shear, aspect, level, count]
-    of_pixel = torch.stack(numbers, -1).flatten(0, 2)[cell]
-    cy, cx, tall, cos, sin, shear, aspect, level, count = of_pixel.unbind(-1)
+    numbers = (*lattice.centre.unbind(-1), lattice.height, angle.cos(), angle.sin(), shear, aspect, level, count)
+    cy, cx, tall, cos, sin, shear, aspect, level, count = (number.flatten()[cell] for number in numbers)
     dy, dx = (y[:, None] - cy) / tall, (x - cx) / (tall * aspect)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     u = u + shear * v + (count - 1) / 2 * ADVANCE
@@ -70,11 +69,13 @@ def draw(pages: Tensor, lattice: Lattice, atlas: Atlas) -> Tensor:
     picture = lattice.glyphs.flatten()[cell * longest + place.long()]
     ink = _sample(atlas, picture, level.long(), u - place * ADVANCE, v)
 
-    colours = torch.cat([lattice.ink, lattice.plate], -1).flatten(0, 2)[cell]
+    inks, plates = (
+        torch.stack([channel.flatten()[cell] for channel in colour.unbind(-1)], 1)
+        for colour in (lattice.ink, lattice.plate)
+    )
     inside = (v.abs() < 0.75) & (u > -0.75) & (u < (count - 1) * ADVANCE + 0.75) & (count > 0)
-    plate = colours[..., 3:].movedim(-1, 1)
-    pages = torch.where(inside[:, None] & ~plate.isnan(), plate, pages)
-    return torch.lerp(pages, colours[..., :3].movedim(-1, 1), ink[:, None])
+    pages = torch.where(inside[:, None] & ~plates.isnan(), plates, pages)
+    return torch.lerp(pages, inks, ink[:, None])
 
 
 def _sample(atlas: Atlas, picture: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import count as counted
+from itertools import islice
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from dualview.reader.glyphs import DIGITS, HELD_OUT_FONTS, build_atlas
-from dualview.reader.pages import render, sample_pages
+from dualview.reader.glyphs import DIGITS, HELD_OUT_FONTS, Atlas, build_atlas
+from dualview.reader.pages import Pages, render, sample_pages
 from dualview.reader.questions import Question, ask
 
 HELD_OUT_SEED = 10**16
@@ -70,23 +74,30 @@ def draw_questions(
     Shape:
         pages: (count, 3, side, side), uint8
     """
-    found: list[Question] = []
-    pictures: list[Tensor] = []
-    number, atlas = 0, build_atlas(HELD_OUT_FONTS).to(device)
-    while len(found) < count:
+    atlas = build_atlas(HELD_OUT_FONTS).to(device)
+    drawn = list(islice(_asked(task, heights, digits, seed), count))
+    pictures = [_picture(pages, side, atlas, photographs) for pages, _ in drawn]
+    return torch.stack(pictures), [question for _, question in drawn]
+
+
+def _asked(task: str, heights: tuple[float, float], digits: bool, seed: int = 0) -> Iterator[tuple[Pages, Question]]:
+    """Pages, each one alone, with a question about it."""
+    found = 0
+    for number in counted():
         pages = sample_pages(1, heights, HELD_OUT_SEED + 7919 * seed + number)
-        number += 1
         asked = ask(pages, 0, Random(pages.seed), {task: 1}, 12)
         asked = [q for q in asked if not digits or q.answer in DIGITS]
-        if task == "large" and len(found) % 2 == 0:  # every other page has one
+        if task == "large" and found % 2 == 0:  # every other page has one
             asked = [q for q in asked if q.answer != "none"]
         if asked:
-            found.append(asked[0])
-            pictures.append((render(pages, side, atlas, photographs)[0] * 255).round().to(torch.uint8).cpu())
-    return torch.stack(pictures), found
+            found += 1
+            yield pages, asked[0]
 
 
-@torch.inference_mode()
+def _picture(pages: Pages, side: int, atlas: Atlas, photographs: Tensor | None = None) -> Tensor:
+    return (render(pages, side, atlas, photographs)[0] * 255).round().to(torch.uint8).cpu()
+
+
 def answers_of(model: Any, processor: Any, pictures: Tensor, questions: list[str], batch: int = 16) -> list[str]:
     """What a model answers to one question about each picture, greedily.
 
@@ -97,19 +108,37 @@ def answers_of(model: Any, processor: Any, pictures: Tensor, questions: list[str
         questions: n questions.
         batch: How many are answered at once.
     """
-    tokenizer, found = processor.tokenizer, []
+    return [
+        answer
+        for part in _parts(len(questions), batch)
+        for answer in _said(model, processor, _seen(model, processor, pictures[part]), questions[part])
+    ]
+
+
+def _parts(count: int, batch: int) -> list[slice]:
+    return [slice(start, start + batch) for start in range(0, count, batch)]
+
+
+@torch.inference_mode()
+def _seen(model: Any, processor: Any, pictures: Tensor) -> Tensor:
+    """What the language model reads of pictures, (n, image tokens, D)."""
+    pixels = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    return torch.stack(list(model.get_image_features(pixels.to(model.device, model.dtype)).pooler_output))
+
+
+@torch.inference_mode()
+def _said(model: Any, processor: Any, seen: Tensor, questions: Sequence[str]) -> list[str]:
+    """What is answered to one question about each of what `_seen` gives."""
+    tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    for start in range(0, len(questions), batch):
-        part = slice(start, start + batch)
-        texts = [
-            processor.apply_chat_template([{"role": "user", "content": content(text)}], add_generation_prompt=True)
-            for text in questions[part]
-        ]
-        inputs = processor(images=list(pictures[part]), text=texts, padding=True, return_tensors="pt").to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return found
+    chats = [[{"role": "user", "content": content(text)}] for text in questions]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    texts = [text.replace(processor.image_token, processor.image_token * processor.image_seq_length) for text in texts]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    images = {"image": BaseModelOutputWithPooling(pooler_output=seen)}
+    ids = model.generate(**inputs, mm_encoder_outputs=images, max_new_tokens=24, do_sample=False)
+    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
 
 
 def content(question: str) -> list[dict[str, str]]:
@@ -147,11 +176,31 @@ BARS = {
 """What is reported: the task, the heights, and whether only digits are asked for."""
 
 
-def measured(model: Any, processor: Any, count: int) -> dict[str, list[bool]]:
-    """Which of so many questions of each kind in `BARS` a model answers rightly."""
-    found = {}
-    for name, (task, heights, digits) in BARS.items():
-        found[name] = list(score(model, processor, task, count, heights, digits=digits).right)
+def measured(model: Any, processor: Any, questions: int, batch: int = 16) -> dict[str, list[bool]]:
+    """Which of so many questions of each kind in `BARS` a model answers rightly.
+
+    Kinds with glyphs of the same heights ask about the same pages, and each page is encoded once.
+    """
+    side = int(processor.image_processor.size["shortest_edge"])
+    atlas = build_atlas(HELD_OUT_FONTS).to(model.device)
+    found: dict[str, list[bool]] = {name: [] for name in BARS}
+    for heights in dict.fromkeys(heights for _, heights, _ in BARS.values()):
+        asked = [
+            (name, pages, question)
+            for name, (task, of_task, digits) in BARS.items()
+            for pages, question in islice(_asked(task, heights, digits), questions if of_task == heights else 0)
+        ]
+        drawn = list({pages.seed: pages for _, pages, _ in asked}.values())
+        seen: dict[int, Tensor] = {}
+        for part in _parts(len(drawn), batch):
+            pictures = torch.stack([_picture(pages, side, atlas) for pages in drawn[part]])
+            tokens = _seen(model, processor, pictures)
+            seen |= {pages.seed: of_page for pages, of_page in zip(drawn[part], tokens, strict=True)}
+        for part in _parts(len(asked), batch):
+            tokens = torch.stack([seen[pages.seed] for _, pages, _ in asked[part]])
+            given = _said(model, processor, tokens, [question.text for _, _, question in asked[part]])
+            for answer, (name, _, question) in zip(given, asked[part], strict=True):
+                found[name].append(answer == question.answer)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Pages:
         return len(self.kinds)
 
 
-def sample_pages(count: int, heights: tuple[float, float], seed: int) -> Pages:
+def sample_pages(count: int, heights: tuple[float, float], seed: int, sparse: float = 0.0) -> Pages:
     """Decide what stands on pages.
 
     Of the cells about a third are empty. Each shape is there once or not at all; half of the pages have a large
@@ -56,6 +57,8 @@ def sample_pages(count: int, heights: tuple[float, float], seed: int) -> Pages:
         count: How many pages.
         heights: Least and greatest height of a glyph in pixels; between them all ratios are alike.
         seed: The same seed gives the same pages.
+        sparse: Share of pages on which there is one code alone, of one to three characters, and perhaps the large
+            character. The others are those that there are without it.
     """
     random = torch.Generator().manual_seed(seed)
     shape = (count, CELLS, CELLS)
@@ -84,7 +87,20 @@ def sample_pages(count: int, heights: tuple[float, float], seed: int) -> Pages:
     kinds[near[0].movedim(1, 2) & near[1] & (large != EMPTY)[:, None, None]] = COVERED
     height = torch.exp(uniform(shape, math.log(heights[0]), math.log(heights[1]), random))
     shifts = uniform((*shape, 2), -1, 1, random)
+    if sparse:
+        kinds = torch.where(torch.rand((count, 1, 1), generator=random) < sparse, _codes(kinds, random), kinds)
     return Pages(kinds, height, shifts, large, large_height, large_centre, seed)
+
+
+def _codes(kinds: Tensor, random: torch.Generator) -> Tensor:
+    """One to three characters side by side in place of what stands on pages, (B, 8, 8), but for what is covered."""
+    whole = (len(kinds), 1, 1)
+    length, row = torch.randint(1, 4, whole, generator=random), torch.randint(CELLS, whole, generator=random)
+    first = (torch.rand(whole, generator=random) * (CELLS + 1 - length)).long()
+    number = torch.arange(CELLS)
+    written = (number[:, None] == row) & (number >= first) & (number < first + length)
+    code = torch.randint(len(CHARACTERS), tuple(kinds.shape), generator=random)
+    return torch.where(kinds == COVERED, COVERED, torch.where(written, code, EMPTY))
 
 
 def covered(pages: Pages) -> Tensor:
@@ -94,14 +110,14 @@ def covered(pages: Pages) -> Tensor:
     return near[0][:, :, None] & near[1][:, None] & (pages.large != EMPTY)[:, None, None]
 
 
-def render(pages: Pages, side: int, atlas: Atlas, photographs: Tensor | None = None) -> Tensor:
+def render(pages: Pages, side: int, atlas: Atlas, photographs: Sequence[Tensor] | Tensor | None = None) -> Tensor:
     """Draw pages of a size, (B, 3, side, side) in 0..1 of values that bytes have, on the device of the atlas.
 
     Args:
         pages: What stands on them.
         side: In pixels, a multiple of 8. Heights of small glyphs are in pixels, whatever it is.
         atlas: The fonts.
-        photographs: Backgrounds (n, 3, h, w), of which each page gets a part, in place of computed ones.
+        photographs: Backgrounds (3, h, w), of one of which each page gets a part, in place of computed ones.
     """
     device, random = atlas.texels.device, torch.Generator().manual_seed(pages.seed + 1)
     count, cell = len(pages), side / CELLS
@@ -109,7 +125,7 @@ def render(pages: Pages, side: int, atlas: Atlas, photographs: Tensor | None = N
     if photographs is None:
         canvas, paper, busy = backgrounds(count, (side, side), random, device)
     else:
-        canvas, paper, busy = _photographic(count, side, photographs.to(device), random)
+        canvas, paper, busy = _photographic(count, side, photographs, random)
     plates = uniform((*shape, 3), 0, 1, random)
     plated = (busy[:, None, None] | (torch.rand(shape, generator=random) < 0.1))[..., None]
     behind = torch.where(plated, plates, paper[:, None, None].expand_as(plates))
@@ -142,11 +158,13 @@ def render(pages: Pages, side: int, atlas: Atlas, photographs: Tensor | None = N
         origin=torch.zeros(count, 2),
         cell=(side, side),
     )
-    canvas = draw(draw(canvas, large.to(device), atlas), small.to(device), atlas)
+    canvas = draw(draw(canvas.to(device), large.to(device), atlas), small.to(device), atlas)
     return finish(canvas, random)
 
 
-def _photographic(count: int, side: int, photographs: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _photographic(
+    count: int, side: int, photographs: Sequence[Tensor] | Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Square parts of photographs, scaled to the page; their mean colours; all are busy."""
     parts = []
     for _ in range(count):
@@ -157,4 +175,4 @@ def _photographic(count: int, side: int, photographs: Tensor, random: torch.Gene
         part = photograph[None, :, top : top + cut, left : left + cut]
         parts.append(F.interpolate(part, (side, side), mode="bilinear", antialias=True))
     pages = torch.cat(parts)
-    return pages, pages.mean((2, 3)).cpu(), torch.ones(count, dtype=torch.bool)
+    return pages, pages.mean((2, 3)), torch.ones(count, dtype=torch.bool)

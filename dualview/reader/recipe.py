@@ -5,31 +5,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dualview.arguments import check_count
-from dualview.models.inf_llava import InfLlavaForConditionalGeneration
+from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
 from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
 from dualview.outputs import new_folder
+from dualview.probe.backgrounds import PHOTOGRAPHS, photographs
 from dualview.reader.align import SeenPages, align, front_accuracy, pictures
 from dualview.reader.building import build_model
 from dualview.reader.corpus import write_corpus
 from dualview.reader.evaluate import HELD_OUT_SEED, compared, measured
 from dualview.reader.glyphs import HELD_OUT_FONTS, build_atlas
+from dualview.reader.parts import Part, run_parts
 from dualview.reader.pretrain import TILE, pretrain, reading_accuracy
 from dualview.reader.warm_up import HEIGHTS, ToldPages, warm_up
 from dualview.terminal import say
 from dualview.train import FeatureCache, TrainConfig, train
 
 ARMS = ("dual", "low-res")
-SHARD = 500
+SHARD = 250
 """Pages in a folder."""
 
 
@@ -44,6 +45,8 @@ class Recipe:
         pages: Pages of 336 pixels, for stages 1 and 2.
         aligning: How often each is seen in the regression after stage 0.
         chats: Conversations about each, of which stages 1 and 2 take theirs.
+        sparse: Share of pages with a code alone.
+        photographs: Share of pages on a photograph.
         stage1_steps: Steps of stage 1, of 16 conversations.
         stage2_steps: Steps of stage 2, likewise.
         warm_rate: Highest learning rate of stage 0.
@@ -56,14 +59,16 @@ class Recipe:
         ValueError: The seed is none of these.
     """
 
-    tower_steps: int = 3000
+    tower_steps: int = 3400
     tower_batch: int = 20
     warm_steps: int = 3200
-    pages: int = 2000
-    aligning: int = 12
+    pages: int = 2400
+    aligning: int = 10
     chats: int = 4
+    sparse: float = 0.1
+    photographs: float = 0.2
     stage1_steps: int = 50
-    stage2_steps: int = 300
+    stage2_steps: int = 450
     warm_rate: float = 2e-3
     stage1_rate: float = 1e-3
     stage2_rate: float = 1e-3
@@ -77,8 +82,7 @@ class Recipe:
 def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | None = None) -> Path:
     """Train the embedded model, and the low-resolution model that it is compared with, by one call.
 
-    Two processes work at a time: the tower beside pages and stage 0, then the two models beside each other. On a CPU
-    each has one thread. What is there already in the folder is not made again.
+    Two processes work at a time, on a CPU with one thread each. What is there already in the folder is not made again.
 
     Args:
         output: Folder of the run. ``dual``, ``low-res`` and ``results.json`` in it are the results.
@@ -87,21 +91,53 @@ def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | 
 
     Returns:
         The folder.
+
+    Raises:
+        Exception: What the first part that failed has raised; the other is ended.
     """
-    recipe = Recipe() if recipe is None else recipe
+    start, recipe = time.monotonic(), Recipe() if recipe is None else recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        tower = pool.submit(train_tower, output, recipe, device)
-        pool.submit(train_language, output, recipe, device).result()
-        tower.result()
-        for arm in [pool.submit(train_arm, output, recipe, device, arm) for arm in ARMS]:
-            arm.result()
+    resumed = (output / "minutes").is_dir()
+    run_parts(parts_of(output, recipe, device))
+    wall = None if resumed else round((time.monotonic() - start) / 60, 2)
     found = {arm: json.loads((output / f"{arm}-answers.json").read_text(encoding="utf-8")) for arm in ARMS}
-    minutes = {file.stem: float(file.read_text()) for file in sorted((output / "minutes").iterdir())}
-    results = {"recipe": asdict(recipe), "minutes": minutes, "tasks": compared(found["dual"], found["low-res"])}
+    results = {
+        "recipe": asdict(recipe),
+        "photographs": PHOTOGRAPHS["train"] if recipe.photographs else {},
+        "wall_minutes": wall,
+        "minutes": _minutes(output),
+        "tasks": compared(found["dual"], found["low-res"]),
+    }
     (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    say(f"the whole: {'some parts were there already' if wall is None else f'{wall} min'}")
     return output
+
+
+def parts_of(output: Path, recipe: Recipe, device: str) -> dict[str, Part]:
+    """The parts of a run, those first on which the most has to wait."""
+    run = (output, recipe, device)
+    features = {
+        f"features {shard}": Part(fill_features, (*run, shard), ("tower", "pages")) for shard in shards_of(recipe)
+    }
+    parts = {
+        "tower": Part(train_tower, run),
+        "stage 0": Part(train_language, run),
+        "pages": Part(write_pages, run),
+        **features,
+    }
+    for arm in ARMS:
+        needs: tuple[str, ...] = ("stage 0", *features)
+        for call in (train_front, train_stages, ask_questions):
+            name = f"{arm}, {call.__name__}"
+            parts[name] = Part(call, (*run, arm), needs)
+            needs = (name,)
+    return parts
+
+
+def shards_of(recipe: Recipe) -> range:
+    """Numbers of the folders of pages."""
+    return range(-(-recipe.pages // SHARD))
 
 
 def folder_of(output: Path, shard: int) -> Path:
@@ -109,39 +145,61 @@ def folder_of(output: Path, shard: int) -> Path:
     return output / f"pages-{shard:03}"
 
 
-def page_folders(output: Path) -> list[Path]:
-    """Those that are there, in order."""
-    return sorted(output.glob("pages-[0-9]*"))
-
-
-def train_tower(output: Path, recipe: Recipe, device: str) -> ReaderVisionModel:
-    """The tower of a run, trained where it is not there yet."""
+def train_tower(output: Path, recipe: Recipe, device: str) -> None:
+    """The tower, trained where it is not there yet."""
     folder = output / "tower"
-    if not folder.is_dir():
-        torch.manual_seed(recipe.seed)
-        tower = ReaderVisionModel(ReaderVisionConfig())
-        with minutes_of(output, "tower") as watch:
-            head = pretrain(
-                tower, recipe.tower_steps, seed=recipe.seed, batch=recipe.tower_batch, device=device, watch=watch
+    if folder.is_dir():
+        return
+    torch.manual_seed(recipe.seed)
+    tower = ReaderVisionModel(ReaderVisionConfig())
+    with minutes_of(output, "tower") as watch:
+        head = pretrain(
+            tower,
+            recipe.tower_steps,
+            seed=recipe.seed,
+            batch=recipe.tower_batch,
+            device=device,
+            photographs=behind(recipe),
+            watch=watch,
+        )
+    for height in (6, 8, 10, 14, 28):
+        share = reading_accuracy(tower, head, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+        say(f"tower: {share:.1%} of glyphs of {height} pixels in fonts never trained on")
+    with new_folder(folder) as made:
+        tower.cpu().save_pretrained(made)
+
+
+def behind(recipe: Recipe) -> list[Tensor] | None:
+    """Photographs to draw pages on, (3, h, w) each; None where there should be none."""
+    if not recipe.photographs:
+        return None
+    return [torch.from_numpy(photo).movedim(-1, 0) / 255 for photo in photographs("train", 3 * TILE)]
+
+
+def write_pages(output: Path, recipe: Recipe, device: str) -> None:
+    """The pages, those folders of them that are not there yet."""
+    missing = [shard for shard in shards_of(recipe) if not folder_of(output, shard).is_dir()]
+    if not missing:
+        return
+    atlas = build_atlas().to(device)
+    with minutes_of(output, "pages"):
+        for shard in missing:
+            write_corpus(
+                folder_of(output, shard),
+                min(SHARD, recipe.pages - shard * SHARD),
+                3 * TILE,
+                HEIGHTS,
+                seed=recipe.seed * 1000 + shard,
+                atlas=atlas,
+                chats=recipe.chats,
+                sparse=recipe.sparse,
+                photographs=behind(recipe),
+                photographic=recipe.photographs,
             )
-        for height in (6, 8, 10, 14, 28):
-            share = reading_accuracy(tower, head, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
-            say(f"tower: {share:.1%} of glyphs of {height} pixels in fonts never trained on")
-        with new_folder(folder) as made:
-            tower.cpu().save_pretrained(made)
-    loaded: ReaderVisionModel = ReaderVisionModel.from_pretrained(folder)
-    return loaded
 
 
 def train_language(output: Path, recipe: Recipe, device: str) -> None:
-    """The pages, and the language model after stage 0, made where they are not there yet."""
-    shards = [shard for shard in range(-(-recipe.pages // SHARD)) if not folder_of(output, shard).is_dir()]
-    if shards:
-        with minutes_of(output, "pages"):
-            for shard in shards:
-                count, seed = min(SHARD, recipe.pages - shard * SHARD), recipe.seed * 1000 + shard
-                atlas, chats = build_atlas().to(device), recipe.chats
-                write_corpus(folder_of(output, shard), count, 3 * TILE, HEIGHTS, seed=seed, atlas=atlas, chats=chats)
+    """The language model after stage 0, made where it is not there yet."""
     folder = output / "warm"
     if folder.is_dir():
         return
@@ -154,56 +212,89 @@ def train_language(output: Path, recipe: Recipe, device: str) -> None:
         model.cpu().save_pretrained(made)
 
 
-def of_language_model(folder: Path) -> dict[str, Any]:
-    """Weights of the language model of a saved model, by their names."""
-    state = InfLlavaForConditionalGeneration.from_pretrained(folder).state_dict()
-    return {name: value for name, value in state.items() if "language_model" in name or "lm_head" in name}
+def fill_features(output: Path, recipe: Recipe, device: str, shard: int) -> None:
+    """What the tower makes of a folder of pages, for both models, where it is not there yet."""
+    for arm in ARMS:
+        model, processor = _with_tower(output, arm)
+        cache = _cache(output, model, processor)
+        missing = [picture for picture in pictures(folder_of(output, shard)) if cache.read([picture]) is None]
+        if missing:
+            with minutes_of(output, f"{arm}, features", shard):
+                cache.fill(missing, model.to(device))
 
 
-def train_arm(output: Path, recipe: Recipe, device: str, arm: str) -> None:
-    """The end of stage 0, stages 1 and 2 of one model, and its answers."""
+def _with_tower(output: Path, arm: str) -> tuple[Any, Any]:
+    tower = ReaderVisionModel.from_pretrained(output / "tower")
+    return build_model(tower, TILE, dual=arm == "dual")
+
+
+def _cache(output: Path, model: Any, processor: Any) -> FeatureCache:
+    return FeatureCache(output / "features", model, processor, {"do_pad": True})
+
+
+def train_front(output: Path, recipe: Recipe, device: str, arm: str) -> None:
+    """The end of stage 0 of one model."""
+    base = output / f"{arm}-base"
+    if base.is_dir():
+        return
+    torch.manual_seed(recipe.seed)
+    model, processor = _with_tower(output, arm)
+    take_language_model(model, output / "warm")
+    seen = SeenPages([folder_of(output, shard) for shard in shards_of(recipe)], _cache(output, model, processor))
+    with minutes_of(output, f"{arm}, the end of stage 0") as watch:
+        align(model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, device=device, watch=watch)
+    for height in (8, 28):
+        shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
+        say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
+    _save(model.cpu(), processor, base)
+
+
+def take_language_model(model: Any, folder: Path) -> None:
+    """Give a model the language model of a saved one, all of it and nothing else.
+
+    Raises:
+        RuntimeError: The two have weights of other names or shapes.
+    """
+    saved = InfLlavaForConditionalGeneration.from_pretrained(folder)
+    model.model.language_model.load_state_dict(saved.model.language_model.state_dict())
+    model.lm_head.load_state_dict(saved.lm_head.state_dict())
+
+
+def train_stages(output: Path, recipe: Recipe, device: str, arm: str) -> None:
+    """Stages 1 and 2 of one model."""
     base, run, made = output / f"{arm}-base", output / f"{arm}-run", output / arm
-    processor = build_model(None, TILE)[1]
-    if not base.is_dir():
-        torch.manual_seed(recipe.seed)
-        model, _ = build_model(train_tower(output, recipe, device), TILE, dual=arm == "dual")
-        model.load_state_dict(of_language_model(output / "warm"), strict=False)
-        cache, folders = FeatureCache(output / "features", model, processor, {"do_pad": True}), page_folders(output)
-        with minutes_of(output, f"{arm}, features"):
-            cache.fill([file for folder in folders for file in pictures(folder)], model.to(device), shown=True)
-        with minutes_of(output, f"{arm}, the end of stage 0") as watch:
-            seen = SeenPages(folders, cache)
-            align(
-                model, processor.tokenizer, seen, epochs=recipe.aligning, seed=recipe.seed, device=device, watch=watch
-            )
-        for height in (8, 28):
-            shares = front_accuracy(model, processor.tokenizer, height, seed=HELD_OUT_SEED, fonts=HELD_OUT_FONTS)
-            say(f"{arm}: image tokens say {shares[0]:.1%} of glyphs of {height} pixels, {shares[1]:.1%} of their cells")
-        _save(model.cpu(), processor, base)
+    if made.is_dir():
+        return
     common = {"precision": "fp32", "gradient_checkpointing": False, "workers": 0, "logging_steps": 20}
     common |= {"feature_cache": str(output / "features")}
     common |= {"save_steps": 400, "save_total_limit": 1, "group_by_length": False, "pad_images": True}
     parts = ["dem", "projector", "language_model"] if arm == "dual" else ["projector", "language_model"]
+    folders = [folder_of(output, shard) for shard in shards_of(recipe)]
     stages = {
-        "stage1": _stage(output, recipe.stage1_rate, recipe.stage1_steps, train=parts[:-1], **common),
-        "stage2": _stage(output, recipe.stage2_rate, recipe.stage2_steps, train=parts, **common),
+        "stage1": _stage(folders, recipe.stage1_rate, recipe.stage1_steps, train=parts[:-1], **common),
+        "stage2": _stage(folders, recipe.stage2_rate, recipe.stage2_steps, train=parts, **common),
     }
-    if not made.is_dir():
-        with minutes_of(output, f"{arm}, stages 1 and 2"):
-            config = {"model": str(base), "output": str(run), "seed": recipe.seed, **stages}
-            result = train(TrainConfig.of(config), resume=run.is_dir())
-        trained = InfLlavaForConditionalGeneration.from_pretrained(result, dtype=torch.float16)
-        _save(trained, processor, made)
+    with minutes_of(output, f"{arm}, stages 1 and 2"):
+        config = {"model": str(base), "output": str(run), "seed": recipe.seed, **stages}
+        result = train(TrainConfig.of(config), resume=run.is_dir())
+    trained = InfLlavaForConditionalGeneration.from_pretrained(result, dtype=torch.float16)
+    _save(trained, InfLlavaProcessor.from_pretrained(base), made)
+
+
+def ask_questions(output: Path, recipe: Recipe, device: str, arm: str) -> None:
+    """What one model answers."""
     answers = output / f"{arm}-answers.json"
-    if not answers.is_file():
-        model = InfLlavaForConditionalGeneration.from_pretrained(made, dtype=torch.float32).eval()
-        with minutes_of(output, f"{arm}, questions"):
-            found = measured(model.to(device), processor, recipe.questions)
-        answers.write_text(json.dumps(found), encoding="utf-8")
+    if answers.is_file():
+        return
+    model = InfLlavaForConditionalGeneration.from_pretrained(output / arm, dtype=torch.float32).eval()
+    processor = InfLlavaProcessor.from_pretrained(output / arm)
+    with minutes_of(output, f"{arm}, questions"):
+        found = measured(model.to(device), processor, recipe.questions)
+    answers.write_text(json.dumps(found), encoding="utf-8")
 
 
-def _stage(output: Path, rate: float, steps: int, **fields: Any) -> dict[str, Any]:
-    data = [{"file": str(folder / "chats.json")} for folder in page_folders(output)]
+def _stage(folders: list[Path], rate: float, steps: int, **fields: Any) -> dict[str, Any]:
+    data = [{"file": str(folder / "chats.json")} for folder in folders]
     values = {"form": "chat", "learning_rate": rate, "max_steps": steps, "batch_size": 16, "rows_per_device": 16}
     return {"data": data, **values, **fields}
 
@@ -215,7 +306,7 @@ def _save(model: Any, processor: Any, folder: Path) -> None:
 
 
 @contextmanager
-def minutes_of(output: Path, name: str) -> Iterator[Callable[[int, float], None]]:
+def minutes_of(output: Path, name: str, shard: int | None = None) -> Iterator[Callable[[int, float], None]]:
     """A part of a run: how long it took is kept in a file. What it gives may be called with step and loss, to show."""
     start = time.monotonic()
 
@@ -227,6 +318,19 @@ def minutes_of(output: Path, name: str) -> Iterator[Callable[[int, float], None]
             say(f"{name}: step {step}, loss {loss:.3f}, {minutes():.1f} min")
 
     yield watch
-    (output / "minutes").mkdir(exist_ok=True)
-    (output / "minutes" / f"{name}.txt").write_text(str(minutes()), encoding="utf-8")
+    file = output / "minutes" / (name if shard is None else f"{name}{OF_SHARD}{shard}")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(str(minutes()), encoding="utf-8")
     say(f"{name}: {minutes()} min")
+
+
+OF_SHARD = ", shard "
+
+
+def _minutes(output: Path) -> dict[str, float]:
+    """Minutes of every part; of one that was done shard by shard, their sum."""
+    found: dict[str, float] = {}
+    for file in sorted((output / "minutes").iterdir()):
+        name = file.name.split(OF_SHARD)[0]
+        found[name] = round(found.get(name, 0) + float(file.read_text(encoding="utf-8")), 2)
+    return found

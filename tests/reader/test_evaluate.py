@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dualview.reader.building import build_model
-from dualview.reader.evaluate import BARS, HELD_OUT_SEED, Score, answers_of, compared, draw_questions, score
+from dualview.reader.evaluate import BARS, HELD_OUT_SEED, Score, answers_of, compared, draw_questions, measured, score
 from dualview.reader.glyphs import DIGITS
 from dualview.reader.questions import TASKS
 from dualview.reader.recipe import SHARD, Recipe
@@ -60,3 +60,20 @@ def test_a_model_with_drawn_weights_is_asked_and_counted():
     alone = [answers_of(model, processor, pictures[i : i + 1], texts[i : i + 1])[0] for i in range(3)]
     assert together == alone
     assert len(score(model, processor, "place", 2, (8.0, 8.0)).right) == 2
+
+
+def test_what_is_measured_is_what_each_kind_scores(monkeypatch):
+    """Kinds share pages, and each is encoded once."""
+    torch.manual_seed(0)
+    model, processor = build_model(None, 112)
+    encoded, encode = [], model.get_image_features
+    monkeypatch.setattr(model, "get_image_features", lambda pixels: encoded.extend(pixels) or encode(pixels))
+    answer = "7"  # in place of a model that has learnt nothing
+    monkeypatch.setattr(processor.tokenizer, "batch_decode", lambda ids, **_: [answer] * len(ids))
+    found, apart = measured(model.eval(), processor, 3, batch=4), {}
+    once = len(encoded)
+    for name, (task, heights, digits) in BARS.items():
+        apart[name] = list(score(model, processor, task, 3, heights, digits=digits).right)
+    assert found == apart
+    assert once < len(encoded) - once == 3 * len(BARS)
+    assert any(any(right) for right in found.values())

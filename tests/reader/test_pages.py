@@ -112,6 +112,36 @@ def test_a_caption_says_what_stands_in_every_cell():
             assert f" {place((r, c))}{mark}" in words
 
 
+def test_sparse_pages_have_a_code_alone():
+    plain, mixed, codes = (sample_pages(200, (8, 28), 1, sparse) for sparse in (0.0, 0.3, 1.0))
+    thin = (mixed.kinds != plain.kinds).flatten(1).any(1)
+    assert 40 < int(thin.sum()) < 80
+    for name in ("heights", "shifts", "large", "large_height", "large_centre"):
+        assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
+    assert torch.equal(codes.kinds == COVERED, plain.kinds == COVERED)
+    lengths = set()
+    for kinds in codes.kinds:
+        rows, columns = (kinds >= 0).nonzero(as_tuple=True)
+        assert len(set(rows.tolist())) <= 1
+        assert all(kinds[r, c] < len(CHARACTERS) for r, c in zip(rows, columns, strict=True))
+        if len(rows) and not (kinds == COVERED).any():
+            assert int(columns[-1] - columns[0]) == len(rows) - 1
+            lengths.add(len(rows))
+    assert lengths == {1, 2, 3}
+    assert {int(c) for c in (codes.kinds >= 0).nonzero()[:, 2]} == set(range(CELLS))
+
+
+def test_photographs_stand_behind_pages():
+    """Of any sizes; a part of one for each page, and glyphs on plates."""
+    behind = [torch.zeros(3, 60, 90), torch.ones(3, 200, 120)]
+    pages = sample_pages(12, (8, 28), 4, sparse=1.0)
+    pages.large.fill_(EMPTY)
+    drawn = render(pages, 112, build_atlas(FONTS), behind)
+    assert {round(float(page.median())) for page in drawn} == {0, 1}
+    tiles = draw_pages(2, (8, 8), 4, build_atlas(FONTS), behind[:1]).tiles * STD + MEAN
+    assert float(tiles.median()) < 0.1, "the tower sees them, too"
+
+
 def test_ink_differs_from_paper():
     papers = torch.rand(500, 3, generator=torch.Generator().manual_seed(0))
     ink = contrasting(papers, 0.3, torch.Generator().manual_seed(1))

@@ -7,16 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from dualview.images import load_image
 from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
+from dualview.probe.backgrounds import PHOTOGRAPHS
 from dualview.reader.align import SeenPages, align, pictures
 from dualview.reader.building import build_model
-from dualview.reader.corpus import pages_of, write_corpus
+from dualview.reader.corpus import BATCH, pages_of, write_corpus
 from dualview.reader.evaluate import BARS
 from dualview.reader.glyphs import CHARACTERS, CLASSES, build_atlas
 from dualview.reader.pages import CELLS, EMPTY, covered, sample_pages
 from dualview.reader.pretrain import pretrain
 from dualview.reader.questions import ask, place
-from dualview.reader.recipe import Recipe, train_embedded
+from dualview.reader.recipe import Recipe, take_language_model, train_embedded
 from dualview.reader.tokens import build_tokenizer
 from dualview.reader.warm_up import IGNORED, ToldPages, start_as_matcher, symbols_of, told, warm_up
 from dualview.train import FeatureCache, LlavaDataset
@@ -101,6 +103,23 @@ def test_rows_of_a_corpus_can_be_trained_on(parts, corpus):
     assert row["pixel_values"].shape == (1, 3, 336, 336)
 
 
+def test_pages_of_a_corpus_are_sparse_and_on_photographs_as_often_as_is_asked_for(tmp_path):
+    write_corpus(
+        *(tmp_path / "some", 64, 112, (8, 28)),
+        seed=1,
+        atlas=ATLAS,
+        sparse=0.5,
+        photographs=[torch.zeros(3, 50, 50)],
+        photographic=0.5,
+    )
+    drawn = [pages_of(tmp_path / "some", start) for start in range(0, 64, BATCH)]
+    thin = sum(int(((pages.kinds >= 0).sum((1, 2)) <= 3).sum()) for pages in drawn)
+    assert 16 <= thin <= 48
+    dark = sum(float(load_image(path).float().median()) < 12 for path in pictures(tmp_path / "some"))
+    assert 0 < dark < 64
+    assert dark % BATCH in (0, 1, BATCH - 1), "pages that are drawn at once have the same kind of background"
+
+
 def test_a_corpus_is_not_replaced(corpus):
     with pytest.raises(FileExistsError):
         write_corpus(corpus, 2, 336, (12, 28), seed=4, atlas=ATLAS)
@@ -171,6 +190,25 @@ def test_the_loss_of_the_tower_falls():
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
+def test_the_language_model_is_taken_whole(parts, tmp_path):
+    warm, low = parts[0], build_model(None, 112, dual=False)[0]
+    warm.save_pretrained(tmp_path / "warm")
+    before = {name: value.clone() for name, value in low.state_dict().items()}
+    take_language_model(low, tmp_path / "warm")
+    for name, value in low.state_dict().items():
+        of_language = "language_model" in name or name.startswith("lm_head")
+        assert torch.equal(value, warm.state_dict()[name] if of_language else before[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in low.state_dict().items())
+
+
+def test_a_language_model_of_other_layers_is_refused(parts, tmp_path):
+    parts[0].save_pretrained(tmp_path / "warm")
+    model = build_model(None, 112)[0]
+    model.model.language_model.layers.append(torch.nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match=r"layers\.3\.weight"):
+        take_language_model(model, tmp_path / "warm")
+
+
 @pytest.mark.more
 def test_the_whole_recipe_runs_and_is_not_run_twice(tmp_path):
     recipe = Recipe(1, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1, questions=2)
@@ -183,7 +221,13 @@ def test_the_whole_recipe_runs_and_is_not_run_twice(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["tasks"]) == set(BARS)
     assert results["recipe"]["warm_steps"] == 2
-    assert {"tower", "stage 0", "dual, stages 1 and 2"} <= set(results["minutes"])
+    assert {"tower", "stage 0", "dual, features", "dual, stages 1 and 2"} <= set(results["minutes"])
+    assert results["wall_minutes"] > 0
+    assert not set(results["photographs"]) & set(PHOTOGRAPHS["test"])
+    features = len(list((tmp_path / "run" / "features").rglob("*.safetensors")))
+    assert features == 2 * recipe.pages, "the stages find what was encoded before"
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     train_embedded(tmp_path / "run", recipe, device="cpu")
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again == {**results, "wall_minutes": None}, "what was not made by one call has no time of its own"
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
