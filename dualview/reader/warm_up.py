@@ -93,17 +93,22 @@ def symbols_of(pages: Pages) -> Tensor:
     return torch.where(covered(pages), large, (1 + pages.kinds).clamp(min=0))
 
 
-def tokens_of_page(pages: Pages, index: int, random: Random, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a page's questions; of three pages of ten, of the caption without the names."""
+def tokens_of_page(
+    pages: Pages, index: int, random: Random, tokenizer: Any, alone: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a page's questions, of all kinds or of one alone.
+
+    Of all kinds, three pages of ten have the caption in their place, without the names.
+    """
     ids = [tokenizer.convert_tokens_to_ids(BOS)] + [tokenizer.convert_tokens_to_ids(IMAGE)] * CELLS**2
     labels = [IGNORED] * len(ids)
-    if random.random() < 0.3:
+    if alone is None and random.random() < 0.3:
         text, named = (
             _ids(tokenizer, caption(pages, index, random) + "\n"),
             set(_words(tokenizer)[0].flatten().tolist()),
         )
         return [*ids, *text], [*labels, *(IGNORED if token in named else token for token in text)]
-    for question in ask(pages, index, random):
+    for question in ask(pages, index, random, None if alone is None else {alone: 1}):
         asked, said = _ids(tokenizer, USER + question.text + ASSISTANT), _ids(tokenizer, question.answer + END)
         ids += [*asked, *said]
         labels += [*[IGNORED] * len(asked), *said]
@@ -153,11 +158,16 @@ class ToldPages(Dataset[Told]):
         tokenizer: Of the language model.
         steps: How many batches.
         seed: Of all of them.
+        first: Number of the first, so that a second set follows on another.
         batch: Pages in one.
+        alone: A kind of question that every other batch asks alone, of three times as many pages.
     """
 
-    def __init__(self, tokenizer: Any, steps: int, seed: int = 0, batch: int = 8) -> None:
-        self.tokenizer, self.steps, self.seed, self.batch = tokenizer, steps, seed, batch
+    def __init__(
+        self, tokenizer: Any, steps: int, seed: int = 0, first: int = 0, *, batch: int = 8, alone: str | None = None
+    ) -> None:
+        self.tokenizer, self.steps, self.seed, self.first = tokenizer, steps, seed, first
+        self.batch, self.alone = batch, alone
 
     def __len__(self) -> int:
         return self.steps
@@ -165,9 +175,10 @@ class ToldPages(Dataset[Told]):
     def __getitem__(self, step: int) -> Told:
         if step >= self.steps:
             raise IndexError(step)
-        seed = self.seed * 1_000_003 + step
-        pages, random = sample_pages(self.batch, HEIGHTS, seed), Random(seed)
-        rows = [tokens_of_page(pages, index, random, self.tokenizer) for index in range(self.batch)]
+        seed = self.seed * 1_000_003 + self.first + step
+        alone = self.alone if step % 2 else None
+        pages, random = sample_pages(self.batch * (3 if alone else 1), HEIGHTS, seed), Random(seed)
+        rows = [tokens_of_page(pages, index, random, self.tokenizer, alone) for index in range(len(pages))]
         ids, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
         padded = pad_sequence(ids, True, self.tokenizer.pad_token_id)
         return Told(symbols_of(pages), padded, pad_sequence(labels, True, IGNORED))
@@ -192,7 +203,6 @@ def warm_up(
         workers: Processes that draw pages.
         watch: Called with step and loss.
     """
-    start_as_matcher(model)
     model = model.to(device).train()
     language, head = model.model.language_model, model.lm_head
     parameters = list({id(p): p for m in (language, head) for p in m.parameters()}.values())

@@ -37,7 +37,7 @@ def test_seeds_of_tests_are_not_those_of_training():
     for recipe, first in ((Recipe(seed=999_999), HELD_OUT_SEED), (Recipe(), HELD_OUT_SEED % 2**32)):
         shards = -(-recipe.pages // SHARD)
         assert (recipe.seed * 1000 + shards) * 1_000_003 < first
-        assert recipe.seed * 1_000_003 + recipe.warm_steps < first
+        assert recipe.seed * 1_000_003 + recipe.warm_steps + recipe.large_steps < first
     with refuses("seed=1000000", "999,999"):
         Recipe(seed=1_000_000)
 

@@ -137,6 +137,18 @@ def test_told_pages_label_what_is_said(parts):
         assert not answers[:, : 1 + batch.symbols[0].numel()].any()
 
 
+def test_every_other_batch_may_ask_for_one_thing_alone(parts):
+    tokenizer = parts[1].tokenizer
+    mixed, follows = ToldPages(tokenizer, 4, seed=1, batch=2), ToldPages(tokenizer, 4, 1, 2, batch=2, alone="large")
+    assert torch.equal(follows[0].input_ids, mixed[2].input_ids)
+    asked = tokenizer("What is the large character?", add_special_tokens=False)["input_ids"]
+    for batch in (follows[1], follows[3]):
+        assert len(batch.symbols) == 6
+        for row, labels in zip(batch.input_ids.tolist(), batch.labels, strict=True):
+            assert row[66 : 66 + len(asked)] == asked, "after the image comes the word of the user"
+            assert (labels != IGNORED).sum() <= 3, "a character or none, and the end"
+
+
 def test_regression_makes_image_tokens_more_like_what_was_told(parts, corpus, tmp_path):
     model, processor = parts
     cache = FeatureCache(tmp_path, model, processor, {"do_pad": True})
@@ -172,8 +184,8 @@ def test_the_language_model_learns_what_it_is_told(monkeypatch):
         named = model.lm_head(model.model.language_model(inputs_embeds=embedded).last_hidden_state[:, :-1]).argmax(-1)
         return float((named == due)[written].float().mean())
 
+    start_as_matcher(model)
     with torch.no_grad():
-        start_as_matcher(model)
         assert accuracy() < chance + 0.3
     warm_up(model, ToldPages(tokenizer, 60), learning_rate=3e-3, watch=lambda step, loss: losses.append(loss))
     assert sum(losses[-6:]) < 0.5 * sum(losses[:6])
@@ -211,7 +223,7 @@ def test_a_language_model_of_other_layers_is_refused(parts, tmp_path):
 
 @pytest.mark.more
 def test_the_whole_recipe_runs_and_is_not_run_twice(tmp_path):
-    recipe = Recipe(1, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1, questions=2)
+    recipe = Recipe(1, 2, 2, 2, pages=8, aligning=1, chats=1, stage1_steps=1, stage2_steps=1, questions=2)
     train_embedded(tmp_path / "run", recipe, device="cpu")
     for arm, has_dem in (("dual", True), ("low-res", False)):
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / arm)
