@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, unknown = _parser().parse_known_args(argv)
             prog = options.parser.prog
             if unknown:
-                quotes = ": put the question in quotes" if options.command == "ask" else ""
+                words = options.command == "ask" and not any(each.startswith("-") for each in unknown)
+                quotes = ": put the question in quotes" if words else ""
                 options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{quotes}")
             with libraries_silent():
                 _run(options)

@@ -395,6 +395,7 @@ def test_variables_of_the_shell_that_were_not_set(photo, capsys, argv):
 
 def test_a_question_without_quotes(photo, capsys):
     assert "arguments: is it: put the question in quotes" in failure(capsys, "ask", photo, "What", "is", "it")[0]
+    assert "arguments: --sise 9 (help" in failure(capsys, "ask", photo, "What is it", "--sise", "9")[0]
 
 
 def test_the_help_is_that_of_the_command(capsys):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from dualview.train.dataset import LlavaDataset
 from dualview.train.folder import check_rows
 from dualview.train.parts import with_lora
 from dualview.train.rows import Row
-from dualview.train.stages import refusals, training_arguments
-from dualview.train.trainer import DualViewTrainer
+from dualview.train.stages import of_one_stage, refusals, training_arguments
+from dualview.train.trainer import DualViewTrainer, check_gpus
 
 
 def ready(
@@ -93,27 +91,16 @@ def _check_trainer(stage: StageConfig, name: str, folder: Path, data: LlavaDatas
     """What transformers refuses when it begins, it refuses for a model of one weight, too."""
     model = nn.Linear(1, 1)
     model.config = PreTrainedConfig()
-    with _environment_kept():
+    with of_one_stage():
         arguments = training_arguments(stage, name, folder, seed, processes)
         unset_hf_deepspeed_config()
         if arguments.deepspeed:  # which has an optimiser and a schedule of its own
             return
+        check_gpus(arguments)
         with refusals(stage, name):
             trainer = DualViewTrainer(model, arguments, data)
             if not arguments.optim_target_modules:  # which names layers
                 trainer.create_optimizer_and_scheduler(stage.max_steps or 1)
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Variables by which transformers tells accelerate of a stage are not those of the stage before."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _check_folder(folder: str, name: str) -> None:

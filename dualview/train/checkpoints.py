@@ -19,6 +19,8 @@ STAGED = ".dualview-saving"
 NAME = re.compile(r"checkpoint-(\d+)")
 FILES = "files.json"
 """What a checkpoint consists of: sizes of files, by name."""
+STATE = "trainer_state.json"
+"""What transformers resumes by."""
 
 
 def staging(folder: Path) -> Path:
@@ -48,7 +50,12 @@ def note_files(folder: Path) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise a ValueError where a file of a checkpoint is missing, or has another size than was written."""
+    """Raise a ValueError where a file of a checkpoint is missing, or has another size than was written.
+
+    One of a version that noted no files is taken as it is: a checkpoint has its name when it is complete.
+    """
+    if not (folder / FILES).exists() and (folder / STATE).is_file():
+        return
     try:
         noted = json.loads((folder / FILES).read_text(encoding="utf-8")).items()
         found = {name: path.stat().st_size if (path := folder / name).is_file() else None for name, _ in noted}

@@ -90,8 +90,9 @@ def with_lora(model: nn.Module, lora: LoraConfig, train: tuple[str, ...] | list[
     try:
         made: nn.Module = get_peft_model(model, config)
     except ValueError as error:
+        wrong = next((name for name in names if f" {model.get_submodule(name)} " in str(error)), names[0])
         raise ValueError(
-            f"{said}names what cannot have such matrices, as {names[0]}: name layers such as {layers[0]}."
+            f"{said}names what cannot have such matrices, as {wrong}: name layers such as {layers[0]}."
         ) from error
     return made
 

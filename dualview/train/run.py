@@ -22,7 +22,7 @@ from dualview.train.folder import run_folder
 from dualview.train.logs import LossLog
 from dualview.train.parts import freeze, with_lora
 from dualview.train.rows import RowError, check_files
-from dualview.train.stages import check_stage, training_arguments
+from dualview.train.stages import check_stage, of_one_stage, training_arguments
 from dualview.train.trainer import DualViewTrainer
 
 
@@ -79,7 +79,8 @@ def _train_stages(config: TrainConfig, state: Any, report: Callable[[str], None]
         report(f"all stages are trained already: {list(results.values())[-1]}")
     data = ready(config, left, sources[next(iter(left))], report) if left else {}
     for name, stage in left.items():
-        _train_stage(config, name, stage, sources[name], data.pop(name))
+        with of_one_stage():
+            _train_stage(config, name, stage, sources[name], data.pop(name))
         if state.is_main_process:
             report(f"wrote {results[name]}: dualview ask PICTURE QUESTION --model {results[name]}")
     return list(results.values())[-1]

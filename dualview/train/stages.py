@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -98,10 +99,31 @@ def given_arguments(stage: StageConfig, name: str) -> dict[str, Any]:
             raise ValueError(f"{said}is no argument of transformers' TrainingArguments.")
         kinds = get_args(hints[key]) or (hints[key],)
         given[key] = number_of_text(value) if float in kinds else value
+        if key == "lr_scheduler_kwargs" and isinstance(value, Mapping):
+            given[key] = {each: number_of_text(number) for each, number in value.items()}
         fits = type(value) in kinds or (float in kinds and not math.isnan(number_of(given[key])))
         if not fits and KINDS.keys() >= set(kinds):
             raise ValueError(f"{said}must be {' or '.join(KINDS[kind] for kind in kinds)}.")
     return given
+
+
+@contextmanager
+def of_one_stage() -> Iterator[None]:
+    """What transformers sets for the whole process within the block is taken back: the next stage may be another.
+
+    It tells accelerate of a stage by variables of the environment, and makes torch deterministic.
+    """
+    before, cudnn = dict(os.environ), torch.backends.cudnn
+    strict, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kept = cudnn.deterministic, cudnn.benchmark
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        torch.use_deterministic_algorithms(strict, warn_only=warned)
+        cudnn.deterministic, cudnn.benchmark = kept
 
 
 @contextmanager

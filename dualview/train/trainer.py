@@ -51,11 +51,7 @@ class DualViewTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_instance(train_dataset, "train_dataset", LlavaDataset, "a LlavaDataset")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {args.n_gpu} GPUs: start one for each, torchrun --nproc-per-node {args.n_gpu} -m "
-                "dualview train CONFIG.yaml, or show it a single one by CUDA_VISIBLE_DEVICES=0."
-            )
+        check_gpus(args)
         self._in_staging = False
         self.progress: Progress | None = None
         self.keep = save_total_limit
@@ -132,6 +128,15 @@ class DualViewTrainer(Trainer):
             publish(staged, folder)
             clear(folder.parent)
         self.accelerator.wait_for_everyone()
+
+
+def check_gpus(args: TrainingArguments) -> None:
+    """Raise a ValueError where transformers would split rows and images among several GPUs of this process."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: start one for each, torchrun --nproc-per-node {args.n_gpu} -m "
+            "dualview train CONFIG.yaml, or show it a single one by CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _finish(saved: Path, source: Path) -> None:

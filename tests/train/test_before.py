@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
-from dualview.train import DualViewTrainer, TrainConfig, train
+from dualview.train import DualViewTrainer, TrainConfig, run, train
 from dualview.train.base import load, load_outline
 from dualview.train.config import LoraConfig
 from dualview.train.parts import with_lora
@@ -62,6 +62,10 @@ def refused(place, folder, monkeypatch, *parts, **wrong):
                 "such as model.language_model",
             ),
         ),
+        (
+            {"lora": LORA | {"target_modules": r".*language_model.*(q_proj|mlp)"}},
+            ("stage2.lora", "matrices, as model.language_model.layers.0.mlp: name layers such as"),
+        ),
         ({"arguments": {"nonsense": 1}}, ("stage2.arguments.nonsense=1: is no argument",)),
         ({"arguments": {"adam_beta2": "high"}}, ("stage2.arguments.adam_beta2='high': must be a number",)),
         ({"arguments": {"adam_beta2": 5}}, ("stage2.arguments={'adam_beta2': 5}: ", "beta")),
@@ -113,6 +117,31 @@ def test_folders_that_are_none(place, tmp_path, monkeypatch):
     refused(place, tmp_path, monkeypatch, f"stage2.feature_cache='{cache}': Not a directory", feature_cache=cache)
 
 
+def test_one_process_that_sees_several_gpus(place, tmp_path, monkeypatch):
+    """The most frequent mistake on a large machine, and none of the arguments."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"^one process sees 2 GPUs: .* --nproc-per-node 2 "):
+        train(TrainConfig.of(fields(place) | {"output": str(tmp_path / "run")}), report=lambda line: None)
+
+
+@pytest.mark.parametrize("strict", ["stage1", "stage2"])
+def test_what_one_stage_sets_for_the_process_does_not_reach_another(place, tmp_path, monkeypatch, strict):
+    """Neither that of the first the second, nor what is looked at before of the second the first."""
+
+    def noted(trainer, **_):
+        seen.append(("CUBLAS_WORKSPACE_CONFIG" in os.environ, torch.are_deterministic_algorithms_enabled()))
+
+    monkeypatch.setattr(DualViewTrainer, "train", noted)
+    monkeypatch.setattr(DualViewTrainer, "save_result", lambda *_: None)
+    given, seen, before = fields(place) | {"output": str(tmp_path / "run")}, [], dict(os.environ)
+    given[strict]["arguments"] = {"full_determinism": True}
+    monkeypatch.setattr(run, "load", lambda _: load(place / "base"))  # stage 1 writes nothing here
+    train(TrainConfig.of(given), report=lambda line: None)
+    assert seen == [(stage == strict, stage == strict) for stage in ("stage1", "stage2")]
+    assert dict(os.environ) == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_a_gpu_can_do(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
@@ -124,6 +153,9 @@ def test_what_a_gpu_can_do(place, monkeypatch):
 def test_numbers_that_yaml_takes_for_text(place):
     stage = TrainConfig.of(fields(place, arguments={"adam_epsilon": "1e-7"})).stages["stage2"]
     assert training_arguments(stage, "stage2", place, 0).adam_epsilon == 1e-7
+    given = {"lr_scheduler_kwargs": {"min_lr": "1e-6"}}  # text in YAML, and a number in Python's
+    stage = TrainConfig.of(fields(place, arguments=given)).stages["stage2"]
+    assert training_arguments(stage, "stage2", place, 0).lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
 def test_models_that_do_not_belong_to_their_tokenizer_or_weights(place, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dualview import cli
 from dualview.train import Collator, LlavaDataset, TrainConfig, freeze, logs, train, training_arguments
 from dualview.train.base import load
-from dualview.train.checkpoints import checkpoints
+from dualview.train.checkpoints import check_checkpoint, checkpoints
 from dualview.train.rows import RowError
 from dualview.train.sampler import EpochSampler
 from dualview.train.trainer import DualViewTrainer
@@ -223,6 +223,14 @@ def test_a_checkpoint_that_was_harmed_is_named(place, tmp_path, monkeypatch, har
         newest.unlink() if newest.is_file() else shutil.rmtree(newest)
         (tmp_path / "kept").rename(newest)
         (tmp_path / "model").rename(stage / "model")
+
+
+def test_a_checkpoint_without_a_list_of_its_files_is_of_an_older_version(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    check_checkpoint(tmp_path)
+    (tmp_path / "trainer_state.json").unlink()
+    with refuses("files.json does not say"):
+        check_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
