@@ -56,8 +56,8 @@ def local_crop(
         border: With ``overlap``, where the last tiles would reach beyond the map: "shift" moves them inside, "pad"
             leaves them where they are and fills them up with zeros.
         data_format: Whether the channels come before or after height and width.
-        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
-            channels-last maps.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel moves
+            channels-first maps only where this argument is "triton".
 
     Shape:
         - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)
@@ -105,8 +105,8 @@ def global_stride_crop(
         grid: Rows and columns of tiles.
         tile: In place of ``grid``: the size (h, w) of a tile, or one number for a square.
         data_format: Whether the channels come before or after height and width.
-        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel takes
-            channels-last maps.
+        backend: "auto", "torch" or "triton"; None for what [`use_backend`][dualview.use_backend] says. The kernel moves
+            channels-first maps only where this argument is "triton".
 
     Shape:
         - channels_first: (..., C, H, W) -> (..., rows*cols, C, H/rows, W/cols)

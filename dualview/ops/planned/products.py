@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
 from dualview.kernels.dispatch import capability
-from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, declared
+from dualview.ops.fusion import FUSIONS, BottleneckConcatFusion, LinearConcatFusion, declared
 from dualview.ops.planned.live import EnhancePlan, EnhanceSpec, constant, plan_enhance
 from dualview.ops.tile_attention import TileAttention
 
@@ -257,9 +257,19 @@ def seconds_of(
 
 
 FORWARDS: dict[type[nn.Module], Any] = {
-    layer: layer.forward for layer in (nn.Linear, nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
+    layer: layer.forward
+    for layer in (
+        nn.Linear,
+        nn.Conv2d,
+        nn.GELU,
+        nn.LayerNorm,
+        nn.Sequential,
+        nn.Identity,
+        TileAttention,
+        *FUSIONS.values(),
+    )
 }
-"""As torch has them: somebody may put another one into a class."""
+"""As the classes are made: somebody may put another one into a class."""
 
 
 def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:

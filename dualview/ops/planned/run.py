@@ -73,7 +73,9 @@ def enhance_live(
     folded = {attention: query_key_matrix(attention) for attention in folding}
     project = not products.fold_values
     enhanced = [
-        enhance_direction(plan, d, grid, a, attention, maps, masks, folded.get(attention), project=project)
+        enhance_direction(
+            plan, d, grid, a, attention, maps, masks, folded[attention] if a.fold else None, project=project
+        )
         for d, a, attention in ways
     ]
     if products.fold_values:

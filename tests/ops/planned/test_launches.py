@@ -125,10 +125,22 @@ def test_a_gelu_of_another_kind_is_called(parts: list[str]) -> None:
             torch.testing.assert_close(planned, dem(*tiles, (3, 3)))
 
 
-def test_a_gelu_whose_class_was_given_another_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    dem, tiles = dv.DualPerspectiveEnhance.released(32).double(), torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64)
-    monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: 3 * x)
-    with torch.no_grad(), machine("launches count"):
+@pytest.mark.parametrize(
+    "preset, layer",
+    [
+        ("released", torch.nn.GELU),
+        ("released", dv.BottleneckConcatFusion),
+        ("released", dv.TileAttention),
+        ("paper", dv.LinearConcatFusion),
+    ],
+)
+def test_a_layer_whose_class_was_given_another_forward_is_called(
+    preset: str, layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dem = getattr(dv.DualPerspectiveEnhance, preset)(32, dtype=torch.float64)
+    tiles, ordinary = torch.randn(2, 1, 9, 6, 6, 32, dtype=torch.float64), layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *given: ordinary(*given).sin())
+    with torch.no_grad(), machine("launches count" if preset == "released" else "attention is free"):
         planned = dem(*tiles, (3, 3))
         with dv.full_computation():
             torch.testing.assert_close(planned, dem(*tiles, (3, 3)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import dualview as dv
 from benchmarks.measure import peak_bytes
 from dualview.kernels.chunked_attention import SCORES_AT_ONCE
+from dualview.ops.planned.products import Layers, _candidates, sizes_of
 from dualview.switches import planning
 from tests.ops.planned.rates import MACHINES, machine
 from tests.strategies import examples, some
@@ -233,6 +234,22 @@ def test_averages_taken_inside_are_those_of_the_equations(fastest, masked, resid
         torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
         with torch.no_grad(), at_most(1):  # tile by tile
             torch.testing.assert_close(dem(*tiles, grid, mask), expected[0], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_every_arrangement_gives_the_same(share_weights, bias):
+    """No machine is fastest with some of them: to fold W_q W_k^T for one of two directions that share it, say."""
+    dem, tiles, grid = build("paper", share_weights=share_weights, bias=bias), inputs((2, 3), (4, 6)), (2, 3)
+    direction = torch.randn(8, 18, DIM, dtype=torch.float64)
+    with dv.full_computation():
+        expected = run(dem, tiles, grid, None, direction)
+    layers = [Layers(*sizes_of(dem.attentions[index])) for index in (-1, 0)]
+    ways = list(_candidates(dem.plan(grid, (4, 6)), layers, shared=share_weights, averaged=True, concat=True))
+    assert len(ways) == 18 + 4 * (not bias)
+    for way in ways:
+        with patch("dualview.ops.enhance.products_of", return_value=way):
+            torch.testing.assert_close(run(dem, tiles, grid, None, direction), expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("grid, tokens", [((1, 1), (3, 4)), ((3, 1), (6, 4)), ((3, 3), (6, 6))])
