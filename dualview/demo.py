@@ -147,8 +147,8 @@ def with_names(picture: Tensor) -> Tensor:
 def _describe(counts: dict[str, int], shown: list[Shown]) -> None:
     sizes = ", ".join(f"{name} ({count / 1e6:.1f} million parameters)" for name, count in counts.items())
     say(f"Two models that come with the package, trained from nothing on drawn pages: {sizes}.")
-    say("Pages, questions, fonts and photograph below are none that they were trained on;")
-    say("what is wrong is called wrong.")
+    say("Pages, questions and fonts below are none that they were trained on, nor is the photograph that comes with")
+    say("matplotlib; what is wrong is called wrong.")
     say(f"Of the kinds of questions, {len(learnt())} of {len(MAKERS)} are asked: those that the first has learnt.")
     for one in shown:
         say(f"\n{one.title}")

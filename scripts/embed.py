@@ -1,4 +1,4 @@
-"""Put trained models into the package: weights in float16, what was measured, and the card that says it.
+"""Put trained models into the package: weights in float16, what was measured, and the card and page that say it.
 
     python scripts/embed.py FOLDER
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -25,6 +26,19 @@ from dualview.reader.evaluate import BARS, draw_questions
 from dualview.reader.glyphs import HELD_OUT_FONTS, TRAINING_FONTS
 
 PLACE = Path(__file__).parents[1] / "dualview" / "embedded"
+PAGE = Path(__file__).parents[1] / "docs" / "embedded.md"
+"""Has a table of the results, too, in percent."""
+KINDS = {
+    "place, 8 px digits": "digit of 8 pixels at a named place",
+    "marker, 8 px digits": "digit of 8 pixels right of a shape",
+    "compare, 8 px": "larger of two digits of 8 pixels, in two groups of cells",
+    "place, 28 px digits": "digit of 28 pixels at a named place",
+    "large": "large character, 67 to 101 pixels, or none",
+    "where": "where is a shape",
+    "spell": "three characters of 8 to 28 pixels",
+    "presence": "is it there",
+}
+"""What the page calls those of `BARS`."""
 MOST = 12_000_000
 """Bytes that both models may take together."""
 
@@ -111,6 +125,18 @@ def row(name: str, task: dict[str, Any]) -> str:
     return f"| {name} | {task['questions']} | {' | '.join(cells)} | {task['constant']:.3f} |"
 
 
+def page(text: str, tasks: dict[str, Any]) -> str:
+    """A page with the shares of right answers in its table, and all else as it is."""
+    for name, kind in KINDS.items():
+        parts = [tasks[name][part] for part in (*get_args(EmbeddedView), "gap")]
+        numbers = [[100 * share for share in (part["accuracy"], *part["interval"])] for part in parts]
+        cells = " | ".join(f"{share:.1f} ({low:.1f} to {high:.1f})" for share, low, high in numbers)
+        text, found = re.subn(rf"^\| {re.escape(kind)} \|.*$", f"| {kind} | {cells} |", text, flags=re.MULTILINE)
+        if found != 1:
+            raise ValueError(f"{PAGE.name} has {found} rows for {kind!r}: there must be one.")
+    return text
+
+
 def weak_kinds(tasks: dict[str, Any]) -> str:
     """Which kinds of questions `dual` has not learnt: its interval does not lie above one answer to all."""
     weak = weak_tasks(tasks)
@@ -131,11 +157,14 @@ def millions(folder: Path) -> str:
     return f"{count / 1e6:.2f} million"
 
 
-def embed(source: Path, place: Path = PLACE) -> None:
+def embed(source: Path, place: Path = PLACE, document: Path = PAGE) -> None:
     """Put the models of a folder, their results and their card in the place of those that are there.
 
+    What was measured is put into the table of a page, too.
+
     Raises:
-        ValueError: They are larger than what the package may carry, or not everything was measured. Nothing is changed.
+        ValueError: They are larger than what the package may carry, or not everything was measured, or the page lacks a
+            row. Nothing is changed.
     """
     with TemporaryDirectory(dir=place.parent) as held:
         made = Path(held)
@@ -154,9 +183,11 @@ def embed(source: Path, place: Path = PLACE) -> None:
             task["constant"] = round(constant(name, task["questions"]), 4)
         (made / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         (made / "README.md").write_text(card(made), encoding="utf-8")
+        written = page(document.read_text(encoding="utf-8"), results["tasks"])
         for part in sorted(made.iterdir()):
             shutil.rmtree(place / part.name, ignore_errors=True)
             part.rename(place / part.name)
+    document.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,33 @@ def test_answers_are_the_same_each_time(models):
 
 
 @pytest.mark.parametrize("view", VIEWS)
+def test_answers_are_those_of_generate_on_the_picture(models, view):
+    """Whatever the length of the questions beside, and though the picture is encoded apart."""
+    model, processor = models[view]
+    for task in ("place", "compare", "spell"):
+        pictures, questions = draw_questions(task, 2, 336, (8, 28), seed=5)
+        given = answers_of(model, processor, pictures, [question.text for question in questions])
+        for picture, question, answer in zip(pictures, questions, given, strict=True):
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True)
+            inputs = processor(images=picture, text=text, return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert answer == processor.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_learnt_is_what_is_better_than_one_answer_to_all(monkeypatch):
+    tasks = {
+        "place, 8 px digits": {"dual": {"interval": [0.2, 0.3]}, "constant": 0.1},
+        "where": {"dual": {"interval": [0.4, 0.6]}, "constant": 0.4},
+        "large": {"dual": {"interval": [0.9, 1.0]}, "constant": 0.3},
+        "place, 28 px digits": {"dual": {"interval": [0.1, 0.3]}, "constant": 0.2},
+    }
+    monkeypatch.setattr(embedded, "measured", lambda: {"tasks": tasks})
+    assert embedded.weak_tasks(tasks) == ["where", "place, 28 px digits"]
+    assert embedded.learnt() == ["large"], "a kind is learnt when all that was asked of it is"
+
+
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("bar", ["place, 8 px digits", "large"])
 def test_as_often_right_as_the_card_says(models, view, bar):
     """On a draw of its own, within three standard errors of what was measured on many."""
@@ -106,6 +133,14 @@ def test_the_card_says_what_was_measured(script):
     for bar, task in tasks.items():
         assert task["questions"] >= 100
         assert f"| {bar} | {task['questions']} | {task['dual']['accuracy']:.3f} [" in script.row(bar, task)
+
+
+def test_the_page_says_what_was_measured(script):
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.page(text, measured()["tasks"]) == text
+    other = {**measured()["tasks"]}
+    other["where"] = {**other["where"], "gap": {"accuracy": 0.5, "interval": [0.25, 0.75]}}
+    assert "| 50.0 (25.0 to 75.0) |" in script.page(text, other)
 
 
 def test_a_question_of_every_kind_is_named():
@@ -210,7 +245,9 @@ class TestPacking:
         (source / "results.json").write_text(json.dumps(results))
         place = tmp_path / "place"
         shutil.copytree(source, place)
-        script.embed(source, place)
+        page = tmp_path / "page.md"
+        shutil.copy(script.PAGE, page)
+        script.embed(source, place, page)
         packed = load_file(place / "dual" / "model.safetensors")
         assert torch.equal(packed[name], weights[name].half())
         assert packed.keys() == weights.keys()
@@ -222,6 +259,7 @@ class TestPacking:
             "grass.png (CC0",
         ):
             assert said in card
+        assert page.read_text() == script.page(script.PAGE.read_text(), results["tasks"])
         assert {path.name for path in place.iterdir()} == {*VIEWS, "results.json", "README.md"}
 
     def test_what_is_too_large_or_not_measured_changes_nothing(self, script, source, tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from torch import Tensor
 from dualview.arguments import check_count
 from dualview.models.inf_llava import InfLlavaForConditionalGeneration, InfLlavaProcessor
 from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
-from dualview.outputs import new_folder
+from dualview.outputs import new_folder, replace_file
 from dualview.probe.backgrounds import PHOTOGRAPHS, photographs
+from dualview.probe.glyphs import Split
 from dualview.reader.align import SeenPages, align, front_accuracy, pictures
 from dualview.reader.building import build_model
 from dualview.reader.corpus import write_corpus
@@ -85,7 +86,8 @@ class Recipe:
 def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | None = None) -> Path:
     """Train the embedded model, and the low-resolution model that it is compared with, by one call.
 
-    Two processes work at a time, on a CPU with one thread each. What is there already in the folder is not made again.
+    Two processes work at a time, on a CPU with one thread each. A run of the same recipe that was stopped goes on: what
+    is there already in its folder is not made again.
 
     Args:
         output: Folder of the run. ``dual``, ``low-res`` and ``results.json`` in it are the results.
@@ -96,25 +98,50 @@ def train_embedded(output: Path, recipe: Recipe | None = None, *, device: str | 
         The folder.
 
     Raises:
+        ValueError: The folder holds something other than a run of this recipe.
         Exception: What the first part that failed has raised; the other is ended.
     """
     start, recipe = time.monotonic(), Recipe() if recipe is None else recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    output.mkdir(parents=True, exist_ok=True)
-    resumed = (output / "minutes").is_dir()
+    resumed = begun(output, recipe)
     run_parts(parts_of(output, recipe, device))
     wall = None if resumed else round((time.monotonic() - start) / 60, 2)
     found = {arm: json.loads((output / f"{arm}-answers.json").read_text(encoding="utf-8")) for arm in ARMS}
     results = {
         "recipe": asdict(recipe),
-        "photographs": PHOTOGRAPHS["train"] if recipe.photographs else {},
+        "photographs": PHOTOGRAPHS[BEHIND] if recipe.photographs else {},
         "wall_minutes": wall,
         "minutes": _minutes(output),
         "tasks": compared(found["dual"], found["low-res"]),
     }
-    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    _write(output / "results.json", json.dumps(results, indent=1))
     say(f"the whole: {'some parts were there already' if wall is None else f'{wall} min'}")
     return output
+
+
+def begun(output: Path, recipe: Recipe) -> bool:
+    """Whether a run of this recipe has begun in the folder. Otherwise the folder is made, and the recipe written there.
+
+    Raises:
+        ValueError: The folder holds something else. Its parts would be taken for those of this recipe.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    record, wanted = output / "recipe.json", asdict(recipe)
+    if not any(output.iterdir()):
+        _write(record, json.dumps(wanted, indent=1))
+        return False
+    if not record.is_file():
+        raise ValueError(f"{output} is not empty and has no recipe.json of a run that was begun: give another folder.")
+    found = json.loads(record.read_text(encoding="utf-8"))
+    if found != wanted:
+        other = ", ".join(f"{k}={found.get(k)!r}, not {v!r}" for k, v in wanted.items() if found.get(k) != v)
+        raise ValueError(f"{output} is a run of another recipe ({other or 'with more fields'}): give another folder.")
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a run that goes on takes what is there for done."""
+    replace_file(path, memoryview(text.encode()))
 
 
 def parts_of(output: Path, recipe: Recipe, device: str) -> dict[str, Part]:
@@ -172,11 +199,15 @@ def train_tower(output: Path, recipe: Recipe, device: str) -> None:
         tower.cpu().save_pretrained(made)
 
 
+BEHIND: Split = "train"
+"""The photographs that stand behind pages: the half that the probe trains on."""
+
+
 def behind(recipe: Recipe) -> list[Tensor] | None:
     """Photographs to draw pages on, (3, h, w) each; None where there should be none."""
     if not recipe.photographs:
         return None
-    return [torch.from_numpy(photo).movedim(-1, 0) / 255 for photo in photographs("train", 3 * TILE)]
+    return [torch.tensor(photo).movedim(-1, 0) / 255 for photo in photographs(BEHIND, 3 * TILE)]
 
 
 def write_pages(output: Path, recipe: Recipe, device: str) -> None:
@@ -184,7 +215,7 @@ def write_pages(output: Path, recipe: Recipe, device: str) -> None:
     missing = [shard for shard in shards_of(recipe) if not folder_of(output, shard).is_dir()]
     if not missing:
         return
-    atlas = build_atlas().to(device)
+    atlas, pictures_behind = build_atlas().to(device), behind(recipe)
     with minutes_of(output, "pages"):
         for shard in missing:
             write_corpus(
@@ -196,7 +227,7 @@ def write_pages(output: Path, recipe: Recipe, device: str) -> None:
                 atlas=atlas,
                 chats=recipe.chats,
                 sparse=recipe.sparse,
-                photographs=behind(recipe),
+                photographs=pictures_behind,
                 photographic=recipe.photographs,
             )
 
@@ -296,7 +327,7 @@ def ask_questions(output: Path, recipe: Recipe, device: str, arm: str) -> None:
     processor = InfLlavaProcessor.from_pretrained(output / arm)
     with minutes_of(output, f"{arm}, questions"):
         found = measured(model.to(device), processor, recipe.questions)
-    answers.write_text(json.dumps(found), encoding="utf-8")
+    _write(answers, json.dumps(found))
 
 
 def _stage(folders: list[Path], rate: float, steps: int, **fields: Any) -> dict[str, Any]:
@@ -326,7 +357,7 @@ def minutes_of(output: Path, name: str, shard: int | None = None) -> Iterator[Ca
     yield watch
     file = output / "minutes" / (name if shard is None else f"{name}{OF_SHARD}{shard}")
     file.parent.mkdir(exist_ok=True)
-    file.write_text(str(minutes()), encoding="utf-8")
+    _write(file, str(minutes()))
     say(f"{name}: {minutes()} min")
 
 

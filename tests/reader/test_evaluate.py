@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dualview.reader import evaluate
 from dualview.reader.building import build_model
 from dualview.reader.evaluate import BARS, HELD_OUT_SEED, Score, answers_of, compared, draw_questions, measured, score
 from dualview.reader.glyphs import DIGITS
@@ -77,3 +78,25 @@ def test_what_is_measured_is_what_each_kind_scores(monkeypatch):
     assert found == apart
     assert once < len(encoded) - once == 3 * len(BARS)
     assert any(any(right) for right in found.values())
+
+
+def test_every_question_is_asked_about_its_own_page(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "_seen", lambda model, processor, pictures: pictures)
+
+    def said(model, processor, seen, questions):
+        asked.extend(zip(seen, questions, strict=True))
+        return ["-"] * len(questions)
+
+    monkeypatch.setattr(evaluate, "_said", said)
+    model, processor = build_model(None, 14)
+    measured(model, processor, 3, batch=4)
+    at = iter(asked)
+    for heights in dict.fromkeys(heights for _, heights, _ in BARS.values()):
+        for task, of_task, digits in BARS.values():
+            if of_task == heights:
+                for picture, question in zip(*draw_questions(task, 3, 42, heights, digits=digits), strict=True):
+                    seen, text = next(at)
+                    assert text == question.text
+                    assert torch.equal(seen, picture)
+    assert next(at, None) is None

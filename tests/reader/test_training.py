@@ -1,6 +1,7 @@
 """What the embedded model is trained on and with: words, pages that are told, rows, regression; and that it learns."""
 
 import json
+import warnings
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dualview.images import load_image
 from dualview.models.reader import ReaderVisionConfig, ReaderVisionModel
-from dualview.probe.backgrounds import PHOTOGRAPHS
+from dualview.probe.backgrounds import PHOTOGRAPHS, photographs
 from dualview.reader.align import SeenPages, align, pictures
 from dualview.reader.building import build_model
 from dualview.reader.corpus import BATCH, pages_of, write_corpus
@@ -18,10 +19,11 @@ from dualview.reader.glyphs import CHARACTERS, CLASSES, build_atlas
 from dualview.reader.pages import CELLS, EMPTY, covered, sample_pages
 from dualview.reader.pretrain import pretrain
 from dualview.reader.questions import ask, place
-from dualview.reader.recipe import Recipe, take_language_model, train_embedded
+from dualview.reader.recipe import Recipe, begun, behind, minutes_of, take_language_model, train_embedded
 from dualview.reader.tokens import build_tokenizer
 from dualview.reader.warm_up import IGNORED, ToldPages, start_as_matcher, symbols_of, told, warm_up
 from dualview.train import FeatureCache, LlavaDataset
+from tests.checks import refuses
 
 ATLAS = build_atlas(("DejaVuSans",))
 
@@ -219,6 +221,39 @@ def test_a_language_model_of_other_layers_is_refused(parts, tmp_path):
     model.model.language_model.layers.append(torch.nn.Linear(1, 1))
     with pytest.raises(RuntimeError, match=r"layers\.3\.weight"):
         take_language_model(model, tmp_path / "warm")
+
+
+def test_photographs_behind_pages_are_those_that_the_probe_trains_on():
+    with warnings.catch_warnings(action="error"):
+        held = behind(Recipe())
+    for photo, of_probe in zip(held, photographs("train", 336), strict=True):
+        assert torch.equal((photo * 255).round().byte().movedim(0, -1), torch.tensor(of_probe))
+    assert behind(Recipe(photographs=0.0)) is None
+    assert not PHOTOGRAPHS["train"].keys() & PHOTOGRAPHS["test"].keys()
+
+
+def test_a_folder_is_of_one_recipe(tmp_path, monkeypatch):
+    """What another recipe has left would be taken for what this one makes."""
+    monkeypatch.setattr("dualview.reader.recipe.run_parts", lambda parts: None)
+    assert not begun(tmp_path / "run", Recipe())
+    assert begun(tmp_path / "run", Recipe())
+    with refuses("run of another recipe (pages=2400, not 8)", "give another folder"):
+        train_embedded(tmp_path / "run", Recipe(pages=8))
+    (tmp_path / "old" / "tower").mkdir(parents=True)
+    with refuses("old is not empty and has no recipe.json", "give another folder"):
+        train_embedded(tmp_path / "old")
+
+
+def test_what_is_recorded_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A full disk leaves no file that the next call takes for done."""
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"), minutes_of(tmp_path, "tower"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["minutes"]
 
 
 @pytest.mark.more
