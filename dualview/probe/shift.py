@@ -7,7 +7,6 @@ make the same token of both.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,27 +19,25 @@ from dualview.probe.draws import Draw, Drawn
 from dualview.probe.features import Encode, thumbnail
 from dualview.probe.glyphs import NAMES, Array
 
+PATCH = 14
 STRIDES = (1, 2, 3, 4)
 KINDS = ("thumbnail", "stride", "smoothed stride")
 
 
 @torch.no_grad()
 def domain_shift(
-    encode: Encode, train: Drawn, test: Drawn, *, patch: int = 14, device: torch.device | str = "cpu"
+    encode: Encode,
+    train: Drawn,
+    test: Drawn,
+    *,
+    strides: tuple[int, ...] = STRIDES,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """A row for each stride and kind of tile, from pages to fit on and pages to test on.
 
     Decoder and classifier are ridge regressions, fitted to thumbnail tokens of the training pages, as an encoder's
     readers are fitted to ordinary pictures: a token's patch of grey pixels, and the glyph whose middle lies in the
-    middle of its patch. Both are tested on pages with other glyphs and photographs. Of a page the upper left part is
-    taken that has whole tokens with every stride: all of it where a token is of 14 pixels.
-
-    Args:
-        encode: The frozen encoder.
-        train: Pages to fit on.
-        test: Pages to test on.
-        patch: Pixels a side of a token.
-        device: Where to encode.
+    middle of its patch. Both are tested on pages with other glyphs and photographs.
 
     Returns:
         mean_shift: Distance between the mean tokens, in standard deviations of the thumbnail's, root mean square.
@@ -53,8 +50,8 @@ def domain_shift(
     """
     rows = []
     drawn = [(draw, [pages for pages, _ in chunks]) for draw, chunks in (train, test)]
-    for n in STRIDES:
-        fitted = [_tokens(encode, draw, chunks, n, patch, device) for draw, chunks in drawn]
+    for n in strides:
+        fitted = [_tokens(encode, draw, chunks, n, device) for draw, chunks in drawn]
         (known, known_labels), (seen, labels) = fitted
         decoder = _ridge(known["thumbnail"], known["thumbnail patches"])
         reader = _reader(known["thumbnail"], known_labels)
@@ -82,14 +79,12 @@ def domain_shift(
 
 
 def _tokens(
-    encode: Encode, draw: Draw, chunks: list[Array], n: int, patch: int, device: torch.device | str
+    encode: Encode, draw: Draw, chunks: list[Array], n: int, device: torch.device | str
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tokens and grey patches by kind, one of n x n stride tiles for each page, and the glyph that each token shows."""
     parts: dict[str, list[Tensor]] = {}
-    whole_tokens = patch * math.lcm(*STRIDES)
-    side = draw.pixels // whole_tokens * whole_tokens
     for pages in chunks:
-        pixels = torch.from_numpy(pages[..., :side, :side]).to(device).float() / 255
+        pixels = torch.from_numpy(pages).to(device).float() / 255
         which = torch.arange(len(pixels), device=device) % (n * n)
         page = torch.arange(len(pixels), device=device)
         tiles = {
@@ -99,22 +94,23 @@ def _tokens(
         }
         for kind, images in tiles.items():
             parts.setdefault(kind, []).append(encode(images).flatten(0, 2).float())
-            grey = F.pixel_unshuffle(images.mean(1, keepdim=True), patch)
+            grey = F.pixel_unshuffle(images.mean(1, keepdim=True), PATCH)
             parts.setdefault(f"{kind} patches", []).append(grey.movedim(1, -1).flatten(0, 2))
         local = crop(pixels, (n, n), "local")
         tokens = encode(local.flatten(0, 1)).unflatten(0, local.shape[:2])
         whole = recombine(tokens, (n, n), "local", data_format="channels_last").movedim(-1, 1).float()
         parts.setdefault("local", []).append(F.avg_pool2d(whole, n).movedim(1, -1).flatten(0, 2))
-    labels = torch.cat([_labels(draw, i, patch * n, side) for i in range(draw.count)]).to(device)
+    labels = torch.cat([_labels(draw, i, n) for i in range(draw.count)]).to(device)
     return {kind: torch.cat(of) for kind, of in parts.items()}, labels
 
 
-def _labels(draw: Draw, index: int, reach: int, side: int) -> Tensor:
-    """For each token of so many pixels a side the class of the glyph in the middle of its patch, or -1."""
-    labels = torch.full((side // reach, side // reach), -1)
+def _labels(draw: Draw, index: int, n: int) -> Tensor:
+    """For each token of a page reduced n times the class of the glyph in the middle of its patch, or -1."""
+    side, reach = draw.pixels // (PATCH * n), PATCH * n
+    labels = torch.full((side, side), -1)
     for glyph in draw.scene(index).glyphs:
         off = [abs(p % reach - reach / 2) for p in (glyph.y, glyph.x)]
-        if max(off) <= reach / 4 and not glyph.hidden and max(glyph.y, glyph.x) < side:
+        if max(off) <= reach / 4 and not glyph.hidden:
             labels[glyph.y // reach, glyph.x // reach] = glyph.name
     return labels.flatten()
 
