@@ -44,8 +44,8 @@ def plan() -> Plan:
     """What is run."""
     known = {arm.name: replace(arm, rank=0, seeds=1, blanks=()) for arm in (*ARMS, *MINE)}
     faster = (replace(known[name], name=f"{name}, 2 x the rate", table="convergence", rate=2) for name in FASTER)
-    budget = Budget(steps=600, batch=16)
-    return Plan((*(known[name] for name in ORDER), *faster), (0,), budget, {336: (1024, 66, 504)})
+    budget = Budget(steps=400, batch=16)
+    return Plan((*(known[name] for name in ORDER), *faster), (0,), budget, {336: (640, 48, 402)})
 
 
 def main(minutes: float | None) -> None:
@@ -53,14 +53,14 @@ def main(minutes: float | None) -> None:
     until = None if minutes is None else time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
     mine, device = plan(), torch.device("cpu")
-    tower = load_embedded()[0].model.vision_tower
+    tower = load_embedded()[0].model.vision_tower.to(memory_format=torch.channels_last)
     made = header("cpu", torch.float32, "probe", "none", 0)
     document = new_document(mine, device)
     document |= {"commit": made["commit"], "machine": made["machine"], "encoders": [{"seed": 0, "tower": "embedded"}]}
     with drawing(2) as pool:
         drawn = mine.drawn(pool)
         document["cost"] = cost_of_arms(mine.arms, device)
-        for row in run_grid(mine, {0: encoder_of(tower)}, drawn, until=until, progress=True):
+        for row in run_grid(mine, {0: encoder_of(tower, 16)}, drawn, until=until, progress=True):
             add_row(document, row, FOLDER / "probe" / "cpu.json")
 
 

@@ -44,8 +44,9 @@ def by_task(results: Results, arms: Iterable[str]) -> str:
     return markdown(("arm", "mean of the tasks", *SHORT), rows)
 
 
-def costs(results: Results, arms: Iterable[str]) -> str:
-    """Difference to the released module, parameters, operations and time."""
+def costs(results: Results, arms: Iterable[str], *, timed: bool = True) -> str:
+    """Difference to the released module, parameters, operations, and time where nothing else ran on the machine."""
+    head = ["arm", "against DEM released, points", "parameters", "M operations a page"]
     rows = []
     for arm in (arm for arm in arms if arm in results.rows):
         cost = results.document["cost"][arm]
@@ -55,12 +56,10 @@ def costs(results: Results, arms: Iterable[str]) -> str:
                 "" if arm == REFERENCE else signed(results.accuracy(arm, against=REFERENCE)),
                 f"{cost['parameters']:,.0f}",
                 f"{cost['operations'] / 1e6:,.1f}",
-                f"{1e6 * cost['seconds']:,.0f}",
-                str(len(results.rows[arm])),
+                *([f"{1e6 * cost['seconds']:,.0f}", str(len(results.rows[arm]))] if timed else []),
             ]
         )
-    head = ("arm", "against DEM released, points", "parameters", "M operations a page", "µs a page", "seeds")
-    return markdown(head, rows)
+    return markdown([*head, *(["µs a page", "seeds"] if timed else [])], rows)
 
 
 def by_level(results: Results, arms: Iterable[str], task: str) -> str:
@@ -234,9 +233,19 @@ def by_offset(results: Results, arms: Iterable[str], largest: int = 10) -> str:
 READING = [list(TASKS).index(task) for task in ("read at a place", "read at a seam")]
 
 
-def not_reached(document: Document) -> str:
-    """Arms and seeds that were planned and not trained in time."""
+def not_reached(document: Document, found: Iterable[str] = ()) -> str:
+    """Arms and seeds that were planned and not trained in time, but for the arms found elsewhere."""
     left: dict[str, list[str]] = {}
     for arm, seed in missing(document):
         left.setdefault(arm, []).append(str(seed))
-    return "\n".join(f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in left.items()) or "Nothing."
+    lines = [f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in left.items() if arm not in found]
+    return "\n".join(lines) or "Nothing."
+
+
+def found_elsewhere(document: Document, other: Document) -> str:
+    """Of those arms the ones that another document has, each with its seeds there."""
+    seeds: dict[str, list[str]] = {}
+    for row in other["rows"]:
+        seeds.setdefault(row["arm"], []).append(str(row["seed"]))
+    left = dict.fromkeys(arm for arm, _ in missing(document))
+    return "\n".join(f"- {arm}: seed {', '.join(seeds[arm])}" for arm in left if arm in seeds) or "Nothing."

@@ -1,19 +1,24 @@
 """The page of the probe says what the committed results say, and these are of pages that can be drawn anew."""
 
+import json
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
-from benchmarks.probe_tables import by_offset, not_reached, of_paper, operating_points, signed
+from benchmarks import probe_cpu
+from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, REDUCED_GAPS, WHY, load, page
+from benchmarks.probe_tables import by_offset, found_elsewhere, not_reached, of_paper, operating_points, signed
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing
 from dualview.probe.draws import Draw, digest
+from dualview.probe.grid import Plan
 from dualview.probe.questions import TASKS
 from dualview.probe.results import TASK, Results
 from dualview.probe.run import FULL
 from dualview.probe.statistics import Interval
+from dualview.probe.training import Budget
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +31,15 @@ def results(document):
     return Results(document)
 
 
+@pytest.fixture(scope="module")
+def reduced():
+    return load("cpu")
+
+
 @pytest.mark.more
-def test_the_page_is_that_of_the_results(document):
-    assert PAGE.read_text(encoding="utf-8") == page(document), "run python -m benchmarks.probe_report"
+def test_the_page_is_that_of_the_results(document, reduced):
+    written = PAGE.read_text(encoding="utf-8")
+    assert written == page(document, reduced, load("backbone")), "run python -m benchmarks.probe_report"
     assert FIGURE.read_text(encoding="utf-8").startswith("<?xml")
 
 
@@ -42,11 +53,39 @@ def test_results_are_of_these_pages_arms_and_tasks(document):
     assert document["machine"]["gpu"]
 
 
-def test_first_rank_is_complete(document):
+def test_first_rank_is_complete_and_what_is_missing_is_listed(document, reduced):
     left = {arm for arm, _ in missing(document)}
     assert not left & {arm.name for arm in ARMS if arm.rank == 0}
-    text = not_reached(document)
-    assert all(re.search(rf"^- {re.escape(arm)}: seed", text, re.MULTILINE) for arm in left)
+    measured = {row["arm"] for row in reduced["rows"]}
+    texts = not_reached(document, measured), found_elsewhere(document, reduced)
+    for text, arms in zip(texts, (left - measured, left & measured), strict=True):
+        assert text.count("\n") + 1 == len(arms)
+        assert all(re.search(rf"^- {re.escape(arm)}: seed [0-9, ]+$", text, re.MULTILINE) for arm in arms)
+    assert not_reached(document).count("\n") + 1 == len(left)
+
+
+def test_the_reduced_series_is_one_run_in_the_order_that_was_fixed(document, reduced):
+    plan = probe_cpu.plan()
+    assert reduced["planned"] == [[arm.name, arm.table, seed, arm.pixels] for arm, seed in plan.jobs()]
+    assert [row["arm"] for row in reduced["rows"]] == [arm for arm, *_ in reduced["planned"]][: len(reduced["rows"])]
+    assert {row["steps"] for row in reduced["rows"]} == {reduced["budget"]["steps"]} == {plan.budget.steps}
+    assert reduced["pages"] == {"336": list(plan.pages[336])}
+    assert reduced["digest"] == document["digest"]
+    assert reduced["commit"] and reduced["machine"]["name"]
+
+
+def test_the_reduced_series_writes_what_is_done(tmp_path, monkeypatch):
+    (tmp_path / "probe").mkdir()
+    arms = tuple(arm for arm in probe_cpu.plan().arms if arm.name in (probe_cpu.EMBEDDED, "local"))
+    tiny = Plan(arms, (0,), Budget(2, 2, points=2), {336: (4, 2, 4)})
+    monkeypatch.setattr(probe_cpu, "plan", lambda: tiny)
+    monkeypatch.setattr(probe_cpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(probe_cpu, "drawing", lambda processes: nullcontext())
+    probe_cpu.main(None)
+    found = json.loads((tmp_path / "probe" / "cpu.json").read_text())
+    assert [row["arm"] for row in found["rows"]] == [probe_cpu.EMBEDDED, "local"]
+    assert Results(found).right("local", [0]).shape[1] == 4
+    assert found["encoders"] == [{"seed": 0, "tower": "embedded"}]
 
 
 @pytest.mark.more
