@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import probe_tables as tables
-from benchmarks.probe_cpu import AVERAGE, EMBEDDED, ORDER
+from benchmarks.probe_cpu import AVERAGE, EMBEDDED, FASTER, ORDER
 from benchmarks.results import FOLDER
 from dualview.probe.backgrounds import PHOTOGRAPHS
 from dualview.probe.document import Document
@@ -49,10 +49,13 @@ GAPS = {
     "thumbnail_smooth": (THUMBNAIL, SMOOTH, None),
 }
 """Differences that the text names: an arm, the one it is held against, the task."""
-REDUCED_GAPS: dict[str, tuple[str, str, str | None]] = {
-    "average": (AVERAGE, RELEASED, None),
-}
-"""The same of the reduced series."""
+PAIRS = (
+    *((AVERAGE, RELEASED), (EMBEDDED, AVERAGE), (EMBEDDED, RELEASED), (EMBEDDED, LINEAR), (EMBEDDED, STRIDE_LINEAR)),
+    *((EMBEDDED, MATCHED), (EMBEDDED, FIXED), (EMBEDDED, "local"), (RELEASED, LINEAR), (RELEASED, "local")),
+    *((FIXED, LINEAR), (FIXED, RELEASED), (LINEAR, "local"), (f"{AVERAGE}, thumbnail for stride", AVERAGE)),
+    *((f"{name}, 2 x the rate", name) for name in FASTER),
+)
+"""What the reduced series holds against each other."""
 
 
 def page(document: Document, reduced: Document, backbone: Document) -> str:
@@ -67,13 +70,6 @@ def _seed_range(results: Results) -> float:
     right = {arm: results.right(arm, sorted(results.rows[arm])) for arm in MAIN}
     means = {arm: (of * results.weights()).sum((1, 2)) / len(results.questions) for arm, of in right.items()}
     return max(100 * float(np.ptp(means[arm] - means[RELEASED])) for arm in MAIN)
-
-
-def _gaps(results: Results, of: dict[str, tuple[str, str, str | None]]) -> dict[str, str]:
-    return {
-        name: tables.signed(results.accuracy(arm, task, against=against)).strip("*")
-        for name, (arm, against, task) in of.items()
-    }
 
 
 def _reduced_facts(document: Document, reduced: Document) -> dict[str, str]:
@@ -92,9 +88,8 @@ def _reduced_facts(document: Document, reduced: Document) -> dict[str, str]:
         "found": tables.found_elsewhere(document, reduced),
         "missing": tables.not_reached(reduced),
     }
-    return {f"reduced_{name}": fact for name, fact in (_gaps(Results(reduced), REDUCED_GAPS) | facts).items()} | {
-        "missing": tables.not_reached(document, {row["arm"] for row in reduced["rows"]})
-    }
+    missing = tables.not_reached(document, {row["arm"] for row in reduced["rows"]})
+    return {f"reduced_{name}": fact for name, fact in facts.items()} | {"missing": missing}
 
 
 def _reduced_tables(reduced: Document) -> dict[str, str]:
@@ -103,6 +98,7 @@ def _reduced_tables(reduced: Document) -> dict[str, str]:
     shown = {
         "accuracy": tables.by_task(results, results.arms),
         "costs": tables.costs(results, ORDER, timed=False),
+        "pairs": tables.differences(results, PAIRS),
         "levels": tables.by_level(results, reading, "read at a place"),
         "offset": tables.by_offset(results, reading),
         "convergence": tables.convergence(results),
@@ -115,8 +111,12 @@ def _facts(document: Document) -> dict[str, str]:
     results, budget = Results(document), document["budget"]
     train, check, test = document["pages"]["336"]
     markers = [100 * results.accuracy(arm, "read at a marker").mean for arm in MAIN]
+    gaps = {
+        name: tables.signed(results.accuracy(arm, task, against=against)).strip("*")
+        for name, (arm, against, task) in GAPS.items()
+    }
     photographs = (f"{name} ({licence})" for of in PHOTOGRAPHS.values() for name, licence in of.items())
-    return _gaps(results, GAPS) | {
+    return gaps | {
         "seeds": str(len(document["seeds"])),
         "steps": f"{budget['steps']:,}",
         "batch": str(budget["batch"]),

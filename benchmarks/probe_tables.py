@@ -16,6 +16,8 @@ from dualview.probe.scenes import CELL, LARGE, PERIODS, SIZES
 from dualview.probe.statistics import Interval
 
 REFERENCE = "DEM released"
+PICKED = ("read at a place", "read a large glyph", "compare")
+"""Tasks of the shorter tables."""
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -87,18 +89,29 @@ def by_seam(results: Results, arms: Iterable[str]) -> str:
 def of_paper(results: Results, table: str) -> str:
     """The rows of one of the paper's tables, by our readings."""
     names = [arm.name for arm in ARMS if table in arm.table.split(", ") and arm.pixels == 336]
-    picked = ("read at a place", "read a large glyph", "compare")
     rows = [
         [
             arm,
             share(results.accuracy(arm)),
             "" if arm == REFERENCE else signed(results.accuracy(arm, against=REFERENCE)),
-            *(f"{100 * results.accuracy(arm, task).mean:.1f}" for task in picked),
+            *(f"{100 * results.accuracy(arm, task).mean:.1f}" for task in PICKED),
         ]
         for arm in names
         if arm in results.rows
     ]
-    return markdown(("arm", "mean of the tasks", "against DEM released", *picked), rows)
+    if len(rows) < 2:
+        return "Not reached."
+    return markdown(("arm", "mean of the tasks", "against DEM released", *PICKED), rows)
+
+
+def differences(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
+    """Of pairs that were trained, an arm against another."""
+    rows = [
+        [arm, against, *(signed(results.accuracy(arm, task, against=against)) for task in (None, *PICKED))]
+        for arm, against in pairs
+        if {arm, against} <= results.rows.keys()
+    ]
+    return markdown(("arm", "against", "mean of the tasks", *PICKED), rows)
 
 
 def blanked(results: Results) -> str:

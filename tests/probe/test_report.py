@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import probe_cpu
+from benchmarks.probe_cpu import EMBEDDED
 from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
-from benchmarks.probe_tables import by_offset, found_elsewhere, not_reached, of_paper, operating_points, signed
+from benchmarks.probe_tables import (
+    by_offset,
+    differences,
+    found_elsewhere,
+    not_reached,
+    of_paper,
+    operating_points,
+    signed,
+)
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing
 from dualview.probe.draws import Draw, digest
@@ -77,14 +86,14 @@ def test_the_reduced_series_is_one_run_in_the_order_that_was_fixed(document, red
 
 def test_the_reduced_series_writes_what_is_done(tmp_path, monkeypatch):
     (tmp_path / "probe").mkdir()
-    arms = tuple(arm for arm in probe_cpu.plan().arms if arm.name in (probe_cpu.EMBEDDED, "local"))
+    arms = tuple(arm for arm in probe_cpu.plan().arms if arm.name in (EMBEDDED, "local"))
     tiny = Plan(arms, (0,), Budget(2, 2, points=2), {336: (4, 2, 4)})
     monkeypatch.setattr(probe_cpu, "plan", lambda: tiny)
     monkeypatch.setattr(probe_cpu, "FOLDER", tmp_path)
     monkeypatch.setattr(probe_cpu, "drawing", lambda processes: nullcontext())
     probe_cpu.main(None)
     found = json.loads((tmp_path / "probe" / "cpu.json").read_text())
-    assert [row["arm"] for row in found["rows"]] == [probe_cpu.EMBEDDED, "local"]
+    assert [row["arm"] for row in found["rows"]] == [EMBEDDED, "local"]
     assert Results(found).right("local", [0]).shape[1] == 4
     assert found["encoders"] == [{"seed": 0, "tower": "embedded"}]
 
@@ -146,6 +155,16 @@ def test_tables_have_every_arm_that_was_trained(results):
         assert arm in results.rows
     assert of_paper(results, "6").count("\n") == 7
     assert "| DEM released |" in of_paper(results, "4")
+    assert of_paper(results, "5") == "Not reached."
+
+
+@pytest.mark.more
+def test_pairs_of_which_one_was_not_trained_are_left_out(results):
+    rows = differences(results, (("local", "stride"), ("local", EMBEDDED), (EMBEDDED, "local"))).splitlines()[2:]
+    (cells,) = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
+    assert cells[:2] == ["local", "stride"]
+    assert cells[2] == signed(results.accuracy("local", against="stride"))
+    assert cells[4] == signed(results.accuracy("local", "read a large glyph", against="stride"))
 
 
 @pytest.mark.more
