@@ -61,6 +61,8 @@ PAIRS = (
 def page(document: Document, reduced: Document, backbone: Document) -> str:
     """The page of the full grid, of the reduced series, and of the pretrained network."""
     facts = _facts(document) | _reduced_facts(document, reduced)
+    glyphs = {row["glyphs"] for row in backbone["shift"] if row["stride"] == 3}
+    facts |= {"backbone_pages": str(backbone["pages"]), "backbone_glyphs": f"{max(glyphs):,}"}
     shown = _tables(document) | _reduced_tables(reduced) | {"backbone_shift": tables.shift(backbone)}
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts | shown)
 

@@ -26,6 +26,7 @@ from dualview.probe.grid import Plan
 from dualview.probe.questions import TASKS
 from dualview.probe.results import TASK, Results
 from dualview.probe.run import FULL
+from dualview.probe.shift import KINDS
 from dualview.probe.statistics import Interval
 from dualview.probe.training import Budget
 
@@ -173,6 +174,16 @@ def test_distance_of_a_glyph_in_its_cell(results):
     local, released = ([float(cell) for cell in row[1:]] for row in rows)
     assert abs(local[0] - released[0]) < 3
     assert released[3] < 0.5 * local[3]
+
+
+def test_claims_of_the_text_on_a_pretrained_network():
+    rows = {(row["stride"], row["kind"]): row for row in load("backbone")["shift"]}
+    assert list(rows) == [(n, kind) for n in (2, 3, 4) for kind in KINDS]
+    thumbnail, stride, smooth = (rows[3, kind] for kind in KINDS)
+    assert [round(row["cosine_thumbnail"], 2) for row in (stride, smooth)] == [0.88, 0.98]
+    assert smooth["reconstruction"] < thumbnail["reconstruction"]
+    assert 1 / 13 < stride["reconstruction"] / thumbnail["reconstruction"] - 1 < 1 / 11
+    assert all(row["accuracy"] < 0.11 and row["accuracy_own"] < 0.11 for row in rows.values())
 
 
 def test_signs_and_bold():
