@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import probe_tables as tables
+from benchmarks.probe_cpu import AVERAGE, EMBEDDED, FASTER, ORDER
+from benchmarks.results import FOLDER
 from dualview.probe.backgrounds import PHOTOGRAPHS
 from dualview.probe.document import Document
 from dualview.probe.figure import draw
 from dualview.probe.results import Results
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "probe"
 TEMPLATE = ROOT / "benchmarks" / "probe_page.md"
 PAGE, FIGURE = ROOT / "docs" / "probe.md", ROOT / "docs" / "assets" / "probe.svg"
 
@@ -46,11 +49,64 @@ GAPS = {
     "thumbnail_smooth": (THUMBNAIL, SMOOTH, None),
 }
 """Differences that the text names: an arm, the one it is held against, the task."""
+PAIRS = (
+    *((AVERAGE, RELEASED), (EMBEDDED, AVERAGE), (EMBEDDED, RELEASED), (EMBEDDED, LINEAR), (EMBEDDED, STRIDE_LINEAR)),
+    *((EMBEDDED, MATCHED), (EMBEDDED, FIXED), (EMBEDDED, "local"), (RELEASED, LINEAR), (RELEASED, "local")),
+    *((FIXED, LINEAR), (FIXED, RELEASED), (LINEAR, "local"), (f"{AVERAGE}, thumbnail for stride", AVERAGE)),
+    *((f"{name}, 2 x the rate", name) for name in FASTER),
+)
+"""What the reduced series holds against each other."""
 
 
-def page(document: Document) -> str:
-    """The page of the full grid."""
-    return TEMPLATE.read_text(encoding="utf-8").format_map(_facts(document) | _tables(document))
+def page(document: Document, reduced: Document, backbone: Document) -> str:
+    """The page of the full grid, of the reduced series, and of the pretrained network."""
+    facts = _facts(document) | _reduced_facts(document, reduced)
+    glyphs = {row["glyphs"] for row in backbone["shift"] if row["stride"] == 3}
+    facts |= {"backbone_pages": str(backbone["pages"]), "backbone_glyphs": f"{max(glyphs):,}"}
+    shown = _tables(document) | _reduced_tables(reduced) | {"backbone_shift": tables.shift(backbone)}
+    return TEMPLATE.read_text(encoding="utf-8").format_map(facts | shown)
+
+
+def _seed_range(results: Results) -> float:
+    """How far the differences of an arm to the released module lie apart over the seeds, the farthest, in points."""
+    right = {arm: results.right(arm, sorted(results.rows[arm])) for arm in MAIN}
+    means = {arm: (of * results.weights()).sum((1, 2)) / len(results.questions) for arm, of in right.items()}
+    return max(100 * float(np.ptp(means[arm] - means[RELEASED])) for arm in MAIN)
+
+
+def _reduced_facts(document: Document, reduced: Document) -> dict[str, str]:
+    budget, made = reduced["budget"], reduced["machine"]
+    train, check, test = reduced["pages"]["336"]
+    facts = {
+        "steps": f"{budget['steps']:,}",
+        "batch": str(budget["batch"]),
+        "train": f"{train:,}",
+        "check": str(check),
+        "test": f"{test:,}",
+        "machine": f"{made['name']}, {made['cores']} cores that other work used as well, {made['threads']} thread",
+        "torch": reduced["versions"]["torch"],
+        "date": reduced["created"][:10],
+        "commit": reduced["commit"],
+        "found": tables.found_elsewhere(document, reduced),
+        "missing": tables.not_reached(reduced),
+    }
+    missing = tables.not_reached(document, {row["arm"] for row in reduced["rows"]})
+    return {f"reduced_{name}": fact for name, fact in facts.items()} | {"missing": missing}
+
+
+def _reduced_tables(reduced: Document) -> dict[str, str]:
+    results = Results(reduced)
+    reading = (RELEASED, AVERAGE, EMBEDDED, LINEAR, "local", FIXED)
+    shown = {
+        "accuracy": tables.by_task(results, results.arms),
+        "costs": tables.costs(results, ORDER, timed=False),
+        "pairs": tables.differences(results, PAIRS),
+        "levels": tables.by_level(results, reading, "read at a place"),
+        "offset": tables.by_offset(results, reading),
+        "convergence": tables.convergence(results),
+        **{f"table{n}": tables.of_paper(results, str(n)) for n in (3, 5, 6)},
+    }
+    return {f"reduced_{name}": table for name, table in shown.items()}
 
 
 def _facts(document: Document) -> dict[str, str]:
@@ -73,9 +129,9 @@ def _facts(document: Document) -> dict[str, str]:
         "gpu": document["machine"]["gpu"],
         "torch": document["versions"]["torch"],
         "date": document["created"][:10],
+        "seed_range": f"{_seed_range(results):.1f}",
         "marker_low": f"{min(markers):.0f}",
         "marker_high": f"{max(markers):.0f}",
-        "missing": tables.not_reached(document),
         "photographs": "; ".join(photographs),
     }
 
@@ -105,14 +161,14 @@ def _tables(document: Document) -> dict[str, str]:
 
 def load(name: str) -> Document:
     """A committed document."""
-    found: Document = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    found: Document = json.loads((FOLDER / "probe" / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
 def main() -> None:
     """Write the page and its figure."""
     document = load("h100")
-    PAGE.write_text(page(document), encoding="utf-8")
+    PAGE.write_text(page(document, load("cpu"), load("backbone")), encoding="utf-8")
     FIGURE.write_bytes(draw(document, "svg"))
 
 

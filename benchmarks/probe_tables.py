@@ -16,6 +16,8 @@ from dualview.probe.scenes import CELL, LARGE, PERIODS, SIZES
 from dualview.probe.statistics import Interval
 
 REFERENCE = "DEM released"
+PICKED = ("read at a place", "read a large glyph", "compare")
+"""Tasks of the shorter tables."""
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -44,8 +46,9 @@ def by_task(results: Results, arms: Iterable[str]) -> str:
     return markdown(("arm", "mean of the tasks", *SHORT), rows)
 
 
-def costs(results: Results, arms: Iterable[str]) -> str:
-    """Difference to the released module, parameters, operations and time."""
+def costs(results: Results, arms: Iterable[str], *, timed: bool = True) -> str:
+    """Difference to the released module, parameters, operations, and time where nothing else ran on the machine."""
+    head = ["arm", "against DEM released, points", "parameters", "M operations a page"]
     rows = []
     for arm in (arm for arm in arms if arm in results.rows):
         cost = results.document["cost"][arm]
@@ -55,12 +58,10 @@ def costs(results: Results, arms: Iterable[str]) -> str:
                 "" if arm == REFERENCE else signed(results.accuracy(arm, against=REFERENCE)),
                 f"{cost['parameters']:,.0f}",
                 f"{cost['operations'] / 1e6:,.1f}",
-                f"{1e6 * cost['seconds']:,.0f}",
-                str(len(results.rows[arm])),
+                *([f"{1e6 * cost['seconds']:,.0f}", str(len(results.rows[arm]))] if timed else []),
             ]
         )
-    head = ("arm", "against DEM released, points", "parameters", "M operations a page", "µs a page", "seeds")
-    return markdown(head, rows)
+    return markdown([*head, *(["µs a page", "seeds"] if timed else [])], rows)
 
 
 def by_level(results: Results, arms: Iterable[str], task: str) -> str:
@@ -88,18 +89,29 @@ def by_seam(results: Results, arms: Iterable[str]) -> str:
 def of_paper(results: Results, table: str) -> str:
     """The rows of one of the paper's tables, by our readings."""
     names = [arm.name for arm in ARMS if table in arm.table.split(", ") and arm.pixels == 336]
-    picked = ("read at a place", "read a large glyph", "compare")
     rows = [
         [
             arm,
             share(results.accuracy(arm)),
             "" if arm == REFERENCE else signed(results.accuracy(arm, against=REFERENCE)),
-            *(f"{100 * results.accuracy(arm, task).mean:.1f}" for task in picked),
+            *(f"{100 * results.accuracy(arm, task).mean:.1f}" for task in PICKED),
         ]
         for arm in names
         if arm in results.rows
     ]
-    return markdown(("arm", "mean of the tasks", "against DEM released", *picked), rows)
+    if len(rows) < 2:
+        return "Not reached."
+    return markdown(("arm", "mean of the tasks", "against DEM released", *PICKED), rows)
+
+
+def differences(results: Results, pairs: Iterable[tuple[str, str]]) -> str:
+    """Of pairs that were trained, an arm against another."""
+    rows = [
+        [arm, against, *(signed(results.accuracy(arm, task, against=against)) for task in (None, *PICKED))]
+        for arm, against in pairs
+        if {arm, against} <= results.rows.keys()
+    ]
+    return markdown(("arm", "against", "mean of the tasks", *PICKED), rows)
 
 
 def blanked(results: Results) -> str:
@@ -234,9 +246,19 @@ def by_offset(results: Results, arms: Iterable[str], largest: int = 10) -> str:
 READING = [list(TASKS).index(task) for task in ("read at a place", "read at a seam")]
 
 
-def not_reached(document: Document) -> str:
-    """Arms and seeds that were planned and not trained in time."""
+def not_reached(document: Document, found: Iterable[str] = ()) -> str:
+    """Arms and seeds that were planned and not trained in time, but for the arms found elsewhere."""
     left: dict[str, list[str]] = {}
     for arm, seed in missing(document):
         left.setdefault(arm, []).append(str(seed))
-    return "\n".join(f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in left.items()) or "Nothing."
+    lines = [f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in left.items() if arm not in found]
+    return "\n".join(lines) or "Nothing."
+
+
+def found_elsewhere(document: Document, other: Document) -> str:
+    """Of those arms the ones that another document has, each with its seeds there."""
+    seeds: dict[str, list[str]] = {}
+    for row in other["rows"]:
+        seeds.setdefault(row["arm"], []).append(str(row["seed"]))
+    left = dict.fromkeys(arm for arm, _ in missing(document))
+    return "\n".join(f"- {arm}: seed {', '.join(seeds[arm])}" for arm in left if arm in seeds) or "Nothing."

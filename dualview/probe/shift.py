@@ -26,7 +26,12 @@ KINDS = ("thumbnail", "stride", "smoothed stride")
 
 @torch.no_grad()
 def domain_shift(
-    encode: Encode, train: Drawn, test: Drawn, *, device: torch.device | str = "cpu"
+    encode: Encode,
+    train: Drawn,
+    test: Drawn,
+    *,
+    strides: tuple[int, ...] = STRIDES,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """A row for each stride and kind of tile, from pages to fit on and pages to test on.
 
@@ -45,7 +50,7 @@ def domain_shift(
     """
     rows = []
     drawn = [(draw, [pages for pages, _ in chunks]) for draw, chunks in (train, test)]
-    for n in STRIDES:
+    for n in strides:
         fitted = [_tokens(encode, draw, chunks, n, device) for draw, chunks in drawn]
         (known, known_labels), (seen, labels) = fitted
         decoder = _ridge(known["thumbnail"], known["thumbnail patches"])

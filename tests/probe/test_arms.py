@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.probe_cpu import AVERAGE, EMBEDDED, MINE
 from dualview.ops.enhance import DualPerspectiveEnhance
 from dualview.ops.readout import read_out
 from dualview.ops.tiling import recombine
@@ -16,6 +17,7 @@ from dualview.probe.memory import predicted_scores
 from dualview.probe.questions import QUESTIONS
 from dualview.probe.readout import Readout
 from dualview.probe.training import Budget, Data, Training, mean_of
+from dualview.reader.building import DEM
 
 DIM, GRID = 32, (3, 3)
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -42,7 +44,7 @@ def test_order_and_names():
     assert {"4", "6", "controls"} <= tables
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.pixels == 336], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [arm for arm in (*ARMS, *MINE) if arm.pixels == 336], ids=lambda arm: arm.name)
 def test_arms_give_a_map_and_learn_all_their_parameters(arm):
     module = arm.build(DIM)
     picked = views().pick(torch.arange(2), arm.views)
@@ -53,6 +55,15 @@ def test_arms_give_a_map_and_learn_all_their_parameters(arm):
     if parameters := list(module.parameters()):
         out.square().sum().backward()
         assert all(p.grad is not None for p in parameters)
+
+
+def test_one_arm_has_the_options_of_the_embedded_model():
+    dem = {arm.name: arm for arm in MINE}[EMBEDDED].build(DIM).dem
+    options = {name: value for name, value in DEM.items() if name != "preset"}
+    expected = DualPerspectiveEnhance.released(DIM, **options)
+    assert (dem.readout, type(dem.fusion)) == (expected.readout, type(expected.fusion)) == ("average", type(dem.fusion))
+    assert dem.state_dict().keys() == expected.state_dict().keys()
+    assert type(dem.fusion) is not type(BY_NAME[AVERAGE].build(DIM).dem.fusion)
 
 
 def test_parameters_are_matched():

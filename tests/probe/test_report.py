@@ -1,19 +1,34 @@
 """The page of the probe says what the committed results say, and these are of pages that can be drawn anew."""
 
+import json
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
+from benchmarks import probe_cpu
+from benchmarks.probe_cpu import EMBEDDED
 from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
-from benchmarks.probe_tables import by_offset, not_reached, of_paper, operating_points, signed
+from benchmarks.probe_tables import (
+    by_offset,
+    differences,
+    found_elsewhere,
+    not_reached,
+    of_paper,
+    operating_points,
+    signed,
+)
 from dualview.probe.arms import ARMS
 from dualview.probe.document import missing
 from dualview.probe.draws import Draw, digest
+from dualview.probe.grid import Plan
 from dualview.probe.questions import TASKS
 from dualview.probe.results import TASK, Results
 from dualview.probe.run import FULL
+from dualview.probe.shift import KINDS
 from dualview.probe.statistics import Interval
+from dualview.probe.training import Budget
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +41,15 @@ def results(document):
     return Results(document)
 
 
+@pytest.fixture(scope="module")
+def reduced():
+    return load("cpu")
+
+
 @pytest.mark.more
-def test_the_page_is_that_of_the_results(document):
-    assert PAGE.read_text(encoding="utf-8") == page(document), "run python -m benchmarks.probe_report"
+def test_the_page_is_that_of_the_results(document, reduced):
+    written = PAGE.read_text(encoding="utf-8")
+    assert written == page(document, reduced, load("backbone")), "run python -m benchmarks.probe_report"
     assert FIGURE.read_text(encoding="utf-8").startswith("<?xml")
 
 
@@ -42,11 +63,40 @@ def test_results_are_of_these_pages_arms_and_tasks(document):
     assert document["machine"]["gpu"]
 
 
-def test_first_rank_is_complete(document):
+def test_first_rank_is_complete_and_what_is_missing_is_listed(document, reduced):
     left = {arm for arm, _ in missing(document)}
     assert not left & {arm.name for arm in ARMS if arm.rank == 0}
-    text = not_reached(document)
-    assert all(re.search(rf"^- {re.escape(arm)}: seed", text, re.MULTILINE) for arm in left)
+    measured = {row["arm"] for row in reduced["rows"]}
+    texts = not_reached(document, measured), found_elsewhere(document, reduced)
+    for text, arms in zip(texts, (left - measured, left & measured), strict=True):
+        assert text.count("\n") + 1 == len(arms)
+        assert all(re.search(rf"^- {re.escape(arm)}: seed [0-9, ]+$", text, re.MULTILINE) for arm in arms)
+    assert not_reached(document).count("\n") + 1 == len(left)
+
+
+def test_the_reduced_series_is_one_run_in_the_order_that_was_fixed(document, reduced):
+    plan = probe_cpu.plan()
+    assert reduced["planned"] == [[arm.name, arm.table, seed, arm.pixels] for arm, seed in plan.jobs()]
+    assert [row["arm"] for row in reduced["rows"]] == [arm for arm, *_ in reduced["planned"]][: len(reduced["rows"])]
+    assert {row["steps"] for row in reduced["rows"]} == {reduced["budget"]["steps"]} == {plan.budget.steps}
+    assert reduced["pages"] == {"336": list(plan.pages[336])}
+    assert reduced["digest"] == document["digest"]
+    assert reduced["commit"]
+    assert reduced["machine"]["name"]
+
+
+def test_the_reduced_series_writes_what_is_done(tmp_path, monkeypatch):
+    (tmp_path / "probe").mkdir()
+    arms = tuple(arm for arm in probe_cpu.plan().arms if arm.name in (EMBEDDED, "local"))
+    tiny = Plan(arms, (0,), Budget(2, 2, points=2), {336: (4, 2, 4)})
+    monkeypatch.setattr(probe_cpu, "plan", lambda: tiny)
+    monkeypatch.setattr(probe_cpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(probe_cpu, "drawing", lambda processes: nullcontext())
+    probe_cpu.main(None)
+    found = json.loads((tmp_path / "probe" / "cpu.json").read_text())
+    assert [row["arm"] for row in found["rows"]] == [EMBEDDED, "local"]
+    assert Results(found).right("local", [0]).shape[1] == 4
+    assert found["encoders"] == [{"seed": 0, "tower": "embedded"}]
 
 
 @pytest.mark.more
@@ -106,6 +156,16 @@ def test_tables_have_every_arm_that_was_trained(results):
         assert arm in results.rows
     assert of_paper(results, "6").count("\n") == 7
     assert "| DEM released |" in of_paper(results, "4")
+    assert of_paper(results, "5") == "Not reached."
+
+
+@pytest.mark.more
+def test_pairs_of_which_one_was_not_trained_are_left_out(results):
+    rows = differences(results, (("local", "stride"), ("local", EMBEDDED), (EMBEDDED, "local"))).splitlines()[2:]
+    (cells,) = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
+    assert cells[:2] == ["local", "stride"]
+    assert cells[2] == signed(results.accuracy("local", against="stride"))
+    assert cells[4] == signed(results.accuracy("local", "read a large glyph", against="stride"))
 
 
 @pytest.mark.more
@@ -114,6 +174,16 @@ def test_distance_of_a_glyph_in_its_cell(results):
     local, released = ([float(cell) for cell in row[1:]] for row in rows)
     assert abs(local[0] - released[0]) < 3
     assert released[3] < 0.5 * local[3]
+
+
+def test_claims_of_the_text_on_a_pretrained_network():
+    rows = {(row["stride"], row["kind"]): row for row in load("backbone")["shift"]}
+    assert list(rows) == [(n, kind) for n in (2, 3, 4) for kind in KINDS]
+    thumbnail, stride, smooth = (rows[3, kind] for kind in KINDS)
+    assert [round(row["cosine_thumbnail"], 2) for row in (stride, smooth)] == [0.88, 0.98]
+    assert smooth["reconstruction"] < thumbnail["reconstruction"]
+    assert 1 / 13 < stride["reconstruction"] / thumbnail["reconstruction"] - 1 < 1 / 11
+    assert all(row["accuracy"] < 0.11 and row["accuracy_own"] < 0.11 for row in rows.values())
 
 
 def test_signs_and_bold():
