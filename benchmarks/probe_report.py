@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,19 @@ GAPS = {
     "thumbnail_smooth": (THUMBNAIL, SMOOTH, None),
 }
 """Differences that the text names: an arm, the one it is held against, the task."""
+REDUCED_GAPS = {
+    "average": (AVERAGE, RELEASED, None),
+    "average_place": (AVERAGE, RELEASED, "read at a place"),
+    "concat": (EMBEDDED, AVERAGE, None),
+    "concat_place": (EMBEDDED, AVERAGE, "read at a place"),
+    "average_linear": (AVERAGE, LINEAR, None),
+    "embedded_linear": (EMBEDDED, LINEAR, None),
+}
+"""The same of the reduced series."""
 PAIRS = (
-    *((AVERAGE, RELEASED), (EMBEDDED, AVERAGE), (EMBEDDED, RELEASED), (EMBEDDED, LINEAR), (EMBEDDED, STRIDE_LINEAR)),
-    *((EMBEDDED, MATCHED), (EMBEDDED, FIXED), (EMBEDDED, "local"), (RELEASED, LINEAR), (RELEASED, "local")),
+    *((AVERAGE, RELEASED), (EMBEDDED, AVERAGE), (EMBEDDED, RELEASED), (RELEASED, LINEAR), (AVERAGE, LINEAR)),
+    *((EMBEDDED, LINEAR), (RELEASED, "local"), (AVERAGE, "local"), (EMBEDDED, "local"), (AVERAGE, FIXED)),
+    *((EMBEDDED, STRIDE_LINEAR), (EMBEDDED, MATCHED), (EMBEDDED, FIXED)),
     *((FIXED, LINEAR), (FIXED, RELEASED), (LINEAR, "local"), (f"{AVERAGE}, thumbnail for stride", AVERAGE)),
     *((f"{name}, 2 x the rate", name) for name in FASTER),
 )
@@ -67,6 +78,13 @@ def page(document: Document, reduced: Document, backbone: Document) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format_map(facts | shown)
 
 
+def _gaps(results: Results, of: Mapping[str, tuple[str, str, str | None]]) -> dict[str, str]:
+    return {
+        name: tables.signed(results.accuracy(arm, task, against=against)).strip("*")
+        for name, (arm, against, task) in of.items()
+    }
+
+
 def _seed_range(results: Results) -> float:
     """How far the differences of an arm to the released module lie apart over the seeds, the farthest, in points."""
     right = {arm: results.right(arm, sorted(results.rows[arm])) for arm in MAIN}
@@ -77,7 +95,7 @@ def _seed_range(results: Results) -> float:
 def _reduced_facts(document: Document, reduced: Document) -> dict[str, str]:
     budget, made = reduced["budget"], reduced["machine"]
     train, check, test = reduced["pages"]["336"]
-    facts = {
+    facts = _gaps(Results(reduced), REDUCED_GAPS) | {
         "steps": f"{budget['steps']:,}",
         "batch": str(budget["batch"]),
         "train": f"{train:,}",
@@ -113,12 +131,8 @@ def _facts(document: Document) -> dict[str, str]:
     results, budget = Results(document), document["budget"]
     train, check, test = document["pages"]["336"]
     markers = [100 * results.accuracy(arm, "read at a marker").mean for arm in MAIN]
-    gaps = {
-        name: tables.signed(results.accuracy(arm, task, against=against)).strip("*")
-        for name, (arm, against, task) in GAPS.items()
-    }
     photographs = (f"{name} ({licence})" for of in PHOTOGRAPHS.values() for name, licence in of.items())
-    return gaps | {
+    return _gaps(results, GAPS) | {
         "seeds": str(len(document["seeds"])),
         "steps": f"{budget['steps']:,}",
         "batch": str(budget["batch"]),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import probe_cpu
-from benchmarks.probe_cpu import EMBEDDED
-from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, WHY, load, page
+from benchmarks.probe_cpu import AVERAGE, EMBEDDED
+from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, REDUCED_GAPS, RELEASED, WHY, load, page
 from benchmarks.probe_tables import (
     by_offset,
     differences,
@@ -174,6 +174,23 @@ def test_distance_of_a_glyph_in_its_cell(results):
     local, released = ([float(cell) for cell in row[1:]] for row in rows)
     assert abs(local[0] - released[0]) < 3
     assert released[3] < 0.5 * local[3]
+
+
+@pytest.mark.more
+def test_claims_of_the_text_on_the_reduced_series(reduced):
+    results = Results(reduced)
+    gaps = {name: results.accuracy(arm, task, against=of) for name, (arm, of, task) in REDUCED_GAPS.items()}
+    assert gaps["average"].low > 0
+    assert gaps["concat"].high < 0.01
+    assert gaps["average_linear"].low < 0
+    assert gaps["average_linear"].mean < 0.005
+    assert gaps["embedded_linear"].high < 0
+    sides = results.accuracy(EMBEDDED, "relate", against=AVERAGE).mean / len(TASKS)
+    assert sides / gaps["concat"].mean > 0.5
+    far = [float(row.split("|")[-2]) for row in by_offset(results, (RELEASED, AVERAGE)).splitlines()[2:]]
+    assert 2 <= far[1] / far[0] < 2.5
+    cost = reduced["cost"]
+    assert 4.5 < cost[AVERAGE]["operations"] / cost[RELEASED]["operations"] < 5.5
 
 
 def test_claims_of_the_text_on_a_pretrained_network():
