@@ -256,19 +256,9 @@ def seconds_of(
 # --- What may be read ------------------------------------------------------------------------------------------------
 
 
-FORWARDS: dict[type[nn.Module], Any] = {
-    layer: layer.forward
-    for layer in (
-        nn.Linear,
-        nn.Conv2d,
-        nn.GELU,
-        nn.LayerNorm,
-        nn.Sequential,
-        nn.Identity,
-        TileAttention,
-        *FUSIONS.values(),
-    )
-}
+TORCHS = (nn.Linear, nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
+KNOWN: tuple[type[nn.Module], ...] = (*TORCHS, TileAttention, *FUSIONS.values())
+FORWARDS: dict[type[nn.Module], Any] = {layer: layer.forward for layer in KNOWN}
 """As the classes are made: somebody may put another one into a class."""
 
 
