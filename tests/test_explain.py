@@ -248,7 +248,7 @@ def test_last_line_says_that_a_call_would_raise(monkeypatch: pytest.MonkeyPatch)
     line = made.implementations["retile"]
     assert line in " ".join(str(made).split())
     assert line.startswith("would raise an error: ")
-    assert all(part in line for part in ("the kernel retile cannot run", "float32", "cast them to"))
+    assert all(part in line for part in ("the kernel retile cannot run", "float32", "cast it to"))
 
 
 def test_who_has_no_tensors_is_not_told_to_move_them(monkeypatch: pytest.MonkeyPatch) -> None:
