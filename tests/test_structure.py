@@ -13,7 +13,7 @@ MOST = {
     "DEM planned: files": 7,
     "which backend runs: files": 2,
     "pixels to tokens: files": 10,
-    "statements of ops and kernels": 1699,
+    "statements of ops and kernels": 1700,
 }
 
 

@@ -138,6 +138,7 @@ class EnhancePlan:
         read: Rows and columns of the fused map that the readout reads.
         fused: Rows and columns that the fusion reads: those, widened by its radius.
         cell: Rows and columns of tokens that the readout averages to one; (1, 1) where it averages nothing.
+        looks_around: Whether the fusion reads more than the readout does.
         whole_cells: Whether every local tile holds whole cells of rows x cols tokens.
         live: The encoded tiles that are needed.
     """
@@ -147,6 +148,7 @@ class EnhancePlan:
     read: tuple[tuple[int, ...], tuple[int, ...]]
     fused: tuple[tuple[int, ...], tuple[int, ...]]
     cell: tuple[int, int]
+    looks_around: bool
     whole_cells: bool
     live: LiveTiles
 
@@ -196,7 +198,7 @@ def plan_enhance(
     cell = (1, 1) if readout == "none" else _both(lambda n: len(readout_support(readout, n)), grid)
     whole_cells = all(size % n == 0 for size, n in zip(tokens, grid, strict=True))
     live = LiveTiles(*(tuple(sorted(tiles)) for tiles in needed.values()))
-    return EnhancePlan(tokens, tuple(directions), read, fused, cell, whole_cells, live)
+    return EnhancePlan(tokens, tuple(directions), read, fused, cell, fused != read, whole_cells, live)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def _candidates(
             yield Products(directions)
             if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
                 yield Products(directions, fold_values=True)
-    one_of_each_cell = plan.cell == (1, 1) and plan.whole_cells and plan.fused == plan.read
+    one_of_each_cell = plan.cell == (1, 1) and plan.whole_cells and not plan.looks_around
     if shared and one_of_each_cell and len(layers) == 2 and any(d.num_tiles == 1 for d in plan.directions):
         yield Products.as_written(2)._replace(together=True)
 
@@ -256,8 +256,16 @@ def seconds_of(
 # --- What may be read ------------------------------------------------------------------------------------------------
 
 
-TORCHS = (nn.Linear, nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Sequential, nn.Identity)
-KNOWN: tuple[type[nn.Module], ...] = (*TORCHS, TileAttention, *FUSIONS.values())
+KNOWN: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.GELU,
+    nn.LayerNorm,
+    nn.Sequential,
+    nn.Identity,
+    TileAttention,
+    *FUSIONS.values(),
+)
 FORWARDS: dict[type[nn.Module], Any] = {layer: layer.forward for layer in KNOWN}
 """As the classes are made: somebody may put another one into a class."""
 

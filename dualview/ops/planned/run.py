@@ -80,7 +80,7 @@ def enhance_live(
     ]
     if products.fold_values:
         return fuse_with_values(cast(LinearConcatFusion, fusion), enhanced, attentions)
-    if plan.fused != plan.read:  # the fusion looks around, so it gets whole maps, with zeros where nothing is read
+    if plan.looks_around:  # the fusion gets whole maps, with zeros where nothing is read
         size = grid.map_size(plan.tokens)
         fused = fuse(fusion, *(on_full_map(x, plan, size) for x in enhanced))
         fused = select(select(fused, 1, plan.read[0]), 2, plan.read[1])
