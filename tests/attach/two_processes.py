@@ -1,17 +1,16 @@
-"""One of two processes that train together: python -m tests.attach.two_processes RANK STORE FAMILY.
+"""One of two processes that train together.
 
 The processes get different numbers of images, none among them. A process that waits for the other in vain is ended by
 the time limit of its process group.
 """
 
 import copy
-import sys
 from datetime import timedelta
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, destroy_process_group, init_process_group
+from torch.distributed import all_reduce, destroy_process_group, get_rank, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +49,7 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def main(rank: int, store: str, family: str) -> None:
+def main(family: str) -> None:
     torch.set_num_threads(1)
     trial = Trial(family)
     host = dv.attach(copy.deepcopy(trial.bare), max_tiles_per_pass=64)
@@ -72,7 +71,8 @@ def main(rank: int, store: str, family: str) -> None:
         expected.append({name: (found[0][name] + found[1][name]) / 2 for name in names})
     assert all(len(one) == len(ours(host)) for one in expected)
 
-    init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=100))
+    init_process_group("gloo", timeout=timedelta(seconds=100))
+    rank = get_rank()
     ways = ["ddp", "whole", "module", "layers", "layers, all trained", "tower"]
     if family == "llava":  # transformers collects hidden states by the class of a tower, which sharding changes
         ways[-1] = "encoder"
@@ -100,7 +100,3 @@ def main(rank: int, store: str, family: str) -> None:
     done = torch.ones(1)
     all_reduce(done)
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

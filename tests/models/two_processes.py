@@ -1,9 +1,8 @@
-"""One of two processes that share a model by its plans: python -m tests.models.two_processes HOW FOLDER.
+"""One of two processes that share a model by its plans.
 
 Rank, number of processes and their address are in the environment, as torchrun sets them.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -84,18 +83,14 @@ def by_modules(folder: Path, expected: nn.Module) -> None:
             torch.testing.assert_close(whole(grad), truth[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-def main(how: str, folder: Path) -> None:
+def main(how: str, folder: str) -> None:
     torch.set_num_threads(1)
     init_process_group("gloo")
     for name, dem in DEMS.items():
         expected = built(dem)
         if get_rank() == 0:
-            expected.save_pretrained(folder / name)
+            expected.save_pretrained(Path(folder, name))
         barrier()
-        {"tp": by_tensors, "fsdp": by_modules}[how](folder / name, expected)
+        {"tp": by_tensors, "fsdp": by_modules}[how](Path(folder, name), expected)
         print(get_rank(), how, name, flush=True)
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

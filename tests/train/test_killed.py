@@ -1,7 +1,7 @@
 """A run killed by SIGKILL at any moment, and resumed, ends with the weights of an unbroken one, bit for bit."""
 
 import importlib
-import multiprocessing
+import json
 import os
 import signal
 from operator import attrgetter
@@ -11,6 +11,7 @@ import torch
 
 from dualview.train import TrainConfig, train
 from dualview.train.checkpoints import STAGED, checkpoints
+from tests.fresh import run_with_libraries
 from tests.train.data import config, fields, weights, write_data
 
 MOMENTS = {
@@ -27,8 +28,9 @@ MOMENTS = {
 WHOLE = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
-def run_until(where: str, given: dict) -> None:
+def run_until(where: str, given: str) -> None:
     """In a process of its own: train, and die there."""
+    torch.set_num_threads(1)
     module, function, call = where.split(":")
     path, _, name = function.rpartition(".")
     owner = importlib.import_module(module)
@@ -42,27 +44,25 @@ def run_until(where: str, given: dict) -> None:
         return inner(*args, **kwargs)
 
     setattr(owner, name, outer)
-    train(TrainConfig.of(given), report=lambda line: None)
+    train(TrainConfig.of(json.loads(given)), report=lambda line: None)
+
+
+RUN_UNTIL = "import sys; from tests.train.test_killed import run_until; run_until(*sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = write_data(tmp_path_factory.mktemp("killed"), dropout=0.1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the processes are forked, and one that is has no pool of threads
     train(config(folder), report=lambda line: None)
-    yield folder
-    torch.set_num_threads(before)
+    return folder
 
 
 @pytest.mark.more
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resumed_as_if_nothing_had_happened(place, tmp_path, moment):
     again = fields(place) | {"output": str(tmp_path / "run")}
-    process = multiprocessing.get_context("fork").Process(target=run_until, args=(MOMENTS[moment], again))
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    killed = run_with_libraries(RUN_UNTIL, MOMENTS[moment], json.dumps(again))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     for stage in ("stage1", "stage2"):
         for checkpoint in checkpoints(tmp_path / "run" / stage):
             assert {path.name for path in checkpoint.iterdir()} >= WHOLE

@@ -5,6 +5,7 @@ accelerate does not shard on CPUs: it would go on with DDP and say nothing. For 
 
 import sys
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -27,7 +28,12 @@ def shard_on_cpus() -> None:
     DualViewTrainer.compute_loss = sharded
 
 
-if __name__ == "__main__":
-    if sys.argv[2] == "fsdp":
+def main(config: str, how: str) -> None:
+    torch.set_num_threads(1)
+    if how == "fsdp":
         shard_on_cpus()
-    train(TrainConfig.load(sys.argv[1]), resume=True)
+    train(TrainConfig.load(config), resume=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
