@@ -29,7 +29,7 @@ from dualview.ops.planned.live import LayerPlan
 from dualview.ops.tiling import crop
 from tests import reference
 from tests.checks import refuses
-from tests.strategies import examples
+from tests.strategies import examples, some
 
 DIM = 16
 PATCH = (2, 3)
@@ -328,10 +328,9 @@ def test_any_callable_is_an_encoder() -> None:
     assert {name for name, _ in as_function.named_parameters()} == {f"dem.{n}" for n, _ in dem.named_parameters()}
 
 
-def clip_tower() -> CLIPVisionModel:
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
-    )
+def clip_tower(layers: int = 3) -> CLIPVisionModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=28, patch_size=7)
     return CLIPVisionModel(config).eval()
 
 
@@ -508,11 +507,11 @@ def small_model(dem: nn.Module | None = None, **options: object) -> DualViewEnco
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("low_res", ["mean", None])
+@pytest.mark.parametrize("low_res", some(["mean", None], 2))
 def test_compiles_into_one_graph(low_res: str | None) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    tower = HfEncoder(clip_tower())
+    tower = HfEncoder(clip_tower(layers=2))
     model = DualViewEncoder(
         tower, DualPerspectiveEnhance.released(32), tile=(28, 28), low_res=low_res, max_tiles_per_pass=1000
     )
@@ -523,10 +522,11 @@ def test_compiles_into_one_graph(low_res: str | None) -> None:
     assert counter.frame_count == 2, "one graph for the first size, one for all other sizes"
 
 
-def test_compiles_with_default_passes() -> None:
+@pytest.mark.parametrize("low_res", ["mean", None])
+def test_compiles_with_default_passes(low_res: str | None) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = small_model()
+    model = small_model(low_res=low_res)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(2):
         images = torch.randn(1, 3, 2 * TILE[0], 3 * TILE[1])
