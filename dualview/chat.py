@@ -184,9 +184,17 @@ def say_piece(text: str) -> None:
 
 
 def questions() -> Iterator[str]:
-    """Lines of standard input that are not empty, until it ends; a terminal is shown where to write."""
+    """Lines of standard input that are not empty, until it ends; a terminal is shown where to write.
+
+    Raises:
+        ValueError: Standard input is closed; said at once, and not when the first line is asked for.
+    """
     if sys.stdin is None:
         raise ValueError("standard input is closed: give the questions there, a line each.")
+    return _lines()
+
+
+def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)

@@ -145,8 +145,9 @@ def ask(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """Run `dualview chat`."""
+    asked = questions()  # where nothing can be asked no model is loaded
     conversation = _chat(options)
-    for question in questions():
+    for question in asked:
         try:
             conversation.ask(question, say_piece)
         except QuestionError as error:  # what was said before is not lost by it

@@ -211,8 +211,13 @@ def test_a_conversation_ends_where_the_model_has_no_place_for_more(place):
     assert len(chat.messages) == 2
 
 
-@pytest.mark.parametrize("given, message", [(None, "is closed"), (b"what \xe9\n", "is no text in utf-8")])
-def test_questions_that_cannot_be_read(place, capsys, monkeypatch, given, message):
-    monkeypatch.setattr(sys, "stdin", given and io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+def test_questions_that_cannot_be_read(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"what \xe9\n"), encoding="utf-8"))
     assert cli.main(["chat", "--model", str(place / "model")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"dualview chat: error: standard input {message}")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dualview chat: error: standard input is no text in utf")
+
+
+def test_no_model_is_loaded_where_nothing_can_be_asked(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["chat", "--model", str(place / "no model")]) == 1
+    assert capsys.readouterr().err.startswith("dualview chat: error: standard input is closed: give the questions")

@@ -319,7 +319,7 @@ DAMAGES = {
     "another folder": (
         lambda folder, file: next(folder.glob("*.index.json")).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
         "a file of another directory", "not read"),
-    "no configuration": (lambda folder, file: (folder / "config.json").unlink(), "has no config.json", ""),
+    "no configuration": (lambda folder, file: (folder / "config.json").unlink(), "has no config.json", "whole model"),
     "no tokenizer": (lambda folder, file: (folder / "tokenizer.json").unlink(), "no tokenizer.json", "--tokenizer"),
 }  # fmt: skip
 
