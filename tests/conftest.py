@@ -2,14 +2,13 @@
 
 import logging
 import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from torch import nn
 
 from tests.strategies import examples
 
@@ -25,29 +24,36 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
-def of_the_process() -> dict[str, object]:
-    """What all tests of a process share."""
-    return {
-        "threads": torch.get_num_threads(),
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "gradients": torch.is_grad_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "precision of products": torch.get_float32_matmul_precision(),
-        "hooks": dict(nn.modules.module._global_forward_hooks),
-        "a module's call": nn.Module.__call__,
-        "silenced logs": logging.root.manager.disable,
-        "interruptions": signal.getsignal(signal.SIGINT),
-        "folder": Path.cwd(),
-        **{f"${name}": value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
-    }
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def set_environment(values: dict[str, str]) -> None:
+    for name in environment().keys() - values.keys():
+        del os.environ[name]
+    os.environ.update(values)
+
+
+OF_THE_PROCESS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+    (environment, set_environment),
+    (Path.cwd, os.chdir),
+    (lambda: logging.root.manager.disable, logging.disable),
+    (lambda: logging.getLogger("transformers").level, logging.getLogger("transformers").setLevel),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+]
+"""What all tests of a process share, and libraries change: how to read it, and how to set it."""
 
 
 @pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    """A test begins with the same random numbers, and leaves the process as it found it."""
+def _alone() -> Iterator[None]:
+    """No test depends on those before it: random numbers are the same, and what one changes is put back."""
     torch.manual_seed(0)
-    before = of_the_process()
+    before = [read() for read, _ in OF_THE_PROCESS]
     yield
-    after = of_the_process()
-    assert after == before
+    for (read, put), value in zip(OF_THE_PROCESS, before, strict=True):
+        if read() != value:
+            put(value)

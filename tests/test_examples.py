@@ -92,9 +92,7 @@ def test_aerial_overlap(capsys, monkeypatch, tmp_path):
 
 
 def test_slide_larger_than_memory(capsys, monkeypatch, tmp_path):
-    threads = torch.get_num_threads()
     printed = run("slide_larger_than_memory", capsys, monkeypatch, tmp_path)
-    torch.set_num_threads(threads)
     assert printed == shown("slide_larger_than_memory")
 
 
