@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 
 @contextmanager
@@ -63,6 +62,8 @@ def assert_compiles_once(
         inputs: Makes the arguments for a batch size; their first dimension is the batch.
         batches: The sizes that are tried, one after the other.
     """
+    from torch._dynamo.testing import CompileCounterWithBackend  # here, for processes that import the rest alone
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fn, fullgraph=True, backend=counter)
