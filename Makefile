@@ -35,7 +35,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-more: $(STAMP) # what takes longer: run with the newest versions alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load -m more tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m more tests
 
 test-all: $(STAMP) # every case, and ten times as many examples of what is drawn at random
 	TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "more or not more"

@@ -52,7 +52,7 @@ class Sizes:
         self.batches, self.steps = ((1,), (1,)) if tiny else ((1, 8, 16, 32), (8, 1, 16, 32))
         self.many, self.photos = (1, (1,)) if tiny else (32, (1, 8, 32))
         self.tower = (32, 2, 4, 28, 7, 48) if tiny else (1024, 24, 16, 336, 14, 4096)
-        self.compiler = "eager" if tiny else "inductor"
+        self.compiler = "aot_eager" if tiny else "inductor"
 
 
 def main() -> None:
