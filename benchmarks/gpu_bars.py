@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -144,4 +145,24 @@ def table(found: list[dict[str, Any]]) -> str:
         lines.append(f"{bar['verdict'].partition(':')[0]:12s} aim {bar['aim']:<6g} measured {measured:8s} {bar['bar']}")
         if bar["measured"] is None:
             lines.append(f"             {bar['verdict'].partition(': ')[2]}")
+    return "\n".join(lines)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """What fell short, and by how much; what is wrong, what failed, and how much has not been measured."""
+    found, rows = document["bars"], document["rows"]
+    counts = Counter(bar["verdict"].partition(":")[0] for bar in found)
+    lines = [
+        f"{counts['reached']} aims reached, {counts['fell short']} fell short, {counts['not measured']} not measured"
+    ]
+    lines += [
+        f"fell short: {bar['bar']}: {bar['measured']:.3g}, aimed at {bar['aim']:g}"
+        for bar in found
+        if bar["verdict"] == "fell short"
+    ]
+    for said in ("wrong: ", "failed: "):
+        lines += [
+            f"{row['case']}, {row['side']}: {row['missing']}" for row in rows if (row["missing"] or "").startswith(said)
+        ]
+    lines += [f"section {name}: {state}" for name, state in document["sections"].items() if state != "done"]
     return "\n".join(lines)
