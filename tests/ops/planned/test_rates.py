@@ -333,3 +333,57 @@ def test_the_command_prints_records_that_can_be_contributed(
         assert all(math.isfinite(x) and x > 0 for x in (found.dense, found.pooled, found.moved, found.launch))
     assert rates_of(torch.device("cpu"), torch.float32) != rates_of(torch.device("cpu"), torch.float32, training=True)
     assert rates_of(torch.device("cpu"), torch.bfloat16) is None
+
+
+# --- What the pages say -----------------------------------------------------------------------------------------------
+
+
+def page(name: str) -> str:
+    return (FOLDER.parent.parent / "docs" / name).read_text(encoding="utf-8")
+
+
+def chosen_and_other(case: Measured, unit: float = 1.0) -> tuple[str, str]:
+    """The time of what is chosen, and that of the fastest other arrangement that was tried, in milliseconds."""
+    way = rates.order_of(chosen(case.asked, case.of_device))
+    way = way if way in case.took else way._replace(together=False)
+    others = (time for other, time in case.took.items() if other != way)
+    mine, other = (f"{time / unit:#.3g}".rstrip(".") for time in (case.took[way], min(others)))
+    return mine, other
+
+
+def test_the_page_has_what_was_compared() -> None:
+    text = page("fast-path.md").replace("**", "")
+    for case in compared(on_an_h100()):
+        if case.name.startswith("enhancement: "):
+            mine, other = chosen_and_other(case)
+            assert f"| {mine} ms | {other} ms |" in text, case.name
+    on_cpu = [chosen_and_other(case, 0.001) for case in on_a_cpu()]
+    for forward, both in zip(on_cpu[::2], on_cpu[1::2], strict=True):
+        assert f"| {forward[0]} / {both[0]} ms | {forward[1]} / {both[1]} ms |" in text
+
+
+def test_the_page_of_the_kernels_has_the_rows_of_the_h100() -> None:
+    text = page("kernels.md").replace("**", "")
+    rows = json.loads((FOLDER / "h100" / "enhancement.json").read_text(encoding="utf-8"))["rows"]
+    found = {
+        tuple(row.get(name) for name in ("preset", "mode", "op", "B", "side")): (row["eager_ms"], row["graph_ms"])
+        for row in rows
+    }
+
+    def cell(digits: tuple[int, int], *key: Any) -> str:
+        times = found.get(key)
+        return " / ".join(f"{x:.{n}f}" for x, n in zip(times, digits, strict=True)) if times else ""
+
+    modes = {"forward": ("forward", (1, 8, 16, 32)), "forward and backward, frozen features": ("frozen", (8,))}
+    for preset, (said, (mode, batches)) in product(("released", "paper"), modes.items()):
+        for batch in batches:
+            sides = ("loop over tiles", "batched SDPA", "auto")
+            cells = [cell((2, 2), preset, mode, None, batch, side) for side in sides]
+            assert f"| {preset}, {said} | {batch} | {' | '.join(cells)} |" in text
+    for batch in (1, 8, 32):
+        sides = ("plain torch", "dualview torch", "dualview triton")
+        cells = [cell((2, 3), None, None, "crop_normalize", batch, side) for side in sides]
+        assert f"| {batch} | {' | '.join(cells)} |" in text
+    for batch in (1, 8, 16, 32):
+        cells = [cell((3, 3), "released", "forward", None, batch, side) for side in ("auto, triton", "auto")]
+        assert f"| {batch} | {' | '.join(cells)} |" in text
