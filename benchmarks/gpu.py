@@ -305,6 +305,32 @@ def small_ops(rows: Rows, sizes: Sizes, limits: dict[str, float], *, compiled: b
         rows.measure("ops", f"{name}, {kind}, batch {b}", params, sides, exact, BY_VIEW, other=CLONE)
 
 
+def host_time(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
+    """Calls for a small map, which a GPU has done before the host launches the next one: the time is the host's."""
+    x = rows.place.randn(1, N * sizes.tokens, N * sizes.tokens, 16)
+    local, stride = (peers.by_view(x, GRID, "tokens", cut) for cut in ("local", "global"))
+    last = {"data_format": "channels_last"}
+    calls: dict[str, tuple[Run, Callable[..., Any]]] = {
+        "local_crop": (partial(peers.by_view, x, GRID, "tokens", "local"), partial(dv.local_crop, x, GRID, **last)),
+        "global_stride_crop": (
+            partial(peers.by_view, x, GRID, "tokens", "global"),
+            partial(dv.global_stride_crop, x, GRID, **last),
+        ),
+        "recombine": (
+            partial(peers.by_view, stride, GRID, "tokens", "global", inverse=True),
+            partial(dv.recombine, stride, GRID, "global", **last),
+        ),
+        "re-tile": (
+            partial(peers.retile_by_view, local, GRID, "local", "global"),
+            partial(retile, local, "local", "global", GRID, **last),
+        ),
+    }
+    for name, (by_view, ours) in calls.items():
+        sides: dict[str, Run] = {BY_VIEW: by_view, OURS: ours, KERNELS: partial(ours, backend="triton")}
+        exact: Run = lambda by_view=by_view: by_view().double()  # noqa: E731
+        rows.measure("host", f"{name}, one small map", {"batch": 1}, sides, exact, BY_VIEW, graphs=False)
+
+
 def photographs(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
     """Bytes to normalised tiles, those that are live."""
     place, side = rows.place, sizes.side
@@ -385,7 +411,7 @@ def prefix(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
 
 
 SECTIONS = (
-    *(enhancement, small_ops, photographs, prefix, compiled_as_aimed),
+    *(enhancement, small_ops, host_time, photographs, prefix, compiled_as_aimed),
     *(gradient_steps, arrangements, compiled_peers),  # what no aim names
 )
 

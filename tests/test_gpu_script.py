@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_bars, measure, peers, results, runner
-from benchmarks.cases import LOOP, OURS
+from benchmarks.cases import KERNELS, LOOP, OURS
 from benchmarks.gpu_process import RUNNING, ResultFile, keep_running
 from benchmarks.gpu_rows import Rows
 from benchmarks.measure import Limits, Place
@@ -59,7 +59,7 @@ def test_every_line_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixtur
     gpu.measured(BFLOAT16, True, header(), float("inf"), path, False)
     document = ResultFile.begun(path).document
     assert document["sections"] == {section.__name__: "done" for section in gpu.SECTIONS}
-    assert {row["suite"] for row in document["rows"]} == {"dem", "prefix", "ops", "photo"}
+    assert {row["suite"] for row in document["rows"]} == {"dem", "prefix", "ops", "host", "photo"}
     ours = [row for row in document["rows"] if row["side"] in (OURS, LOOP, gpu_bars.BATCHED, gpu_bars.BY_VIEW)]
     # At these sizes errors of absorbed products in bfloat16 vary by more than they may where a figure counts.
     assert all(row["error"] is None or row["error"] < 0.05 for row in ours)
@@ -283,3 +283,13 @@ def test_the_summary_names_what_fell_short_and_what_failed() -> None:
     assert lines[0].startswith("0 aims reached, 4 fell short, ")
     assert f"fell short: {one}, graph, ms: 0.2, aimed at 0.12" in lines
     assert lines[-2:] == [f"{one}, peer: wrong: error 1.0e+00", "section two: failed: no"]
+
+
+def test_the_host_may_take_twice_as_long_as_for_a_view() -> None:
+    case = "re-tile, one small map"
+    rows = rows_with((case, gpu_bars.BY_VIEW, 1.0, 1.0), (case, OURS, 2.1, 1.0), (case, KERNELS, 2.4, 1.0))
+    for row in rows:
+        row["suite"] = "host"
+    found = {bar["bar"]: bar["verdict"] for bar in gpu_bars.bars(rows, {}) if bar["bar"].startswith(case)}
+    end = f"host time over that of {gpu_bars.BY_VIEW}"
+    assert found == {f"{case}, {OURS}, {end}": "fell short", f"{case}, {KERNELS}, {end}": "reached"}
