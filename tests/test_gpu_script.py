@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_the_command_tests_first_and_measures_in_a_process_of_its_own(
     monkeypatch.setattr(gpu, "keep_running", lambda *given: False)
     with pytest.raises(SystemExit, match="Nothing was measured"):
         gpu.main()
+
+
+class OnlyNames(Rows):
+    """Notes what would be measured, of tensors without contents."""
+
+    def measure(self, suite: str, case: str, params: dict[str, Any], sides: dict[str, Any], *_: Any, **__: Any) -> None:
+        row = {"suite": suite, "case": case, "params": params}
+        figures = dict.fromkeys(("eager_ms", "graph_ms", "peak_bytes"), 1.0) | dict.fromkeys(("missing", "no_graph"))
+        self.found += [row | {"side": side} | figures for side in sides]
+
+
+def test_every_aim_has_its_rows() -> None:
+    """Of a run in full sizes: all batches, grids, types and passes, and no aim without its sides."""
+    rows = OnlyNames(Place("meta", torch.bfloat16), float("inf"))
+    with torch.device("meta"):
+        for section in gpu.SECTIONS:
+            section(rows, gpu.Sizes(tiny=False), LIMITS)
+    found = gpu_bars.bars(rows.found, LIMITS)
+    assert not [bar for bar in found if bar["measured"] is None]
+    steps = {
+        (p["preset"], p["n"], p["dtype"], p["mode"], p["batch"])
+        for row in rows.found
+        if (p := row["params"]).get("mode") and row["side"] == OURS
+    }
+    modes, types = (gpu.FORWARD, gpu.BACKWARD), ("bfloat16", "float16")
+    assert steps == {
+        *product(("released", "paper"), (3, 5), types, modes, (1, 8, 16, 32)),
+        *product(("released", "paper"), (3,), ("bfloat16",), (gpu.ALL_GRADIENTS,), (8,)),
+    }
+    peers_of = {row["side"] for row in rows.found if row["case"] == "released, batch 16: forward"}
+    assert {"FlexAttention", "FlexAttention, FLASH", "varlen attention", "NATTEN", gpu_bars.COMPILED} <= peers_of
 
 
 def test_the_time_of_a_call_is_under_eight_minutes() -> None:
