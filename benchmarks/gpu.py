@@ -165,12 +165,9 @@ def gradient_steps(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
 
 def arrangements(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
     """Every arrangement by hand at other grids and in the other half type."""
-    for dtype, n in ((torch.bfloat16, None), (torch.float16, N), (torch.float16, None)):
-        for grid, preset, mode in product(
-            sizes.grids if n is None else (n,), ("released", "paper"), (FORWARD, BACKWARD)
-        ):
-            for batch in sizes.steps:
-                _enhance(rows, sizes, limits, Step(preset, batch, mode, grid, dtype))
+    kinds = [*product((torch.bfloat16,), sizes.grids), *product((torch.float16,), (N, *sizes.grids))]
+    for batch, (dtype, n), preset, mode in product(sizes.steps, kinds, ("released", "paper"), (FORWARD, BACKWARD)):
+        _enhance(rows, sizes, limits, Step(preset, batch, mode, n, dtype))
 
 
 def compiled_peers(rows: Rows, sizes: Sizes, limits: dict[str, float]) -> None:
@@ -215,10 +212,10 @@ def _enhance(
         return both
 
     def exact() -> list[Tensor]:
-        """In float64, image by image: the loop holds every intermediate result."""
+        """In float64, for a few images at a time: the loop holds every intermediate result."""
         wide = copy.deepcopy(dem).double()
-        given = zip(*(x.double().split(1) for x in (local, stride, weight)), strict=True)
-        of_images = zip(*(call(peers.dem_per_tile, wide, *image)() for image in given), strict=True)
+        given = zip(*(x.double().split(4) for x in (local, stride, weight)), strict=True)
+        of_images = zip(*(call(peers.dem_per_tile, wide, *images)() for images in given), strict=True)
         weights = len(_learnt(dem)) if step.mode != FORWARD else 0
         return [sum(of) if 0 < i <= weights else torch.cat(of) for i, of in enumerate(of_images)]
 

@@ -20,8 +20,8 @@ from benchmarks.measure import Place, Run
 
 WRONG = 2.0
 """Largest error against float64, as a multiple of that of the loop over tiles in the same type."""
-MOST = 0.1
-"""Largest error of any side."""
+MOST = 0.5
+"""Largest error of any side: wrong ones err by 1 and more, and sums of few numbers may cancel."""
 
 
 @dataclass
