@@ -119,6 +119,7 @@ class OnlyNames(Rows):
         self.found += [row | {"side": side} | figures for side in sides]
 
 
+@pytest.mark.more
 def test_every_aim_has_its_rows() -> None:
     """Of a run in full sizes: all batches, grids, types and passes, and no aim without its sides."""
     rows = OnlyNames(Place("meta", torch.bfloat16), float("inf"))
