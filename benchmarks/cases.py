@@ -24,7 +24,7 @@ from benchmarks.rates import arranged
 from dualview.geometry import LiveTiles
 from dualview.kernels.dispatch import Backend, interpreting
 from dualview.kernels.retile import retile
-from dualview.ops.planned.products import Arrangement
+from dualview.ops.planned.products import Arrangement, Products
 
 Size = Literal["tiny", "quick", "full"]
 Mode = Literal["forward", "frozen features", "features too"]
@@ -480,7 +480,7 @@ def _either_way(grid: tuple[int, int], tokens: int, width: int, mode: Mode, plac
         return (out.detach(), *(torch.autograd.grad((out * of_out).sum(), weights) if mode != "forward" else ()))
 
     def forced(arrangement: Arrangement) -> tuple[Tensor, ...]:
-        with arranged(arrangement):
+        with arranged(Products((arrangement, arrangement))):
             return call()
 
     sides: dict[str, Run] = {

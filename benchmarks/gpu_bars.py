@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -16,6 +17,9 @@ BY_VIEW = "view + permute"
 PLAIN = "normalise, permute, rearrange twice"
 FASTEST = 1.05
 """Ours counts as the fastest within this factor."""
+
+HOST = {OURS: 2.0, KERNELS: 2.5}
+"""How often the host may take as long as for view, permute and copy."""
 
 NO_SIDES = ("limit", "clone")
 """What begins like this is no way to do the same work."""
@@ -97,6 +101,9 @@ def _of_others(find: Any, rows: Rows, limits: dict[str, float]) -> Iterator[Bar]
     for (case, params), side in product(cases.items(), (OURS, KERNELS)):
         least = 1000 * params["moved_bytes"] / limits["copy_bytes_per_s"]
         yield f"{case}, {side}, share of copy bandwidth", 0.85, False, partial(_share, find, case, side, least)
+    for name, (side, most) in product(("local_crop", "global_stride_crop", "recombine", "re-tile"), HOST.items()):
+        case = f"{name}, one small map"
+        yield f"{case}, {side}, host time over that of {BY_VIEW}", most, True, partial(_over, find, case, side)
     photos = "8 photographs, live tiles"
     yield f"{photos}, against plain torch", 2, False, lambda: find("photo", photos, PLAIN) / find("photo", photos, OURS)
     prefix = "ViT-L/14-336, 1008 pixels, batch 8"
@@ -123,9 +130,13 @@ def _share(find: Any, case: str, side: str, least: float) -> float:
     return least / float(find("ops", case, side))
 
 
+def _over(find: Any, case: str, side: str) -> float:
+    return float(find("host", case, side)) / float(find("host", case, BY_VIEW))
+
+
 def _fastest(rows: Rows) -> Iterator[Bar]:
     """What "auto" takes over the fastest side of every case, eager and as a graph."""
-    cases = dict.fromkeys((row["suite"], row["case"]) for row in rows)
+    cases = dict.fromkeys((row["suite"], row["case"]) for row in rows if row["suite"] != "host")
     for suite, case in cases:
         here = [row for row in rows if (row["suite"], row["case"]) == (suite, case)]
         ours = next((row for row in here if row["side"] == OURS), None)
@@ -144,4 +155,24 @@ def table(found: list[dict[str, Any]]) -> str:
         lines.append(f"{bar['verdict'].partition(':')[0]:12s} aim {bar['aim']:<6g} measured {measured:8s} {bar['bar']}")
         if bar["measured"] is None:
             lines.append(f"             {bar['verdict'].partition(': ')[2]}")
+    return "\n".join(lines)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """What fell short, and by how much; what is wrong, what failed, and how much has not been measured."""
+    found, rows = document["bars"], document["rows"]
+    counts = Counter(bar["verdict"].partition(":")[0] for bar in found)
+    lines = [
+        f"{counts['reached']} aims reached, {counts['fell short']} fell short, {counts['not measured']} not measured"
+    ]
+    lines += [
+        f"fell short: {bar['bar']}: {bar['measured']:.3g}, aimed at {bar['aim']:g}"
+        for bar in found
+        if bar["verdict"] == "fell short"
+    ]
+    for said in ("wrong: ", "failed: "):
+        lines += [
+            f"{row['case']}, {row['side']}: {row['missing']}" for row in rows if (row["missing"] or "").startswith(said)
+        ]
+    lines += [f"section {name}: {state}" for name, state in document["sections"].items() if state != "done"]
     return "\n".join(lines)

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from benchmarks import measure, peers
 from benchmarks.children import described
+from benchmarks.gpu_process import RUNNING
 from benchmarks.measure import Place, Run
 
 WRONG = 2.0
 """Largest error against float64, as a multiple of that of the loop over tiles in the same type."""
+MOST = 0.5
+"""Largest error of any side: wrong ones err by 1 and more, and sums of few numbers may cancel."""
 
 
 @dataclass
@@ -27,15 +30,17 @@ class Rows:
 
     Attributes:
         place: Where, and in which type.
-        deadline: `time.perf_counter` after which nothing is measured.
+        deadline: `time.monotonic` after which nothing is measured.
         rounds: Samples of each time.
         found: The rows: suite, case, params, side, eager_ms, graph_ms, peak_bytes, error, missing.
+        keep: Called whenever a row is begun or has its figures.
     """
 
     place: Place
     deadline: float
     rounds: int = 5
     found: list[dict[str, Any]] = field(default_factory=list)
+    keep: Callable[[], None] = lambda: None
 
     def measure(
         self,
@@ -43,39 +48,40 @@ class Rows:
         case: str,
         params: dict[str, Any],
         sides: dict[str, Run],
-        exact: Any = None,
+        exact: Callable[[], Any] | None = None,
         reference: str | None = None,
         other: str = "",
         graphs: bool = True,
     ) -> None:
-        """Measure the sides of one case.
+        """Measure the sides of one case, but those that have a row.
 
         Args:
             suite: The kind of case.
             case: Its name.
             params: What the name stands for.
             sides: What is run.
-            exact: Values in float64 that all sides are compared with; None where values are compared elsewhere.
-            reference: The side whose error is taken for unavoidable; it comes first.
+            exact: Gives the values in float64 that all sides are compared with; None where none are compared.
+            reference: The side whose error is taken for unavoidable: it comes first, where there are ``exact`` values.
             other: A side that computes another function.
             graphs: Whether the sides are captured, too.
         """
-        allowed = None
+        known = {row["side"]: row for row in self.found if (row["suite"], row["case"]) == (suite, case)}
+        true: Any = None
         for name, run in sides.items():
-            row = {"suite": suite, "case": case, "params": params, "side": name}
+            if name in known:
+                continue
+            row = known[name] = {"suite": suite, "case": case, "params": params, "side": name}
             row |= dict.fromkeys(("eager_ms", "graph_ms", "peak_bytes", "error", "missing", "no_graph"))
+            row["missing"] = RUNNING
             self.found.append(row)
+            self.keep()
             try:
-                if time.perf_counter() > self.deadline:
+                if time.monotonic() > self.deadline:
                     raise peers.Missing("the time of this call was over")
                 value = run()
                 if exact is not None and name != other:
-                    error = errors(value, exact)
-                    row["error"] = min(error, 1e9)  # JSON knows no infinity
-                    allowed = error if name == reference else allowed
-                    if allowed is not None and not error <= WRONG * allowed + 1e-6:
-                        row["missing"] = f"wrong: error {error:.1e}, and {allowed:.1e} of the {reference}"
-                        continue
+                    true = exact() if true is None else true
+                    self._compare(row, value, true, known.get(reference or ""))
                 del value
                 row["eager_ms"] = milliseconds(run, self.place.device, self.rounds)
                 row["peak_bytes"] = measure.peak_bytes(run, self.place.device)
@@ -83,20 +89,42 @@ class Rows:
                 row["missing"] = str(reason)
             except Exception as error:  # whatever a library raises: its row says so, and the others are measured
                 row["missing"] = f"failed: {described(error)}"
+                self._go_on_only_if_the_device_answers()
             else:
+                row["missing"] = None
                 if graphs:
+                    row["no_graph"] = RUNNING
+                    self.keep()
                     self._as_graph(row, run)
             finally:
                 print(shown(row), flush=True)
+                self.keep()
         self.release()
+
+    def _compare(self, row: dict[str, Any], value: Any, true: Any, reference: dict[str, Any] | None) -> None:
+        """Note the error of a side; raise `peers.Missing` if it is much larger than that of the reference."""
+        error = errors(value, true)
+        row["error"] = min(error, 1e9)  # JSON knows no infinity
+        if reference is None or reference["error"] is None:
+            raise peers.Missing("not compared: the side that all are compared with has no values")
+        if not error <= min(WRONG * reference["error"] + 1e-6, MOST):
+            raise peers.Missing(f"wrong: error {error:.1e}, and {reference['error']:.1e} of the {reference['side']}")
+
+    def _go_on_only_if_the_device_answers(self) -> None:
+        """After some errors a GPU does nothing more for a process: another one has to go on."""
+        if self.place.device == "cuda":
+            try:
+                torch.ones(8, device="cuda").sum().item()
+            except Exception as error:
+                raise SystemExit(f"the GPU does not answer: {described(error)}") from error
 
     def _as_graph(self, row: dict[str, Any], run: Run) -> None:
         try:
-            row["graph_ms"] = milliseconds(captured(run, self.place.device), self.place.device, self.rounds)
+            row["graph_ms"] = milliseconds(measure.captured(run, self.place.device), self.place.device, self.rounds)
+            row["no_graph"] = None
         except Exception as error:
             row["no_graph"] = described(error)
-            if self.place.device == "cuda":
-                torch.cuda.synchronize()
+            self._go_on_only_if_the_device_answers()
 
     def release(self) -> None:
         """Forget a case: its tensors, its graphs, and what was compiled for it."""
@@ -104,22 +132,6 @@ class Rows:
         torch.compiler.reset()
         if self.place.device == "cuda":
             torch.cuda.empty_cache()
-
-
-def captured(run: Run, device: str) -> Run:
-    """The call as a CUDA graph; on a CPU, where there are none, the call itself."""
-    if device != "cuda":
-        return run
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def milliseconds(run: Run, device: str, rounds: int) -> float:
@@ -151,11 +163,3 @@ def shown(row: dict[str, Any]) -> str:
     more += [f"missing: {row['missing']}"] if row["missing"] else []
     more += [f"no graph: {row['no_graph']}"] if row["no_graph"] else []
     return f"{row['suite']}: {row['case']}: {row['side']}: {', '.join(times + more)}"
-
-
-def quietly(section: Callable[[], None], name: str) -> None:
-    """Run a section; what it cannot even prepare is printed, and the next one follows."""
-    try:
-        section()
-    except Exception as error:
-        print(f"{name}: failed: {described(error)}", flush=True)

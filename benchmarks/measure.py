@@ -78,6 +78,22 @@ def seconds_of(run: Run, device: str, calls: int = 1) -> float:
     return first.elapsed_time(last) / 1000 / calls
 
 
+def captured(run: Run, device: str) -> Run:
+    """The call as a CUDA graph; on a CPU, where there are none, the call itself."""
+    if device != "cuda":
+        return run
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def interleaved(sides: dict[str, Run], device: str, *, budget: float, rounds: tuple[int, int]) -> dict[str, Spread]:
     """Time all sides in turn, so that a change of the machine's speed meets all of them.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from dualview import DualPerspectiveEnhance
@@ -61,7 +62,8 @@ def dem(
     tile, only o rows of attention meet the values.
     Then o d^2 for an output projection; the fusion is d^2 a token (linear), or 2 (d d/16 + d/16 d/2) = 3 d^2 / 16.
     """
-    plan, chosen = module.plan(grid, tokens), module.products(grid, tokens, next(module.parameters()))
+    with torch.set_grad_enabled(backward != "none"):
+        plan, chosen = module.plan(grid, tokens), module.products(grid, tokens, next(module.parameters()))
     d, attention = module.dim, module.attentions[0]
     products = []
     for way, a in zip(plan.directions, chosen.directions, strict=True):

@@ -166,14 +166,18 @@ def _arranged(dem: nn.Module | None, grid: TileGrid, tokens: Size) -> str:
     if not enhances(dem):
         return ""
     weight, products = _weight_of(dem), arranged_products(dem, grid, tokens)
-    if products.seconds is not None:
-        chosen, as_it_stands = (1000 * (seconds or 0.0) for seconds in (products.seconds, products.as_it_stands))
-        times = f"{chosen:.3g} ms estimated for one image, {as_it_stands:.3g} ms as the equations stand"
-        return f"arranged for {weight.device}: {times}"
+    place = f"{weight.device} and {str(weight.dtype).removeprefix('torch.')}"
+    if products.estimates:
+        stands, (least, *others) = products.estimates[0], sorted(set(products.estimates))
+        more = dict.fromkeys(others[:1], "in the next best order")
+        more |= {} if stands == least else {stands: "as the equations stand"}
+        text = "".join(f", {1000 * seconds:.3g} ms {order}" for seconds, order in more.items())
+        how = "not rearranged, by" if stands == least else "rearranged by"
+        return f"{how} the rates of {place}: {1000 * least:.3g} ms estimated for one image{text}"
     if not planning():
         return "not rearranged: full_computation computes the equations as they stand"
     if rates_of(weight.device, weight.dtype) is None:
-        return f"not rearranged: nothing has been measured for {weight.device} and {weight.dtype}"
+        return f"not rearranged: no rates have been measured for {place}, by which to estimate times"
     return "not rearranged: layers that are hooked, wrapped or replaced are called as they are"
 
 

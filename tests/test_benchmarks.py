@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import sys
 from importlib.util import find_spec
 
@@ -13,9 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
-from benchmarks import __main__, cases, children, gpu, gpu_bars, measure, peers, report, results, runner, work
-from benchmarks import gpu_rows as gpu_rows_of
-from benchmarks.cases import KERNELS, LOOP, OURS, registry
+from benchmarks import __main__, cases, children, measure, peers, report, results, runner, work
+from benchmarks.cases import KERNELS, OURS, registry
 from benchmarks.measure import Limits, Place
 from dualview.kernels import dispatch
 from tests.checks import refuses
@@ -416,88 +414,6 @@ def test_tests_that_do_not_pass_are_told(tmp_path, capsys):
     assert runner.run_tests(good, bad).startswith("failed: 1 failed, 1 passed in ")
     assert "assert 1 == 2" in capsys.readouterr().err
     assert runner.run_tests(slow, seconds=2) == "failed: not finished in 2 s"
-
-
-def gpu_rows(*sides):
-    """Rows of a case with one side after the other: name, eager, graph."""
-    row = dict.fromkeys(("params", "peak_bytes", "error", "missing", "no_graph"))
-    return [
-        row | {"suite": "dem", "case": case, "side": side, "eager_ms": eager, "graph_ms": graph}
-        for case, side, eager, graph in sides
-    ]
-
-
-def test_gpu_bars_say_what_was_reached():
-    one, sixteen = "released, batch 1: forward", "released, batch 16: forward"
-    times = (one, LOOP, 5.0, 1.3), (one, OURS, 1.0, 0.1), (sixteen, LOOP, 13.0, 12.0), (sixteen, OURS, 2.0, 1.0)
-    rows = gpu_rows(*times)
-    rows[-1] |= {"eager_ms": None, "missing": "wrong: error 1.0e+00"}
-    found = {bar["bar"]: bar for bar in gpu_bars.bars(rows, {"copy_bytes_per_s": 1e12, "matmul_ops_per_s": 1e14})}
-    assert found[f"{one}, graph, ms"] == {
-        "bar": f"{one}, graph, ms", "aim": 0.12, "measured": 0.1, "verdict": "reached"
-    }  # fmt: skip
-    assert found[f"{one}, graph, against the loop"]["measured"] == 13
-    assert found[f"{sixteen}, against the loop"]["verdict"] == f"not measured: {sixteen}, {OURS}: wrong: error 1.0e+00"
-    assert "no row" in found["paper, batch 1: forward, graph, ms"]["verdict"]
-    assert found[f"{one}, eager, over the fastest side"]["verdict"] == "reached"
-    slow = {bar["bar"]: bar for bar in gpu_bars.bars(gpu_rows((one, LOOP, 1.0, 0.1), (one, OURS, 2.0, 0.2)), {})}
-    assert slow[f"{one}, graph, ms"]["verdict"] == "fell short"
-    assert slow[f"{one}, graph, over the fastest side"]["verdict"] == "fell short"
-    assert f"fell short   aim 0.12   measured 0.2      {one}, graph, ms" in gpu_bars.table(list(slow.values()))
-
-
-def test_gpu_rows_count_only_what_is_right(monkeypatch):
-    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
-    rows = gpu_rows_of.Rows(CPU, float("inf"))
-    exact = torch.arange(4.0).double()
-    sides = {
-        "reference": lambda: exact.float() + 0.01,
-        OURS: lambda: exact.float() + 0.015,
-        "wrong": lambda: exact.float() + 0.03,
-        "not finite": lambda: exact.float() / 0,
-        "another": lambda: exact.float() * 7,
-        "broken": lambda: peers.need("no_such_library"),
-    }
-    rows.measure("suite", "case", {}, sides, exact, "reference", other="another")
-    found = {row["side"]: row for row in rows.found}
-    assert [name for name, row in found.items() if row["eager_ms"]] == ["reference", OURS, "another"]
-    assert found["wrong"]["missing"].startswith("wrong: error ")
-    assert found["not finite"]["missing"].startswith("wrong: error inf")
-    assert found["broken"]["missing"].startswith("not installed: ")
-    json.dumps(rows.found, allow_nan=False)
-    late = gpu_rows_of.Rows(CPU, 0.0)
-    late.measure("suite", "case", {}, sides)
-    assert {row["missing"] for row in late.found} == {"the time of this call was over"}
-
-
-@pytest.mark.more
-def test_gpu_script_goes_through_every_line_on_the_cpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--tiny", "--output", str(tmp_path)])
-    gpu.main()
-    (path,) = tmp_path.glob("*-tiny.json")
-    document = json.loads(path.read_text(encoding="utf-8"))
-    assert {row["suite"] for row in document["rows"]} == {"dem", "prefix", "ops", "photo"}
-    ours = [row for row in document["rows"] if row["side"] in (OURS, LOOP, gpu_bars.BATCHED, gpu_bars.BY_VIEW)]
-    # At these sizes errors of absorbed products in bfloat16 vary by more than they may where a figure counts.
-    assert all(row["error"] is None or row["error"] < 0.05 for row in ours)
-    assert not [row["missing"] for row in ours if row["missing"] and not row["missing"].startswith("wrong: error")]
-    printed = capsys.readouterr().out
-    assert "reached" in printed
-    assert "not measured" in printed
-
-
-def test_gpu_script_tests_first(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(runner, "run_tests", lambda *given, seconds: calls.append((given, seconds)) or "failed: 1")
-    monkeypatch.setattr(gpu, "Sizes", lambda tiny: None)
-    for section in ("enhancement", "prefix", "small_ops", "photographs", "gradient_steps"):
-        monkeypatch.setattr(gpu, section, lambda *given: calls.append(dispatch.BACKEND.value()[0]))
-        getattr(gpu, section).__name__ = section
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--output", str(tmp_path)])
-    gpu.main()
-    assert calls[0] == (("--numprocesses", str(len(os.sched_getaffinity(0))), "tests/kernels"), gpu.TEST_SECONDS)
-    assert calls[1:] == ["torch"] * 5  # kernels that failed are not measured
 
 
 def test_aims_of_copies_on_a_gpu():

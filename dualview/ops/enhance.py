@@ -359,6 +359,8 @@ class DualPerspectiveEnhance(nn.Module):
     def products(self, grid: GridLike, tokens: SizeLike, like: Tensor) -> Products:
         """How the live tokens are computed by the module as it is, for tokens like ``like``.
 
+        Where a gradient would be recorded, that is for both passes; within ``torch.no_grad()``, for a forward pass.
+
         Example:
             >>> dem = DualPerspectiveEnhance.released(1024)
             >>> dem.products((3, 3), (24, 24), torch.empty(0)).directions[1].absorb

@@ -9,9 +9,10 @@ all equal in exact arithmetic (the bias of the keys adds one constant to the sco
 and the rows of P sum to one). Few queries against many keys need fewer operations if the keys are not projected; but no
 attention kernel is as fast for wide heads as for narrow ones, so that operations alone do not decide.
 
-Time is estimated from rates of a device, by kind of work (rates.json, with the source of every figure). Where there are
-no rates nothing is rearranged. Nor is anything where a layer is not what its class made it: a layer that is wrapped,
-hooked, quantised, offloaded or replaced is called, and its weights are never read.
+Time is estimated from rates of a device, by kind of work (rates.json, with the source of every figure): of a forward
+pass or, where gradients are recorded, of both passes. Where there are no rates nothing is rearranged. Nor is anything
+where a layer is not what its class made it: a layer that is wrapped, hooked, quantised, offloaded or replaced is
+called, and its weights are never read.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class Products(NamedTuple):
         together: Whether the queries of both directions meet their layers in one product each: fewer launches, and one
             more copy of what was attended.
         seconds: Estimated time for one image; None where the device has no rates.
-        as_it_stands: The same if nothing were rearranged.
+        estimates: The same of all ways, first that of the equations.
     """
 
     directions: tuple[Arrangement, ...]
     fold_values: bool = False
     together: bool = False
     seconds: float | None = None
-    as_it_stands: float | None = None
+    estimates: tuple[float, ...] = ()
 
     @classmethod
     def as_written(cls, directions: int) -> Products:
@@ -76,7 +77,9 @@ class Products(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a device does per second, and what a launch costs.
+    """What a device does per second, and what a launch costs: in a forward pass, or in both passes.
+
+    In both passes, too, it is the operations of the forward pass that are counted: the time is that of both.
 
     Attributes:
         dense: Operations of products with weights; a multiply-addition is two.
@@ -95,20 +98,22 @@ class Rates(NamedTuple):
 
 def records() -> list[dict[str, Any]]:
     """The committed rates as they stand in the file, each with its source."""
-    found: dict[str, Any] = json.loads(files(__package__).joinpath("rates.json").read_text(encoding="utf-8"))
-    return list(found["records"])
+    return list(json.loads(files(__package__).joinpath("rates.json").read_text(encoding="utf-8"))["records"])
 
 
-def rates_of(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """The committed rates of a device for operands of a type, None where there are none."""
+def rates_of(device: torch.device, dtype: torch.dtype, *, training: bool = False) -> Rates | None:
+    """The committed rates of a device for operands of a type, None where there are none.
+
+    With ``training`` those of both passes; where only a forward pass has been measured, it decides.
+    """
     name, of_type = device.type, str(dtype).removeprefix("torch.")
     if name == "cuda" and (found := capability(device)) is not None:
         name = f"cuda sm_{found[0]}{found[1]}"
     for record in records():
         if record["device"] == name and of_type in record["dtypes"]:
-            attention = tuple((width, rate) for width, rate in record["attention"])
-            moved = record["moved"] / (2 * dtype.itemsize)
-            return Rates(record["dense"], attention, record["pooled"], moved, record["launch"])
+            of = record.get("training" if training else "forward", record["forward"])
+            attention = tuple(map(tuple, of["attention"]))
+            return Rates(of["dense"], attention, of["pooled"], of["moved"] / (2 * dtype.itemsize), of["launch"])
     return None
 
 
@@ -151,6 +156,7 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
         tuple(sizes_of(attention) for attention in attentions),
         like.device,
         dtype,
+        training=torch.is_grad_enabled() and any(x.requires_grad for a in attentions for x in (like, *a.parameters())),
         shared=attentions[0] is attentions[-1],
         commutes=commutes,
         concat=type(fusion) is LinearConcatFusion and all(type(layer) is nn.Linear for layer in fusion.children()),
@@ -176,6 +182,7 @@ def choose_products(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    training: bool,
     shared: bool,
     commutes: bool,
     concat: bool,
@@ -188,20 +195,19 @@ def choose_products(
         sizes: Those of the layers of each direction.
         device: Where they are.
         dtype: Type of the operands.
+        training: Whether a backward pass will follow.
         shared: Whether both directions have the same layers.
         commutes: Whether the fusion may be applied to averages.
         concat: Whether it is the linear concatenation, into which W_v can be folded.
         fusion_weights: Its parameters, if it commutes: its multiply-additions per token.
     """
-    plan, rates, layers = plan_enhance(*spec), rates_of(device, dtype), [Layers(*values) for values in sizes]
-    if rates is None:
+    plan, layers = plan_enhance(*spec), [Layers(*values) for values in sizes]
+    if (rates := rates_of(device, dtype, training=training)) is None:
         return Products.as_written(len(layers))
     averaged = plan.cell != (1, 1) and commutes and all(layer.linear for layer in layers)
-    timed = [
-        candidate._replace(seconds=seconds_of(plan, layers, candidate, rates, shared, fusion_weights))
-        for candidate in _candidates(plan, layers, shared=shared, averaged=averaged, concat=concat)
-    ]
-    return min(timed, key=lambda candidate: candidate.seconds or 0.0)._replace(as_it_stands=timed[0].seconds)
+    ways = list(_candidates(plan, layers, shared=shared, averaged=averaged, concat=concat))
+    estimates = tuple(seconds_of(plan, layers, way, rates, shared, fusion_weights) for way in ways)
+    return ways[estimates.index(min(estimates))]._replace(seconds=min(estimates), estimates=estimates)
 
 
 def _candidates(

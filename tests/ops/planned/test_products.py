@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dualview as dv
 from dualview.ops.planned import products
-from dualview.ops.planned.products import Arrangement, Layers, Products, Rates, rates_of, seconds_of, sizes_of
+from dualview.ops.planned.products import Arrangement, Layers, Products, rates_of, seconds_of, sizes_of
 from tests.ops.planned.rates import MACHINES, machine
 
 LIKE, LIKE_META = torch.empty(0), torch.empty(0, device="meta")
@@ -166,53 +164,6 @@ class TestByRates:
             assert [a.absorb for a in found.directions] == [False, absorbs]
             paper = dv.DualPerspectiveEnhance.paper(1024).products((n, n), (24, 24), LIKE)
             assert all(a.absorb and a.pool for a in paper.directions)
-
-    @pytest.mark.parametrize(
-        "record", products.records(), ids=lambda record: f"{record['device']} {record['dtypes'][0]}"
-    )
-    def test_choices_are_those_of_the_committed_figures(
-        self, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Of all ways to arrange them the one with the least time, worked out from the file."""
-        device, _, sm = record["device"].partition(" sm_")
-        monkeypatch.setattr(products, "capability", lambda device: (int(sm[:-1]), int(sm[-1])))
-        for dtype, preset, n in product(record["dtypes"], ("paper", "released"), (2, 3, 4, 5)):
-            dem = getattr(dv.DualPerspectiveEnhance, preset)(1024, device="meta")
-            layers, shared = [Layers(*sizes_of(dem.attentions[0]))] * 2, True
-            weights = sum(p.numel() for p in dem.fusion.parameters()) if preset == "paper" else 0
-            plan, itemsize = dem.plan((n, n), (24, 24)), getattr(torch, dtype).itemsize
-            rates = Rates(
-                record["dense"],
-                record["attention"],
-                record["pooled"],
-                record["moved"] / (2 * itemsize),
-                record["launch"],
-            )
-            paper = preset == "paper"
-            ways = list(products._candidates(plan, layers, shared=shared, averaged=paper, concat=paper))
-            spec = dem._spec((n, n), (24, 24), dem.readout)
-            options = {"shared": shared, "commutes": preset == "paper", "concat": preset == "paper"}
-            chosen = products.choose_products(
-                spec,
-                (sizes_of(dem.attentions[0]),) * 2,
-                torch.device(device),
-                getattr(torch, dtype),
-                **options,
-                fusion_weights=weights,
-            )
-            seconds = [seconds_of(plan, layers, way, rates, shared, weights) for way in ways]
-            assert (chosen.seconds, chosen.as_it_stands) == (min(seconds), seconds[0])
-            assert chosen._replace(seconds=None, as_it_stands=None) == ways[seconds.index(min(seconds))]
-
-    def test_every_record_says_where_it_comes_from(self) -> None:
-        for record in products.records():
-            assert record["source"]
-            numbers = [
-                *(record[name] for name in ("dense", "pooled", "moved")),
-                *(rate for _, rate in record["attention"]),
-            ]
-            assert all(math.isfinite(x) and x > 0 for x in numbers)
-            assert record["attention"] == sorted(record["attention"])
 
 
 # --- What may be read -------------------------------------------------------------------------------------------------
