@@ -129,7 +129,9 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func._overloadpacket in self._formulas:
-            self.operations += self._formulas[func._overloadpacket](*args, **kwargs, out_val=out)
+            # Formulas of torch 2.11 do not know products with a type of their own for the result, of a GPU alone.
+            operands = [x for x in args if not isinstance(x, torch.dtype)]
+            self.operations += self._formulas[func._overloadpacket](*operands, **kwargs, out_val=out)
         is_view = any(arg.alias_info is not None for arg in func._schema.arguments) and not func._schema.is_mutable
         read, written = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
         if func in _GATHERS:
