@@ -5,7 +5,6 @@ All of them trace: under `torch.compile`, `torch.export`, `torch.vmap` and with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, cast
@@ -13,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualview.arguments import MOST_WIDTH, TEXTS, check_count, check_number, shown
+from dualview.arguments import MOST_WIDTH, TEXTS, check_count, shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that are calculated with."""
@@ -195,46 +194,6 @@ def check_queries(of: nn.Module | None, width: int | None, **named: Tensor) -> N
             f"got {given}: they must be (..., tokens, {width or 'D'}), with the same leading dimensions and width; key "
             "and value must have one shape."
         )
-
-
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    cells: tuple[int, int, int, int] | None,
-    tiles: int,
-) -> None:
-    """Raise a ValueError unless these are what `dualview.kernels.tile_attention.tile_attention` takes."""
-    if (
-        not q.dim() == k.dim() == v.dim() == 5
-        or k.shape[:2] != q.shape[:2]
-        or k.shape[:-1] != v.shape[:-1]
-        or k.shape[-2] not in (1, q.shape[3])
-        or k.shape[-1] != q.shape[-1]
-        or not q.dtype == k.dtype == v.dtype
-        or not q.is_floating_point()
-    ):
-        raise ValueError(
-            f"tile_attention got {_shapes(q, k, v)}: q must be (B, T, Q, H, E), k and v (B, T, K, H or 1, E or V), "
-            "with as many heads in k as in v, and all of one floating-point type. Cast them, or call it under "
-            "torch.autocast."
-        )
-    if cells is not None and (min(cells) < 0 or math.prod(cells) != q.shape[2]):
-        raise ValueError(
-            f"tile_attention got {_shapes(q, k, v)} and cells={cells}: they must be the {q.shape[2]} queries of a "
-            "tile, as rows of cells, their height, columns of cells, their width."
-        )
-    check_count(tiles, "tiles", low=0)
-    if key_mask is not None:
-        shapes = [(images, *k.shape[1:3]) for images in (k.shape[0], 1)]
-        check_mask(key_mask, "key_mask", shapes, None, "keys that may be attended to")
-    check_number(scale, "scale", above=0)
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in (("q", q), ("k", k), ("v", v)))
 
 
 def misfit(tensor: object, own: Tensor) -> str:

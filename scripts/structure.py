@@ -36,7 +36,7 @@ MOVED: dict[str, dict[str, int]] = {
     "interpolation.py": {"resized": 7},
     "padding.py": {"pad_to": 7},
     "arguments.py": {"check_choice": 22, "check_count": 4},  # check_backend, check_data_format, check_readout, loops
-    "tensors.py": {"check_attention": 8, "check_queries": 2, "check_mask": 2, "check_width": 3, "misfit": 1},
+    "tensors.py": {"check_queries": 2, "check_mask": 2, "check_width": 3, "misfit": 1},
     "views.py": {
         "check_map": 4,  # check_rank
         "tile_size": 4,

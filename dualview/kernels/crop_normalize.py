@@ -18,7 +18,7 @@ from torch import Tensor
 from dualview.geometry import GridLike, Perspective, TileGrid, check_live
 from dualview.kernels import dispatch
 from dualview.kernels.tables import table
-from dualview.views import tile_size, view_in
+from dualview.views import view_in
 
 
 def crop_normalize(
@@ -32,6 +32,8 @@ def crop_normalize(
 ) -> tuple[Tensor, Tensor]:
     """Local tiles and stride tiles of ``images * factor + offset``, computed in float32.
 
+    Whoever calls it has checked that the images are of the grid, and the scales of their channels.
+
     Args:
         images: Images, of any strides: (H, W, C) is passed as ``images.movedim(-1, -3)``.
         grid: Rows and columns of tiles.
@@ -44,15 +46,10 @@ def crop_normalize(
         (..., C, H, W) -> (..., live local tiles, C, h, w), (..., live stride tiles, C, h, w)
 
     Raises:
-        ValueError: The images are no multiple of the grid, ``scales`` are not one pair per channel, or ``live`` are not
-            tiles of the grid, each at most once.
+        ValueError: ``live`` are not tiles of the grid, each at most once.
         RuntimeError: "triton" was asked for and cannot run.
     """
-    grid = TileGrid.of(grid)
-    tile_size(images, "raster", grid, "channels_first", "images")
-    if images.shape[-3] != len(scales):
-        raise ValueError(f"{len(scales)} scales for images {tuple(images.shape)}: one (factor, offset) per channel.")
-    local, stride = map(list, check_live(live, grid))
+    local, stride = map(list, check_live(live, TileGrid.of(grid)))
     reasons = {
         "gradients of pixels are not implemented: detach the images": images.requires_grad and torch.is_grad_enabled(),
         f"tiles of {dtype}: ask for one of {', '.join(map(str, dispatch.FLOATS))}": dtype not in dispatch.FLOATS,

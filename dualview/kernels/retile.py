@@ -85,23 +85,25 @@ def retile(
         >>> retile(tiles, "local", "raster", (2, 3)).shape
         torch.Size([2, 8, 15, 8])
     """
-    move = _move(x, source, target, data_format, name, grid)
-    images = data_format == "channels_first"
+    move = move_of(x, source, target, data_format, name, grid)
+    return _by_kernel(x, move) if takes_kernel(x, move, backend) else _by_torch(x, move)
+
+
+def takes_kernel(x: Tensor, move: Move, backend: dispatch.Backend | None = None) -> bool:
+    """Whether the kernel makes a move; arguments and errors as for `retile`."""
+    images = move.data_format == "channels_first"
     asked = backend if backend is not None else "torch" if images else dispatch.BACKEND.value()[0]
     slower = asked == "auto" and not (x.is_cuda and not images and _is_faster(x, move))
-    if asked == "torch" or slower or dispatch.choose("retile", x, backend=backend).name == "torch":
-        return _by_torch(x, move)
-    return _by_kernel(x, move)
+    return asked != "torch" and not slower and dispatch.choose("retile", x, backend=backend).name == "triton"
 
 
-def _move(x: Tensor, source: Layout, target: Layout, data_format: DataFormat, name: str, grid: GridLike) -> Move:
+def move_of(x: Tensor, source: Layout, target: Layout, data_format: DataFormat, name: str, grid: GridLike) -> Move:
     """The move, of arguments that have been checked: those of an ordinary tensor once for every shape."""
-    dense = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-    if dense and not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is None:
-        pair = (grid.rows, grid.cols) if type(grid) is TileGrid else grid
+    pair: Any = (grid.rows, grid.cols) if type(grid) is TileGrid else grid
+    known = type(pair) is tuple and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+    if known and not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is None:
         try:
-            if type(pair) is tuple:
-                return _known_move(x.shape, source, target, data_format, name, *pair)
+            return _known_move(x.shape, source, target, data_format, name, *pair)
         except TypeError:  # no pair of integers, or sizes that are symbols
             pass
     return _new_move(x, source, target, data_format, name, grid)
@@ -132,8 +134,8 @@ def _known_move(
 def _by_torch(x: Tensor, move: Move) -> Tensor:
     """One copy; from perspective to perspective two, through raster order, where tiles hold no whole cells."""
     if not move.sizes:
-        x = _by_torch(x, _move(x, move.source, "raster", move.data_format, "x", move.grid))
-        move = _move(x, "raster", move.target, move.data_format, "x", move.grid)
+        x = _by_torch(x, move_of(x, move.source, "raster", move.data_format, "x", move.grid))
+        move = move_of(x, "raster", move.target, move.data_format, "x", move.grid)
     return x.view(move.sizes).permute(move.order).clone(memory_format=torch.contiguous_format).view(move.shape)
 
 
@@ -190,7 +192,7 @@ def _launch(x: Tensor, move: Move) -> Tensor:
 def _moved(
     x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
 ) -> Tensor:
-    return _launch(x, _move(x, source, target, data_format, "x", (rows, cols)))
+    return _launch(x, move_of(x, source, target, data_format, "x", (rows, cols)))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
@@ -208,7 +210,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, cols, data_format = ctx.others
-        move = _move(grad, ctx.target, ctx.source, data_format, "grad", (rows, cols))
+        move = move_of(grad, ctx.target, ctx.source, data_format, "grad", (rows, cols))
         return _by_kernel(grad, move), None, None, None, None, None
 
 
@@ -226,4 +228,4 @@ _retile.register_autograd(_Recorded.backward, setup_context=_remember)
 def _(
     x: Tensor, source: Layout, target: Layout, rows: int, cols: int, data_format: DataFormat = "channels_last"
 ) -> Tensor:
-    return x.new_empty(_move(x, source, target, data_format, "x", (rows, cols)).shape)
+    return x.new_empty(move_of(x, source, target, data_format, "x", (rows, cols)).shape)

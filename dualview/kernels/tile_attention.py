@@ -27,7 +27,6 @@ from dualview.kernels.chunked_attention import (
     gradients_by_chunks,
     mask_and_alive,
 )
-from dualview.tensors import check_attention
 
 WIDEST_HEAD = 256
 """The widest head of torch's flash attention."""
@@ -43,7 +42,7 @@ def tile_attention(
     cells: tuple[int, int, int, int] | None = None,
     tiles: int = 0,
 ) -> Tensor:
-    """Attention of the queries of every tile to the keys of the same tile.
+    """Attention of the queries of every tile to the keys of the same tile. Whoever calls it has checked the arguments.
 
     Args:
         q: Queries of every tile, any strides.
@@ -61,9 +60,6 @@ def tile_attention(
         - key_mask: (B or 1, T, K)
         - result: (B, T, G, H, V), or (B, 1, G, H, V) added up
 
-    Raises:
-        ValueError: Shapes or types do not fit together, or ``scale`` is not positive.
-
     Example:
         >>> q, kv = torch.randn(1, 6, 2, 4, 8), torch.randn(1, 6, 3, 1, 8)  # 6 tiles of 2 queries and 3 keys
         >>> tile_attention(q, kv, kv, scale=0.1).shape
@@ -72,13 +68,11 @@ def tile_attention(
         torch.Size([1, 1, 1, 4, 8])
     """
     q, k, v = _of_autocast(q, k, v)
-    problem = Problem(q, k, v, key_mask, float(scale), cells, tiles)
-    check_attention(*problem)
     # No fused kernel is fast for wide heads on a GPU, or as fast as scores in the cache of a CPU.
     scores = q.shape[-1] > WIDEST_HEAD if q.is_cuda else v is k and q.device.type in SCORES_AT_ONCE
-    if cells or tiles or scores or not _fused_is_right(problem):
+    if cells or tiles or scores or not _fused_is_right(q, k, v, key_mask):
         of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
-        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, *problem[3:]))
+        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, cells, tiles))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)
@@ -104,9 +98,8 @@ def _of_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q.to(dtype), key, key if v is k else v.to(dtype)
 
 
-def _fused_is_right(problem: Problem) -> bool:
+def _fused_is_right(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> bool:
     """Whether torch has a fused kernel for this with right gradients: flash attention where cuDNN's could run."""
-    q, k, v, key_mask = problem[:4]
     width = k.shape[-1]
     fits_flash = v.shape[-1] == width and width <= WIDEST_HEAD and width % 8 == 0
     flash = key_mask is None and fits_flash and torch.backends.cuda.is_flash_attention_available()

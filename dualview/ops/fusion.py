@@ -35,14 +35,12 @@ class DeclaresReach(Protocol):
 def declared(fusion: nn.Module, name: str) -> Any:
     """What a fusion declares under a name, or None.
 
-    A class with a ``forward`` of its own does not inherit declarations: they were made for another ``forward``.
+    What has a ``forward`` of its own, a class or a module, inherits no declarations: they were made for another one.
     """
-    if name in vars(fusion):
-        return getattr(fusion, name)
-    for cls in type(fusion).__mro__:
-        if name in vars(cls):
+    for declaring in (fusion, *type(fusion).__mro__):
+        if name in vars(declaring):
             return getattr(fusion, name)
-        if "forward" in vars(cls):
+        if "forward" in vars(declaring):
             return None
     return None
 

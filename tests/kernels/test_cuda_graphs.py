@@ -108,7 +108,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "table", table)
 
 
-@pytest.mark.parametrize("fastest", ["never measured", "attention is free"])
+@pytest.mark.parametrize("fastest", ["never measured", "attention is free", "operations count, then launches"])
 @pytest.mark.parametrize("part", PARTS)
 def test_the_host_is_not_waited_for(part: str, fastest: str, kept: None) -> None:
     """Of tensors of a GPU that have no contents; the first call makes the tables."""

@@ -265,7 +265,7 @@ class TestWhereTheKernelIsFaster:
     def is_faster(self, monkeypatch):
         monkeypatch.setattr(module, "LEAST_BYTES", 96)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        return lambda x: module._is_faster(x, module._move(x, "raster", "global", "channels_last", "x", (2, 3)))
+        return lambda x: module._is_faster(x, module.move_of(x, "raster", "global", "channels_last", "x", (2, 3)))
 
     def test_maps_of_many_bytes(self, device, is_faster):
         x = torch.zeros(4, 6, 1, device=device)

@@ -70,6 +70,15 @@ def test_every_arrangement(preset: str, fastest: str, masked: bool) -> None:
         exports(getattr(dv.DualPerspectiveEnhance, preset)(16), (3, 3), (5, 6), masked=masked)
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_both_directions_together(preset: str) -> None:
+    dem, fastest = getattr(dv.DualPerspectiveEnhance, preset)(16), {"paper": "operations count, then launches"}
+    with torch.no_grad(), machine(fastest.get(preset, "launches count")):
+        assert dem.products((3, 3), (6, 6), torch.empty(0)).together
+        exports(dem, (3, 3), (6, 6))
+
+
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_the_equations(preset: str) -> None:
     with dv.full_computation():

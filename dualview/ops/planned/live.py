@@ -219,11 +219,9 @@ def plan_direct(pair: tuple[int, int], tokens: Size, *, readout: Readout, source
     """The plan of a readout of recombined features, without enhancement; arguments as for `plan_enhance`."""
     grid = TileGrid(*pair)
     read = _both(partial(_read_positions, readout), grid, tokens)
-    cuts = []
-    for perspective in MAPS_OF_ROLE[source]["local"]:
-        cuts.append((perspective, *_both(partial(AxisCut.of, perspective), read, grid, tokens)))
+    cuts = tuple((p, *_both(partial(AxisCut.of, p), read, grid, tokens)) for p in MAPS_OF_ROLE[source]["local"])
     tiles = {p: tuple(i * grid.cols + j for i in rows.tiles for j in cols.tiles) for p, rows, cols in cuts}
-    return DirectPlan(LiveTiles(tiles.get("local", ()), tiles.get("global", ())), tuple(cuts))
+    return DirectPlan(LiveTiles(tiles.get("local", ()), tiles.get("global", ())), cuts)
 
 
 class LayerPlan(NamedTuple):

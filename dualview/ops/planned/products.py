@@ -58,8 +58,9 @@ class Products(NamedTuple):
     Attributes:
         directions: One arrangement for each direction of the plan.
         fold_values: Whether W_v is folded into the linear layers of the fusion.
-        together: Whether the queries of both directions meet their layers in one product each: fewer launches, and one
-            more copy of what was attended.
+        together: Whether both directions meet their layers in one product each, where no key is masked: fewer launches.
+            The queries, with one more copy of what was attended; or, with ``fold_values``, the keys, where no gradient
+            is recorded.
         seconds: Estimated time for one image; None where the device has no rates.
         estimates: The same of all ways, first that of the equations.
     """
@@ -125,14 +126,14 @@ class Layers(NamedTuple):
         heads: Number of heads.
         out_proj: Whether a linear layer follows the attention.
         linear: Whether nothing but linear layers follows the softmax.
-        values_alone: Whether nothing but W_v does.
+        weights_alone: Whether there is nothing but W_q, W_k and W_v of one head, without biases.
     """
 
     dim: int
     heads: int
     out_proj: bool
     linear: bool
-    values_alone: bool
+    weights_alone: bool
 
 
 def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.Module, like: Tensor) -> Products:
@@ -146,7 +147,7 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
     """
     if not all(readable(attention, like) for attention in attentions):
         return Products.as_written(len(attentions))
-    device = like.device.type
+    device, dim = like.device.type, attentions[0].dim
     autocast = not like.is_meta and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
     linear = type(fusion) is nn.Linear or (declared(fusion, "radius") == 0 and bool(declared(fusion, "linear")))
@@ -159,7 +160,8 @@ def products_of(spec: EnhanceSpec, attentions: list[TileAttention], fusion: nn.M
         training=torch.is_grad_enabled() and any(x.requires_grad for a in attentions for x in (like, *a.parameters())),
         shared=attentions[0] is attentions[-1],
         commutes=commutes,
-        concat=type(fusion) is LinearConcatFusion and all(type(layer) is nn.Linear for layer in fusion.children()),
+        concat=type(fusion) is LinearConcatFusion
+        and all(_is_linear(half, (dim // 2, dim), like) and half.bias is None for half in fusion.children()),
         fusion_weights=sum(p.numel() for p in fusion.parameters()) if commutes else 0,
     )
 
@@ -170,8 +172,12 @@ Sizes: TypeAlias = tuple[int, int, bool, bool, bool]
 
 def sizes_of(attention: TileAttention) -> Sizes:
     """What of an attention decides."""
-    after = (attention.v_proj.bias, attention.out_proj, attention.norm)
-    alone = attention.num_heads == 1 and not attention.residual and all(part is None for part in after)
+    others = (
+        *(p.bias for p in (attention.q_proj, attention.k_proj, attention.v_proj)),
+        attention.out_proj,
+        attention.norm,
+    )
+    alone = attention.num_heads == 1 and not attention.residual and all(part is None for part in others)
     return attention.dim, attention.num_heads, attention.out_proj is not None, attention.norm is None, alone
 
 
@@ -214,6 +220,7 @@ def _candidates(
     plan: EnhancePlan, layers: list[Layers], *, shared: bool, averaged: bool, concat: bool
 ) -> Iterator[Products]:
     """Every arrangement that gives the same result; first that of the equations."""
+    all_ask = plan.whole_cells and all(d.queries == d.keys for d in plan.directions)
     for pooled in (False, True) if averaged else (False,):
         ways = []
         for d, layer in zip(plan.directions, layers, strict=True):
@@ -223,8 +230,10 @@ def _candidates(
             ways.append([Arrangement(False, False, pool), *(Arrangement(True, fold, pool) for fold in folds)])
         for directions in product(*ways):
             yield Products(directions)
-            if pooled and concat and all(a.absorb for a in directions) and all(x.values_alone for x in layers):
+            if pooled and concat and all(a.absorb for a in directions) and all(x.weights_alone for x in layers):
                 yield Products(directions, fold_values=True)
+                if shared and all_ask and all(a.fold for a in directions):
+                    yield Products(directions, fold_values=True, together=True)
     one_of_each_cell = plan.cell == (1, 1) and plan.whole_cells and not plan.looks_around
     if shared and one_of_each_cell and len(layers) == 2 and any(d.num_tiles == 1 for d in plan.directions):
         yield Products.as_written(2)._replace(together=True)
@@ -252,8 +261,8 @@ def seconds_of(
         attention = 2 * scores / (rates.pooled if inside else of_width[0])
         copied = queries * dim if a.pool and d.cut == "local" else 0  # to bring the tokens of cells together
         seconds += attention + copied / rates.moved + (12 if inside else 8) * rates.launch
-    if chosen.together:  # what was attended is stacked; queries are gathered in any case
-        seconds += 2 * queries * dim / rates.moved - 5 * rates.launch
+    if chosen.together:  # with queries, what was attended is stacked; they are gathered in any case, as keys are
+        seconds += -4 * rates.launch if chosen.fold_values else 2 * queries * dim / rates.moved - 5 * rates.launch
     of_map = len(plan.fused[0]) * len(plan.fused[1])
     dense += fusion_weights * (pooled_tokens if chosen.directions[0].pool else of_map)
     return seconds + 2 * dense / rates.dense
@@ -292,8 +301,10 @@ def untouched(layer: nn.Module, like: Tensor, but_of: str = "") -> bool:
         return False
     parameters = [p for p in layer._parameters.values() if p is not None]
     # Of no other kind of tensor; fake ones stand for plain ones while costs are counted.
-    plain = all(isinstance(p, nn.Parameter) and type(p) in (nn.Parameter, FakeTensor) for p in parameters)
-    return plain and all(p.device == like.device for p in parameters)
+    return all(
+        isinstance(p, nn.Parameter) and type(p) in (nn.Parameter, FakeTensor) and p.device == like.device
+        for p in parameters
+    )
 
 
 def _global_hook() -> bool:
@@ -310,15 +321,15 @@ def readable(attention: TileAttention, like: Tensor) -> bool:
     return (
         type(attention) is TileAttention
         and untouched(attention, like)
-        and all(_is_linear(layer, attention.dim, like) for layer in layers if layer is not None)
+        and all(_is_linear(layer, 2 * (attention.dim,), like) for layer in layers if layer is not None)
         and (norm is None or (type(norm) is nn.LayerNorm and untouched(norm, like)))
     )
 
 
-def _is_linear(layer: nn.Module, dim: int, like: Tensor) -> bool:
-    """Whether a layer is exactly torch's linear layer, from the width D to D, with a weight of its own."""
+def _is_linear(layer: nn.Module, shape: tuple[int, ...], like: Tensor) -> bool:
+    """Whether a layer is exactly torch's linear layer, with a weight of its own, of this shape."""
     weight = layer._parameters.get("weight")
-    return type(layer) is nn.Linear and untouched(layer, like) and weight is not None and weight.shape == (dim, dim)
+    return type(layer) is nn.Linear and untouched(layer, like) and weight is not None and weight.shape == shape
 
 
 def plain_bottlenecks(fusion: nn.Module, like: Tensor) -> bool:

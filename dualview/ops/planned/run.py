@@ -8,14 +8,13 @@ from typing import NamedTuple, cast
 
 import einops
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualview.arguments import check_size
 from dualview.geometry import Perspective, Size, TileGrid
 from dualview.kernels.chunked_attention import chunks
-from dualview.kernels.retile import retile
+from dualview.kernels.retile import move_of, retile, takes_kernel
 from dualview.kernels.tables import index_tensor, table
 from dualview.kernels.tile_attention import tile_attention
 from dualview.ops.fusion import BottleneckConcatFusion, LinearConcatFusion, fuse
@@ -66,17 +65,22 @@ def enhance_live(
     Shape:
         (B, h, w, D), or (B, H, W, D) if the readout reads everything and averages nothing
     """
-    if products.together:
-        return enhance_together(plan, grid, attentions[0], fusion, maps, masks)
+    if products.together and all(mask is None for mask in masks.values()):
+        if not products.fold_values:
+            return enhance_together(plan, grid, attentions[0], fusion, maps)
+        tiles, cut, _ = maps["local"][0]
+        move = move_of(tiles, cut, KEYS_OF_QUERY[cut], "channels_last", "tiles", grid)
+        # A backward pass would have to join the gradients of what was joined here: one more copy of both maps.
+        if not torch.is_grad_enabled() and not takes_kernel(tiles, move):
+            return enhance_folded(plan, grid, attentions[0], cast(LinearConcatFusion, fusion), maps)
     ways = list(zip(plan.directions, products.directions, attentions, strict=True))
     folding = {attention: a for _, a, attention in ways if a.fold}  # both directions may share one matrix
     folded = {attention: query_key_matrix(attention) for attention in folding}
-    project = not products.fold_values
     enhanced = [
         enhance_direction(
-            plan, d, grid, a, attention, maps, masks, folded[attention] if a.fold else None, project=project
+            plan, d, grid, a, layers, maps, masks, folded[layers] if a.fold else None, project=not products.fold_values
         )
-        for d, a, attention in ways
+        for d, a, layers in ways
     ]
     if products.fold_values:
         return fuse_with_values(cast(LinearConcatFusion, fusion), enhanced, attentions)
@@ -95,30 +99,70 @@ def enhance_together(
     attention: TileAttention,
     fusion: nn.Module,
     maps: Mapping[Perspective, list[TileMap]],
-    masks: Mapping[Perspective, Tensor | None],
 ) -> Tensor:
     """The same where one token of each cell is read, with the queries of both directions in one tensor, V_loc first.
 
     One direction asks one tile: its keys are the tokens that ask in the other direction.
     """
-    reads = [reduce(torch.add, [read_tokens(of, plan, grid) for of in maps[d.query]]) for d in plan.directions]
-    asking = torch.stack(reads).flatten(2, -2)  # (2, B, h * w, D), in the order of local tiles
+    asking = torch.stack(  # (2, B, h * w, D), in the order of local tiles
+        [reduce(torch.add, [read_tokens(of, plan, grid) for of in maps[d.query]]) for d in plan.directions]
+    ).flatten(2, -2)
     found = []
     for d, q, other in zip(plan.directions, per_token(attention.q_proj, asking), (asking[1], asking[0]), strict=True):
-        key, mask = other.unsqueeze(1), mask_of(d, masks, grid)
+        key = other.unsqueeze(1)
         if d.num_tiles > 1:
             (key,) = take_tiles(maps[KEYS_OF_QUERY[d.query]], d.key_rows, d.key_cols, d.cut, grid)
-        elif mask is not None:
-            cells = mask.view(-1, *plan.tokens, 1)
-            mask = retile(cells, "raster", "local", grid, backend="torch").flatten(1).unsqueeze(1)
         asked, k, v = q.unflatten(1, (d.num_tiles, d.queries)), attention.k_proj(key), attention.v_proj(key)
-        found.append(attend(asked, k, v, num_heads=attention.num_heads, key_mask=mask).flatten(1, 2))
+        found.append(attend(asked, k, v, num_heads=attention.num_heads).flatten(1, 2))
     both = attention.finish(torch.stack(found), asking)
     tiles = grid.num_tiles, *grid.tile_size(plan.tokens)
     if plain_bottlenecks(fusion, both):
         fused = fuse_together(cast(BottleneckConcatFusion, fusion), both)
         return retile(fused.unflatten(1, tiles), "local", "raster", grid)
     return fuse(fusion, *retile(both.unflatten(2, tiles), "local", "raster", grid))
+
+
+def enhance_folded(
+    plan: EnhancePlan,
+    grid: TileGrid,
+    attention: TileAttention,
+    fusion: LinearConcatFusion,
+    maps: Mapping[Perspective, list[TileMap]],
+) -> Tensor:
+    """The same where every token asks, and all weights fold into two matrices that both directions share.
+
+    The keys of both directions are brought into one tensor, where they meet W_k W_q^T in one product.
+    """
+    folded, values = product_of_weights(attention, fusion)
+    answering = [
+        reduce(torch.add, [in_cut(x, d.cut, grid) for x in maps[KEYS_OF_QUERY[d.query]]]) for d in plan.directions
+    ]
+    keys = torch.stack(answering).flatten(4, 7).flatten(2, 3).unsqueeze(-2)
+    (h, w), halves = grid.tile_size(plan.tokens), []
+    averages = {  # of the cells in a tile; or over the tiles, each with one token of every cell
+        "local": ((h, grid.rows, w, grid.cols), 0, "(b i j u v) d"),
+        "global": (None, grid.num_tiles, "(b i u j v) d"),
+    }
+    for d, k, v, weight in zip(plan.directions, F.linear(keys, folded), keys, values.chunk(2), strict=True):
+        (query,) = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
+        cells, tiles, order = averages[d.cut]
+        found = tile_attention(query.unsqueeze(-2), k, v, scale=1.0, cells=cells, tiles=tiles).flatten(0, -2)
+        # The product of weights has divided by sqrt(D), as scores need it; values do not.
+        half = torch.addmm(found.new_empty(1), found, weight.t(), beta=0, alpha=attention.dim**0.5)
+        halves.append(einops.rearrange(half, f"{order} -> b i u j v d", i=grid.rows, j=grid.cols, u=h, v=w))
+    return torch.cat(halves[::-1], -1).flatten(3, 4).flatten(1, 2)
+
+
+def in_cut(source: TileMap, cut: Perspective, grid: TileGrid) -> Tensor:
+    """All tokens of a map as tiles of a perspective, where tiles hold whole cells: a view, with all factors of h and w.
+
+    Shape:
+        (B, tiles, h, w, D) -> (B, rows, cols, h / rows, rows, w / cols, cols, D)
+    """
+    tiles = select(source.tiles, 1, [source.present.index(tile) for tile in range(grid.num_tiles)])
+    here = {"local": "(i j) (u y) (v x)", "global": "(y x) (i u) (j v)"}[source.perspective]
+    there = {"local": "i j u y v x", "global": "y x u i v j"}[cut]
+    return einops.rearrange(tiles, f"b {here} d -> b {there} d", i=grid.rows, y=grid.rows, j=grid.cols, x=grid.cols)
 
 
 def read_tokens(source: TileMap, plan: EnhancePlan, grid: TileGrid) -> Tensor:
@@ -130,9 +174,8 @@ def read_tokens(source: TileMap, plan: EnhancePlan, grid: TileGrid) -> Tensor:
     row, col = plan.read[0][0], plan.read[1][0]
     if source.perspective == "global":  # one tile has them all
         tile = source.tiles[:, source.present.index(row * grid.cols + col)]
-        return rearrange(tile, "b (i u) (j v) d -> b i j u v d", i=grid.rows, j=grid.cols)
-    tiles = select(source.tiles, 1, [source.present.index(tile) for tile in range(grid.num_tiles)])
-    return cast(Tensor, tiles[:, :, row :: grid.rows, col :: grid.cols].unflatten(1, (grid.rows, grid.cols)))
+        return einops.rearrange(tile, "b (i u) (j v) d -> b i j u v d", i=grid.rows, j=grid.cols)
+    return in_cut(source, "local", grid)[:, :, :, :, row, :, col]
 
 
 def mask_of(d: DirectionPlan, masks: Mapping[Perspective, Tensor | None], grid: TileGrid) -> Tensor | None:
@@ -291,6 +334,17 @@ def query_key_matrix(attention: TileAttention) -> Tensor:
     return torch.addmm(query.detach(), key.t(), query, beta=0, alpha=attention.dim**-0.5)
 
 
+def product_of_weights(attention: TileAttention, fusion: LinearConcatFusion) -> Tensor:
+    """W_k W_q^T, and W_v with both layers of the fusion, local first, in one product that divides all by sqrt(D).
+
+    Shape:
+        (2, D, D), either as a weight of `torch.nn.functional.linear`
+    """
+    layers = fusion.local_proj, fusion.global_proj, attention.k_proj, attention.v_proj
+    weights = torch.cat([attention.q_proj.weight.t(), *(layer.weight for layer in layers)]).unflatten(0, (2, 2, -1))
+    return torch.baddbmm(weights.new_empty(1), *weights, beta=0, alpha=attention.dim**-0.5)
+
+
 def _absorbed_queries(attention: TileAttention, query: Tensor, folded: Tensor | None) -> Tensor:
     """(x W_q + b_q) W_k^T per head, (B, T, Q, heads, D)."""
     weight, bias = attention.k_proj.weight, attention.q_proj.bias
@@ -321,15 +375,9 @@ def project_values(attention: TileAttention, collected: Tensor, attended: Tensor
 
 def fuse_with_values(fusion: LinearConcatFusion, collected: list[Tensor], attentions: list[TileAttention]) -> Tensor:
     """The linear concatenation with W_v folded into its layers, of what was collected; local first. (..., D)"""
-    (local, of_global), (v_loc, v_glo) = attentions, collected
-    halves = (
-        F.linear(collected_keys, half.weight @ attention.v_proj.weight, half.bias)
-        for collected_keys, half, attention in (
-            (v_glo, fusion.global_proj, of_global),
-            (v_loc, fusion.local_proj, local),
-        )
-    )
-    return torch.cat(list(halves), dim=-1)
+    ways = zip(collected, (fusion.local_proj, fusion.global_proj), attentions, strict=True)
+    halves = [F.linear(keys, half.weight @ attention.v_proj.weight) for keys, half, attention in ways]
+    return torch.cat(halves[::-1], dim=-1)
 
 
 # --- Tokens to tiles and back -----------------------------------------------------------------------------------------
@@ -397,7 +445,7 @@ def _token_index(
     tokens[list(present)] = torch.arange(len(present) * size[0] * size[1], device=device).view(-1, *size, 1)
     plane = retile(tokens, perspective, "raster", grid, backend="torch").squeeze(-1)
     plane = plane[list(rows.positions)][:, list(cols.positions)]
-    return rearrange(plane, "(i u) (j v) -> (i j) (u v)", i=len(rows.tiles), j=len(cols.tiles))
+    return einops.rearrange(plane, "(i u) (j v) -> (i j) (u v)", i=len(rows.tiles), j=len(cols.tiles))
 
 
 def on_full_map(plane: Tensor, plan: EnhancePlan, size: Size) -> Tensor:

@@ -18,6 +18,7 @@ MACHINES: dict[str, Rates | None] = {
     "projections are free": of(dense=1e6),
     "pooled attention is slow": of(pooled=1e-6),
     "launches count": of(launch=1e9),
+    "operations count, then launches": of(launch=1e-3),
     "never measured": None,
 }
 

@@ -239,12 +239,29 @@ class DeclaredAdapter(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias) + self.more(x)
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_values_are_folded_into_plain_layers_alone(low_rank: bool) -> None:
+HALVES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "low rank": lambda own: nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)),
+    "adapter": DeclaredAdapter,
+    "with a bias": lambda own: nn.Linear(64, 32),
+    "wider": lambda own: nn.Linear(64, 48, bias=False),
+}
+
+
+@pytest.mark.parametrize("fastest", ["operations count", "operations count, then launches"])
+@pytest.mark.parametrize("half", HALVES)
+def test_values_are_folded_into_plain_layers_alone(half: str, fastest: str) -> None:
     dem = dv.DualPerspectiveEnhance.paper(64).double()
-    two = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)).double()
-    dem.fusion.local_proj = two if low_rank else DeclaredAdapter(dem.fusion.local_proj)
-    with machine("operations count"):
+    dem.fusion.local_proj = HALVES[half](dem.fusion.local_proj).double()
+    with machine(fastest):
+        assert not dem.products((2, 3), (6, 6), LIKE).fold_values
+        torch.testing.assert_close(*both_ways(dem))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_values_are_folded_only_beside_projections_without_biases(name: str) -> None:
+    dem = dv.DualPerspectiveEnhance.paper(64).double()
+    setattr(dem.attentions[0], name, nn.Linear(64, 64).double())
+    with machine("operations count, then launches"):
         assert not dem.products((2, 3), (6, 6), LIKE).fold_values
         torch.testing.assert_close(*both_ways(dem))
 

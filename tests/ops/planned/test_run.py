@@ -15,6 +15,7 @@ import dualview as dv
 from benchmarks.measure import peak_bytes
 from dualview.kernels.chunked_attention import SCORES_AT_ONCE
 from dualview.ops.planned.products import Layers, _candidates, sizes_of
+from dualview.ops.planned.run import product_of_weights
 from dualview.switches import planning
 from tests.ops.planned.rates import MACHINES, machine
 from tests.strategies import examples, some
@@ -246,7 +247,7 @@ def test_every_arrangement_gives_the_same(share_weights, bias):
         expected = run(dem, tiles, grid, None, direction)
     layers = [Layers(*sizes_of(dem.attentions[index])) for index in (-1, 0)]
     ways = list(_candidates(dem.plan(grid, (4, 6)), layers, shared=share_weights, averaged=True, concat=True))
-    assert len(ways) == 18 + 4 * (not bias)
+    assert len(ways) == 18 + (4 + share_weights) * (not bias)
     for way in ways:
         with patch("dualview.ops.enhance.products_of", return_value=way):
             torch.testing.assert_close(run(dem, tiles, grid, None, direction), expected, rtol=1e-8, atol=1e-9)
@@ -268,6 +269,84 @@ def test_both_directions_together_are_those_of_the_equations(masked, fusion, bia
         torch.testing.assert_close(run(dem, tiles, grid, mask, direction), expected, rtol=1e-8, atol=1e-9)
         with torch.no_grad():
             torch.testing.assert_close(dem(*tiles, grid, mask), expected[0], rtol=1e-8, atol=1e-9)
+
+
+def folded_together(dem, grid, tokens):
+    """The arrangement with all weights folded, and the keys of both directions in one product."""
+    layers = [Layers(*sizes_of(dem.attentions[0]))] * 2
+    ways = _candidates(dem.plan(grid, tokens), layers, shared=True, averaged=True, concat=True)
+    (way,) = (way for way in ways if way.fold_values and way.together)
+    return patch("dualview.ops.enhance.products_of", return_value=way)
+
+
+@pytest.fixture
+def folds():
+    """Sees the weights that are multiplied for both directions."""
+    with patch("dualview.ops.planned.run.product_of_weights", wraps=product_of_weights) as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("grid, tokens", [((1, 1), (3, 4)), ((3, 1), (6, 4)), ((2, 3), (4, 6)), ((2, 3), (4, 3))])
+@pytest.mark.parametrize("source", ["dual", "local", "global", "sum"])
+@pytest.mark.parametrize("pairing", ["paper", "released"])
+def test_keys_of_both_directions_in_one_product_give_the_same(pairing, source, grid, tokens, folds):
+    """Also where the tiles that are given are in an order of their own."""
+    dem, tiles = build("paper", pairing=pairing, source=source), inputs(grid, tokens)
+    live = tuple(torch.randperm(grid[0] * grid[1]).tolist() for _ in range(2))
+    with torch.no_grad():
+        with dv.full_computation():
+            expected = dem(*tiles, grid)
+        with folded_together(dem, grid, tokens):
+            torch.testing.assert_close(dem(*tiles, grid), expected, rtol=1e-8, atol=1e-9)
+            mixed = dem(*(x[:, order] for x, order in zip(tiles, live, strict=True)), grid, live=live)
+            torch.testing.assert_close(mixed, expected, rtol=1e-8, atol=1e-9)
+    assert folds.call_count == 2
+
+
+@pytest.mark.parametrize("masked, recorded, large", [("pair", False, False), (None, True, False), (None, False, True)])
+def test_directions_follow_one_another(masked, recorded, large, folds):
+    """Where keys are masked, where a backward pass would have to join maps again, where the kernel moves large ones."""
+    grid, tokens = (2, 3), (4, 6)
+    dem, tiles, mask = build("paper"), inputs(grid, tokens), mask_of(masked, (8, 18))
+    with torch.set_grad_enabled(recorded):
+        with folded_together(dem, grid, tokens), patch("dualview.ops.planned.run.takes_kernel", return_value=large):
+            planned = dem(*tiles, grid, mask)
+        with dv.full_computation():
+            torch.testing.assert_close(planned, dem(*tiles, grid, mask), rtol=1e-8, atol=1e-9)
+    folds.assert_not_called()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_keys_of_both_directions_in_one_product_err_as_full_does(arithmetic, folds):
+    torch.manual_seed(0)
+    (dtype, autocast), grid, tokens = ARITHMETICS[arithmetic], (2, 3), (8, 6)
+    dem, tiles = build("paper", dtype), inputs(grid, tokens, dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with folded_together(dem, grid, tokens):
+            planned = dem(*tiles, grid)
+        with dv.full_computation():
+            full = dem(*tiles, grid)
+    with torch.no_grad(), dv.full_computation():
+        exact = copy.deepcopy(dem).double()(*(x.double() for x in tiles), grid)
+    assert planned.dtype == full.dtype
+    assert (planned.double() - exact).norm() <= 2 * (full.double() - exact).norm()
+    folds.assert_called_once()
+
+
+def test_a_compiled_graph_has_keys_of_both_directions_in_one_product():
+    dem, grid, tokens = build("paper"), (2, 3), (4, 6)
+    tiles, products = inputs(grid, tokens), []
+
+    def count(graph, inputs):
+        products.append([node.target for node in graph.graph.nodes].count(torch.baddbmm))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad(), machine("operations count, then launches"):
+        found = torch.compile(dem, fullgraph=True, backend=count)(*tiles, grid)
+        with dv.full_computation():
+            torch.testing.assert_close(found, dem(*tiles, grid), rtol=1e-8, atol=1e-9)
+    assert products == [2], "of the weights, and over the tiles"
 
 
 @pytest.mark.parametrize("fastest", ["launches count", "never measured"])
@@ -344,6 +423,17 @@ def test_error_is_at_most_twice_that_of_the_full_computation(grid, preset, arith
 
     assert error([planned], [exact]) <= 2 * error([full], [exact]) + 1e-9
     assert error(of_planned, of_exact) <= 2 * error(of_full, of_exact) + 1e-9
+
+
+def test_a_forward_that_was_put_into_a_fusion_may_look_anywhere():
+    """What its class declares was said of another forward."""
+    dem, tiles = build(fusion="conv3x3", readout="centre"), inputs((1, 5), (3, 5))
+    ordinary = dem.fusion.forward
+    dem.fusion.forward = lambda v_loc, v_glo: ordinary(v_loc, v_glo.roll(-2, dims=2))
+    with torch.no_grad():
+        planned = dem(*tiles, (1, 5))
+        with dv.full_computation():
+            torch.testing.assert_close(planned, dem(*tiles, (1, 5)), rtol=1e-8, atol=1e-9)
 
 
 def test_the_switch_is_restored_after_an_error():
