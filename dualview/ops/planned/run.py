@@ -74,8 +74,8 @@ def enhance_live(
         if not torch.is_grad_enabled() and not takes_kernel(tiles, move):
             return enhance_folded(plan, grid, attentions[0], cast(LinearConcatFusion, fusion), maps)
     ways = list(zip(plan.directions, products.directions, attentions, strict=True))
-    folding = {attention: a for _, a, attention in ways if a.fold}  # both directions may share one matrix
-    folded = {attention: query_key_matrix(attention) for attention in folding}
+    # Both directions may share one matrix.
+    folded = {layers: query_key_matrix(layers) for layers in dict.fromkeys(x for _, a, x in ways if a.fold)}
     enhanced = [
         enhance_direction(
             plan, d, grid, a, layers, maps, masks, folded[layers] if a.fold else None, project=not products.fold_values
