@@ -114,28 +114,33 @@ class PagesSeen(NamedTuple):
 
     Attributes:
         tiles: Normalised local tiles, (B, 9, 3, 112, 112).
-        thumbnails: Normalised, (B, 3, 112, 112); each of their patches is a cell.
-        labels: What stands in each cell, of the tiles and of the thumbnails: a class, `BACKGROUND` or `NOT_JUDGED`, (B,
-            8, 8) each.
+        wholes: Normalised, (2B, 3, 112, 112): thumbnails, then a global tile of each page. Each of their patches is a
+            cell.
+        labels: What stands in each cell, of the tiles and of the wholes: a class, `BACKGROUND` or `NOT_JUDGED`, (B, 8,
+            8) and (2B, 8, 8).
     """
 
     tiles: Tensor
-    thumbnails: Tensor
+    wholes: Tensor
     labels: tuple[Tensor, Tensor]
 
 
 def draw_pages(
     count: int, heights: tuple[float, float], seed: int, atlas: Atlas, photographs: Sequence[Tensor] | None = None
 ) -> PagesSeen:
-    """Pages with glyphs of such heights, on the device of the atlas. Only thumbnails show the large character whole."""
+    """Pages with glyphs of such heights, on the device of the atlas.
+
+    Thumbnails and global tiles show the large character whole. Which of the nine global tiles is given, the seed says.
+    """
     pages = sample_pages(count, heights, seed)
     pixels = (render(pages, 3 * TILE, atlas, photographs) - MEAN) / STD
     labels = torch.where(pages.kinds == EMPTY, BACKGROUND, pages.kinds)
     small = torch.where(pages.kinds == COVERED, NOT_JUDGED, labels)
     whole = torch.where(pages.kinds == COVERED, BACKGROUND, labels)
     whole = torch.where(covered(pages), pages.large[:, None, None], whole)
-    tiles, thumbnails = crop(pixels, (3, 3), "local"), interpolate(pixels, (TILE, TILE))
-    return PagesSeen(tiles, thumbnails, (small.to(pixels.device), whole.to(pixels.device)))
+    wholes = torch.cat([interpolate(pixels, (TILE, TILE)), crop(pixels, (3, 3), "global")[:, seed % 9]])
+    of_wholes = whole.repeat(2, 1, 1)
+    return PagesSeen(crop(pixels, (3, 3), "local"), wholes, (small.to(pixels.device), of_wholes.to(pixels.device)))
 
 
 def of_cells(tower: ReaderVisionModel, tiles: Tensor) -> Tensor:
@@ -198,7 +203,7 @@ def pretrain(
             number = int(torch.randint(2**31, (), generator=random))
             behind = photographs if number % 10 == 0 else None
             seen = draw_pages(max(1, batch // 10), (max(5.0, smallest), 28.0), number, atlas, behind)
-            whole, cells = tower(seen.thumbnails).last_hidden_state, of_cells(tower, seen.tiles)
+            whole, cells = tower(seen.wholes).last_hidden_state, of_cells(tower, seen.tiles)
             loss = _loss(of_cell(cells), seen.labels[0]) + _loss(of_patch(whole), seen.labels[1])
             loss = loss + 2 * (of_place(whole) - place).square().mean()
         else:

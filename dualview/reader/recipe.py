@@ -62,7 +62,7 @@ class Recipe:
         ValueError: The seed is none of these.
     """
 
-    tower_steps: int = 3400
+    tower_steps: int = 3600
     tower_batch: int = 20
     warm_steps: int = 3200
     large_steps: int = 300

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 import torch
 
+from dualview.models.view_plan import interpolate
 from dualview.reader.drawing import contrasting
 from dualview.reader.glyphs import (
     CHARACTERS,
@@ -193,10 +194,17 @@ def test_pages_to_train_the_tower_on_are_cut_as_a_model_cuts_them():
     atlas = build_atlas(FONTS)
     seen, pages = draw_pages(3, (8, 28), 7, atlas), sample_pages(3, (8, 28), 7)
     assert seen.tiles.shape == (3, 9, 3, 112, 112)
-    assert seen.thumbnails.shape == (3, 3, 112, 112)
-    torch.testing.assert_close(seen.tiles[0, 5] * STD + MEAN, render(pages, 336, atlas)[0, :, 112:224, 224:])
+    pixels = render(pages, 336, atlas)
+    torch.testing.assert_close(seen.tiles[0, 5] * STD + MEAN, pixels[0, :, 112:224, 224:])
+    assert seen.wholes.shape == (6, 3, 112, 112)
+    thumbnails = interpolate(pixels, (112, 112))
+    torch.testing.assert_close(seen.wholes[:3] * STD + MEAN, thumbnails)
+    eighth = pixels[:, :, 2::3, 1::3]  # for the seed is 7
+    torch.testing.assert_close(seen.wholes[3:] * STD + MEAN, eighth)
     written = pages.kinds >= 0
     small, whole = seen.labels
+    assert torch.equal(whole[:3], whole[3:])
+    whole = whole[:3]
     assert torch.equal(small[written], pages.kinds[written])
     assert torch.equal(small == NOT_JUDGED, pages.kinds == COVERED)
     large = covered(pages)
