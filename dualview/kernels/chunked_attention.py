@@ -121,9 +121,13 @@ def _mean_of_cells(weights: Tensor, cells: tuple[int, int, int, int] | None) -> 
 
 
 def _share(a: Tensor, b: Tensor, tiles: int) -> Tensor:
-    """The product divided by a number, in one operation."""
-    of_heads = a.flatten(0, 2), b.flatten(0, 2)
-    return cast(Tensor, torch.baddbmm(a.new_empty(1), *of_heads, beta=0, alpha=1 / tiles).unflatten(0, a.shape[:3]))
+    """The product divided by a number, in one operation.
+
+    Its first operand adds nothing, but must be finite: the products that torch.compile generates multiply it by zero.
+    """
+    rows, values = a.flatten(0, 2), b.flatten(0, 2)
+    finite = values[:, :1] if values.shape[1] else values.new_zeros(1)
+    return cast(Tensor, torch.baddbmm(finite, rows, values, beta=0, alpha=1 / tiles).unflatten(0, a.shape[:3]))
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
@@ -135,8 +139,7 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
     wide = torch.promote_types(a.dtype, torch.float32)
     if not a.is_cuda or a.dtype == wide or torch.is_grad_enabled():
         return a.to(wide) @ b.to(wide)
-    product: Tensor = torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out_dtype=wide).unflatten(0, a.shape[:3])
-    return product
+    return cast(Tensor, torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out_dtype=wide).unflatten(0, a.shape[:3]))
 
 
 def _product(rows: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:

@@ -71,8 +71,8 @@ def tile_attention(
     # No fused kernel is fast for wide heads on a GPU, or as fast as scores in the cache of a CPU.
     scores = q.shape[-1] > WIDEST_HEAD if q.is_cuda else v is k and q.device.type in SCORES_AT_ONCE
     if cells or tiles or scores or not _fused_is_right(q, k, v, key_mask):
-        of_its_own = v.view_as(v)  # torch.compile refuses a function of the same tensor twice
-        return cast(Tensor, _ByChunks.apply(q, k, of_its_own, key_mask, scale, cells, tiles))
+        # A view, for torch.compile refuses a function of the same tensor twice.
+        return cast(Tensor, _ByChunks.apply(q, k, v.view_as(v), key_mask, scale, cells, tiles))
     rows, keys, values = by_head(q), by_head(k), by_head(v)
     if keys.shape[2] < rows.shape[2]:  # the queries of all heads ask one head of keys
         rows = rows.flatten(2, 3).unsqueeze(2)

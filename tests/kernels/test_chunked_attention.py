@@ -249,3 +249,16 @@ def test_vmap(in_dims: tuple[int | None, int | None]) -> None:
     out = torch.func.vmap(lambda q, k: tile_attention(q, k, k, scale=0.7), in_dims=in_dims)(q, k)
     flat = [x.squeeze(1) if dim == 0 else x for x, dim in zip((q, k), in_dims, strict=True)]
     torch.testing.assert_close(out.squeeze(1), at_once(*flat, flat[1], None, None), rtol=1e-10, atol=1e-12)
+
+
+def test_an_average_over_tiles_reads_no_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that torch.compile generates for a GPU multiply by zero what torch's own pass over."""
+
+    def as_generated(first: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:
+        return beta * first + alpha * (a @ b)
+
+    q, k = queries(2), keys(1)
+    expected = tile_attention(q, k, k, scale=0.7, tiles=TILES)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    monkeypatch.setattr(torch, "baddbmm", as_generated)
+    torch.testing.assert_close(tile_attention(q, k, k, scale=0.7, tiles=TILES), expected, rtol=1e-10, atol=1e-12)

@@ -138,23 +138,27 @@ def enhance_folded(
         reduce(torch.add, [in_cut(x, d.cut, grid) for x in maps[KEYS_OF_QUERY[d.query]]]) for d in plan.directions
     ]
     keys = torch.stack(answering).flatten(4, 7).flatten(2, 3).unsqueeze(-2)
+    # One product that scales, too; its first operand is as in `query_key_matrix`.
+    asked = torch.addmm(folded[0], keys.flatten(0, -2), folded.t(), beta=0, alpha=attention.dim**-0.5).view(keys.shape)
     (h, w), halves = grid.tile_size(plan.tokens), []
     averages = {  # of the cells in a tile; or over the tiles, each with one token of every cell
         "local": ((h, grid.rows, w, grid.cols), 0, "(b i j u v) d"),
         "global": (None, grid.num_tiles, "(b i u j v) d"),
     }
-    for d, k, v, weight in zip(plan.directions, F.linear(keys, folded), keys, values.chunk(2), strict=True):
+    for d, k, v, weight in zip(plan.directions, asked, keys, values.chunk(2), strict=True):
         (query,) = take_tiles(maps[d.query], d.query_rows, d.query_cols, d.cut, grid)
         cells, tiles, order = averages[d.cut]
         found = tile_attention(query.unsqueeze(-2), k, v, scale=1.0, cells=cells, tiles=tiles).flatten(0, -2)
-        # The product of weights has divided by sqrt(D), as scores need it; values do not.
-        half = torch.addmm(found.new_empty(1), found, weight.t(), beta=0, alpha=attention.dim**0.5)
-        halves.append(einops.rearrange(half, f"{order} -> b i u j v d", i=grid.rows, j=grid.cols, u=h, v=w))
+        halves.append(
+            einops.rearrange(F.linear(found, weight), f"{order} -> b i u j v d", i=grid.rows, j=grid.cols, u=h, v=w)
+        )
     return torch.cat(halves[::-1], -1).flatten(3, 4).flatten(1, 2)
 
 
 def in_cut(source: TileMap, cut: Perspective, grid: TileGrid) -> Tensor:
     """All tokens of a map as tiles of a perspective, where tiles hold whole cells: a view, with all factors of h and w.
+
+    Those of a global tile stand cell by cell of its own, not row by row: as keys they may.
 
     Shape:
         (B, tiles, h, w, D) -> (B, rows, cols, h / rows, rows, w / cols, cols, D)
@@ -330,19 +334,20 @@ def fuse_together(fusion: BottleneckConcatFusion, both: Tensor) -> Tensor:
 def query_key_matrix(attention: TileAttention) -> Tensor:
     """W_q W_k^T / sqrt(D) of one head, as a weight of `torch.nn.functional.linear`."""
     query, key = attention.q_proj.weight, attention.k_proj.weight
-    # One product that scales, too; of its first operand nothing is read, for beta is 0.
+    # One product that scales, too. Its first operand adds nothing, but must be finite: torch.vmap, and the products
+    # that torch.compile generates, multiply it by zero.
     return torch.addmm(query.detach(), key.t(), query, beta=0, alpha=attention.dim**-0.5)
 
 
 def product_of_weights(attention: TileAttention, fusion: LinearConcatFusion) -> Tensor:
-    """W_k W_q^T, and W_v with both layers of the fusion, local first, in one product that divides all by sqrt(D).
+    """W_k W_q^T, and W_v with both layers of the fusion, local first, in one product.
 
     Shape:
         (2, D, D), either as a weight of `torch.nn.functional.linear`
     """
     layers = fusion.local_proj, fusion.global_proj, attention.k_proj, attention.v_proj
     weights = torch.cat([attention.q_proj.weight.t(), *(layer.weight for layer in layers)]).unflatten(0, (2, 2, -1))
-    return torch.baddbmm(weights.new_empty(1), *weights, beta=0, alpha=attention.dim**-0.5)
+    return torch.bmm(*weights)
 
 
 def _absorbed_queries(attention: TileAttention, query: Tensor, folded: Tensor | None) -> Tensor:
