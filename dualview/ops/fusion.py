@@ -40,7 +40,9 @@ def declared(fusion: nn.Module, name: str) -> Any:
     for declaring in (fusion, *type(fusion).__mro__):
         if name in vars(declaring):
             return getattr(fusion, name)
-        if "forward" in vars(declaring):
+        # What accelerate has wrapped is called by it: `_old_forward`.
+        wrapped = getattr(getattr(declaring, "_old_forward", None), "__func__", None) is type(fusion).forward
+        if "forward" in vars(declaring) and not wrapped:
             return None
     return None
 

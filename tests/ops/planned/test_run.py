@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -464,6 +465,18 @@ def test_a_forward_that_was_put_into_a_fusion_may_look_anywhere():
         planned = dem(*tiles, (1, 5))
         with dv.full_computation():
             torch.testing.assert_close(planned, dem(*tiles, (1, 5)), rtol=1e-8, atol=1e-9)
+
+
+def test_a_forward_that_accelerate_has_wrapped_is_that_of_its_class():
+    """Unless another one had been put there before."""
+    dem = build(fusion="conv3x3", readout="centre")
+    plan = dem.plan((1, 5), (3, 5))
+    add_hook_to_module(dem.fusion, ModelHook())
+    assert dem.plan((1, 5), (3, 5)) == plan
+    remove_hook_from_module(dem.fusion)
+    dem.fusion.forward = lambda v_loc, v_glo: v_glo.roll(-2, dims=2)
+    add_hook_to_module(dem.fusion, ModelHook())
+    assert dem.plan((1, 5), (3, 5)) != plan
 
 
 def test_the_switch_is_restored_after_an_error():
