@@ -98,7 +98,8 @@ def measured(place: Place, tiny: bool, header: dict[str, Any], deadline: float, 
         again: Whether to go on with what an earlier process has written.
     """
     torch.manual_seed(SEED)
-    file = ResultFile.begun(path) if again else ResultFile(path, header | {"sections": {}, "rows": []})
+    new = header | {"sections": dict.fromkeys(section.__name__ for section in SECTIONS), "rows": []}
+    file = ResultFile.begun(path) if again else ResultFile(path, new)
     document, sizes = file.document, Sizes(tiny)
     if not again:
         document["limits"] = asdict(measure.Limits(1e12, 1e12) if tiny else measure.limits(place))
@@ -113,6 +114,7 @@ def measured(place: Place, tiny: bool, header: dict[str, Any], deadline: float, 
     with dv.use_backend("torch" if document["gate"].startswith("failed") else "auto"):
         for section in SECTIONS:
             file.section(section.__name__, partial(section, rows, sizes, limits), described)
+            rows.go_on_only_if_the_device_answers()
 
 
 # --- The enhancement module -------------------------------------------------------------------------------------------

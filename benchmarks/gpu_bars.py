@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from benchmarks.cases import KERNELS, LOOP, OURS
+from benchmarks.gpu_process import RUNNING
 
 BATCHED, COMPILED = "batched SDPA", "batched SDPA, torch.compile"
 ONE_BATCH = "19 views, one batch"
@@ -170,9 +171,8 @@ def summary(document: dict[str, Any]) -> str:
         for bar in found
         if bar["verdict"] == "fell short"
     ]
-    for said in ("wrong: ", "failed: "):
-        lines += [
-            f"{row['case']}, {row['side']}: {row['missing']}" for row in rows if (row["missing"] or "").startswith(said)
-        ]
-    lines += [f"section {name}: {state}" for name, state in document["sections"].items() if state != "done"]
+    for said, key in product(("wrong: ", "failed: ", RUNNING), ("missing", "no_graph")):
+        lines += [f"{row['case']}, {row['side']}: {row[key]}" for row in rows if (row[key] or "").startswith(said)]
+    sections = document["sections"].items()
+    lines += [f"section {name}: {state or 'not begun'}" for name, state in sections if state != "done"]
     return "\n".join(lines)

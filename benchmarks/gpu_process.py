@@ -23,7 +23,8 @@ class ResultFile:
 
     Attributes:
         path: The file.
-        document: What stands in it: rows, and among the other fields "sections", the state of each one.
+        document: What stands in it: rows, and among the other fields "sections", the state of each one, None before it
+            is begun.
     """
 
     path: Path

@@ -89,7 +89,7 @@ class Rows:
                 row["missing"] = str(reason)
             except Exception as error:  # whatever a library raises: its row says so, and the others are measured
                 row["missing"] = f"failed: {described(error)}"
-                self._go_on_only_if_the_device_answers()
+                self.go_on_only_if_the_device_answers()
             else:
                 row["missing"] = None
                 if graphs:
@@ -110,8 +110,12 @@ class Rows:
         if not error <= min(WRONG * reference["error"] + 1e-6, MOST):
             raise peers.Missing(f"wrong: error {error:.1e}, and {reference['error']:.1e} of the {reference['side']}")
 
-    def _go_on_only_if_the_device_answers(self) -> None:
-        """After some errors a GPU does nothing more for a process: another one has to go on."""
+    def go_on_only_if_the_device_answers(self) -> None:
+        """After some errors a GPU does nothing more for a process: another one has to go on.
+
+        Raises:
+            SystemExit: The GPU does not answer.
+        """
         if self.place.device == "cuda":
             try:
                 torch.ones(8, device="cuda").sum().item()
@@ -124,7 +128,7 @@ class Rows:
             row["no_graph"] = None
         except Exception as error:
             row["no_graph"] = described(error)
-            self._go_on_only_if_the_device_answers()
+            self.go_on_only_if_the_device_answers()
 
     def release(self) -> None:
         """Forget a case: its tensors, its graphs, and what was compiled for it."""

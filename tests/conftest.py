@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,25 @@ OF_THE_PROCESS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
 """What all tests of a process share, and libraries change: how to read it, and how to set it."""
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """No test depends on those before it: random numbers are the same, and what one changes is put back."""
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nothing within depends on what was before it: random numbers are the same, and what it changes is put back."""
     torch.manual_seed(0)
     before = [read() for read, _ in OF_THE_PROCESS]
     yield
     for (read, put), value in zip(OF_THE_PROCESS, before, strict=True):
         if read() != value:
             put(value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _module_alone() -> Iterator[None]:
+    """Before the other fixtures of a module: they would go on where the last test of another module ended."""
+    with alone():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with alone():
+        yield

@@ -77,10 +77,11 @@ def run_with_libraries(code: str, *arguments: str, **environment: str) -> "subpr
 
 def run_two(code: str, *arguments: str) -> "list[subprocess.CompletedProcess[str]]":
     """Two processes at a time, each with its rank and the address of the first in its environment, as of torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return _run(LIBRARIES, code, arguments, [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
+    with socket.socket() as held:  # until both have ended: its port is given to nobody else, but the first may listen
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "WORLD_SIZE": "2"}
+        return _run(LIBRARIES, code, arguments, [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"])
 
 
 def _run(

@@ -2,16 +2,18 @@
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bars, measure, peers, results, runner
+from benchmarks import gpu, gpu_bars, gpu_process, measure, peers, results, runner
 from benchmarks.cases import KERNELS, LOOP, OURS
 from benchmarks.gpu_process import RUNNING, ResultFile, keep_running
 from benchmarks.gpu_rows import Rows
@@ -86,7 +88,7 @@ def test_the_command_tests_first_and_measures_in_a_process_of_its_own(
     monkeypatch.setattr(runner, "run_tests", lambda *given, seconds: calls.append((given, seconds)) or "failed: 1")
 
     def run(target: Callable[..., None], path: Path, end: float) -> bool:
-        target(path, False)
+        pickle.loads(pickle.dumps(target))(path, False)
         return True
 
     def section(*given: Any) -> None:
@@ -165,13 +167,23 @@ def test_another_process_goes_on_where_one_ended(tmp_path: Path) -> None:
     assert {name.name for name in tmp_path.iterdir()} == {"rows.json"}
 
 
-@pytest.mark.parametrize("limit", ["silent", "end"])
-def test_what_was_measured_survives_a_hang(limit: str, tmp_path: Path) -> None:
-    """A row that hangs is ended and the next one follows, or the time is over."""
-    path, seconds = tmp_path / "rows.json", {"silent": (120, 8), "end": (8, 120)}[limit]
-    assert keep_running(gpu_processes.hangs, path, time.monotonic() + seconds[0], silent=seconds[1])
-    found = {row["name"]: row["done"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
-    assert found == {"one": True, "two": False} | ({"three": True} if limit == "silent" else {})
+@pytest.mark.parametrize("clock", ["time", "monotonic"])
+def test_what_was_measured_survives_a_hang(clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that hangs is ended and the next one follows, or the time is over: by clocks that do not wait for it."""
+    path = tmp_path / "rows.json"
+    clocks = {name: getattr(time, name) for name in ("time", "monotonic")}
+    real = clocks[clock]
+
+    def hurried() -> float:
+        """An hour later once the second row has been begun, until another process goes on."""
+        document = ResultFile.begun(path).document if path.exists() else {"rows": []}
+        hangs = len(document["rows"]) == 2 and document["sections"] == {"measures": "begun at row 0"}
+        return float(real() + 3600 * hangs)
+
+    monkeypatch.setattr(gpu_process, "time", SimpleNamespace(**clocks | {clock: hurried}))
+    assert keep_running(gpu_processes.hangs, path, time.monotonic() + 600, silent=600)
+    found = {row["name"]: row["done"] for row in ResultFile.begun(path).document["rows"]}
+    assert found == {"one": True, "two": False} | ({"three": True} if clock == "time" else {})
 
 
 def test_what_was_measured_before_is_not_taken_for_new(tmp_path: Path) -> None:
@@ -211,6 +223,31 @@ def test_a_gpu_that_answers_no_more_ends_its_process(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match="the GPU does not answer"):
         rows.measure("suite", "case", {}, {"one": fault, "two": fault})
     assert [row["missing"] for row in rows.found] == ["failed: RuntimeError: an illegal memory access was encountered"]
+
+
+def test_a_section_that_loses_the_gpu_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next section has another one; what has not been begun is said, too."""
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def prepares(*given: Any) -> None:
+        monkeypatch.setattr(torch, "ones", fault)
+        fault()
+
+    def follows(*given: Any) -> None: ...
+
+    monkeypatch.setattr(gpu, "SECTIONS", (prepares, follows))
+    path, ones = tmp_path / "rows.json", torch.ones
+    with pytest.raises(SystemExit, match="the GPU does not answer"):
+        gpu.measured(Place("cuda"), True, header(), float("inf"), path, False)
+    assert gpu_bars.summary(ResultFile.begun(path).document).splitlines()[-2:] == [
+        "section prepares: failed: RuntimeError: an illegal memory access was encountered",
+        "section follows: not begun",
+    ]
+    monkeypatch.setattr(torch, "ones", lambda *given, device, **_: ones(*given))
+    gpu.measured(Place("cuda"), True, header(), float("inf"), path, True)
+    assert ResultFile.begun(path).document["sections"]["follows"] == "done"
 
 
 # --- Only what is right counts ----------------------------------------------------------------------------------------
@@ -310,13 +347,21 @@ def test_gpu_bars_say_what_was_reached() -> None:
 def test_the_summary_names_what_fell_short_and_what_failed() -> None:
     one = "released, batch 1: forward"
     rows = rows_with((one, LOOP, 1.0, 0.1), (one, OURS, 2.0, 0.2), (one, "peer", 1.0, 0.1), (one, "other", 1.0, 0.1))
+    rows += rows_with((one, "crashes", 1.0, 0.1), (one, "crashes in a graph", 3.0, 0.1))
     rows[2] |= {"missing": "wrong: error 1.0e+00", "eager_ms": None, "graph_ms": None}
     rows[3] |= {"missing": "not installed: natten", "eager_ms": None, "graph_ms": None}
+    rows[4] |= {"missing": RUNNING, "eager_ms": None, "graph_ms": None}
+    rows[5] |= {"no_graph": RUNNING, "graph_ms": None}
     document = {"rows": rows, "bars": gpu_bars.bars(rows, {}), "sections": {"one": "done", "two": "failed: no"}}
     lines = gpu_bars.summary(document).splitlines()
     assert lines[0].startswith("0 aims reached, 4 fell short, ")
     assert f"fell short: {one}, graph, ms: 0.2, aimed at 0.12" in lines
-    assert lines[-2:] == [f"{one}, peer: wrong: error 1.0e+00", "section two: failed: no"]
+    assert lines[-4:] == [
+        f"{one}, peer: wrong: error 1.0e+00",
+        f"{one}, crashes: {RUNNING}",
+        f"{one}, crashes in a graph: {RUNNING}",
+        "section two: failed: no",
+    ]
 
 
 def test_the_host_may_take_twice_as_long_as_for_a_view() -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import warnings
 from functools import partial
+from graphlib import TopologicalSorter
 from random import Random
 
 import pytest
@@ -261,12 +262,9 @@ def test_what_is_recorded_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def one_after_another(parts):
     """In this process, each as it would be sent to another one; tests/reader/test_parts.py has several."""
-    done = set()
-    while len(done) < len(parts):
-        for name, part in pickle.loads(pickle.dumps(parts)).items():
-            if name not in done and done.issuperset(part.needs):
-                part.call(*part.arguments)
-                done.add(name)
+    for name in TopologicalSorter({name: part.needs for name, part in parts.items()}).static_order():
+        part = pickle.loads(pickle.dumps(parts[name]))
+        part.call(*part.arguments)
 
 
 @pytest.mark.more

@@ -33,6 +33,7 @@ def main(config: str, how: str) -> None:
     if how == "fsdp":
         shard_on_cpus()
     train(TrainConfig.load(config), resume=True)
+    assert PartialState().num_processes == 2, "each trained for itself"
 
 
 if __name__ == "__main__":

@@ -179,8 +179,11 @@ def by_the_gpu_script(document: dict[str, Any]) -> Iterator[Measured]:
 
 
 def of_result_files(folder: Path = FOLDER / "gpu") -> Iterator[Measured]:
+    """Of all that are no trial of the script in small sizes."""
     for path in sorted(folder.glob("*.json")):
-        yield from by_the_gpu_script(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["selection"] != "tiny":
+            yield from by_the_gpu_script(document)
 
 
 def compared(cases: Iterator[Measured]) -> list[Measured]:
@@ -205,19 +208,22 @@ def test_what_was_compared_on_an_h100() -> None:
     }
 
 
-def test_rows_of_the_gpu_script_are_compared_in_the_same_way() -> None:
+def test_rows_of_the_gpu_script_are_compared_in_the_same_way(tmp_path: Path) -> None:
     """On a CPU absorbing is chosen for 3 x 3 tiles: fails where a row says that projecting takes half the time."""
     params = {"preset": "released", "n": 3, "d": 1024, "tokens": 24, "mode": "forward", "dtype": "bfloat16"}
     row = {"suite": "dem", "case": "released", "params": params}
     took = {"projected": 2.0, "absorbed": 1.0, "in the fewest launches": 2.1}
     rows = [row | {"side": f"{OURS}, {name}", "graph_ms": time} for name, time in took.items()]
     rows += [row | {"side": OURS, "graph_ms": 1.0}, row | {"side": "loop over tiles", "graph_ms": 0.1}]
-    document = {"machine": {"name": "a CPU"}, "rates_of": "cpu", "rows": rows}
+    document = {"machine": {"name": "a CPU"}, "rates_of": "cpu", "rows": rows, "selection": "gpu"}
     (case,) = compared(by_the_gpu_script(document))
     assert case.loss() == 1
     rows[0]["graph_ms"] = 0.5
     (case,) = compared(by_the_gpu_script(document))
     assert case.loss() == 2
+    for selection, count in (("gpu", 1), ("tiny", 0)):
+        (tmp_path / "cpu.json").write_text(json.dumps(document | {"selection": selection}), encoding="utf-8")
+        assert len(list(of_result_files(tmp_path))) == count
 
 
 def on_a_cpu() -> Iterator[Measured]:
