@@ -359,7 +359,8 @@ class DualPerspectiveEnhance(nn.Module):
     def products(self, grid: GridLike, tokens: SizeLike, like: Tensor) -> Products:
         """How the live tokens are computed by the module as it is, for tokens like ``like``.
 
-        Where a gradient would be recorded, that is for both passes; within ``torch.no_grad()``, for a forward pass.
+        That is for both passes where a gradient of ``like`` or of an attention's weights would be recorded, and for a
+        forward pass otherwise.
 
         Example:
             >>> dem = DualPerspectiveEnhance.released(1024)
