@@ -57,6 +57,10 @@ REDUCED_GAPS = {
     "concat_place": (EMBEDDED, AVERAGE, "read at a place"),
     "average_linear": (AVERAGE, LINEAR, None),
     "embedded_linear": (EMBEDDED, LINEAR, None),
+    "conv": (f"{RELEASED}, conv3x3", RELEASED, None),
+    "average_thumb": (f"{AVERAGE}, thumbnail for stride", AVERAGE, None),
+    "phases": (f"{RELEASED}, learnt phases", RELEASED, None),
+    "faster": (f"{RELEASED}, 2 x the rate", RELEASED, None),
 }
 """The same of the reduced series."""
 PAIRS = (

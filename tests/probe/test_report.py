@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import probe_cpu
-from benchmarks.probe_cpu import AVERAGE, EMBEDDED
+from benchmarks.probe_cpu import AVERAGE, EMBEDDED, FASTER
 from benchmarks.probe_report import FIGURE, GAPS, MAIN, PAGE, REDUCED_GAPS, RELEASED, WHY, load, page
 from benchmarks.probe_tables import (
     by_offset,
@@ -192,9 +192,16 @@ def test_claims_of_the_text_on_the_reduced_series(reduced):
     assert 0.01 < over_paper.mean < 0.02
     fusions = [arm for arm, table, *_ in reduced["planned"] if table == "5" and arm in results.arms and arm != EMBEDDED]
     differences = {arm: results.accuracy(arm, against=RELEASED) for arm in fusions if arm != RELEASED}
-    assert len(differences) == 5
+    assert len(differences) == 6
+    assert differences.pop("DEM released, conv3x3").low > 0.02
     assert [arm for arm, found in differences.items() if found.high < 0] == ["DEM released, linear_concat"]
     assert all(-0.012 < found.mean < 0.012 for found in differences.values())
+    assert gaps["average_thumb"].low < 0 < gaps["average_thumb"].high
+    assert gaps["phases"].high < 0
+    shares = [[results.accuracy(arm + rate).mean for arm in FASTER] for rate in ("", ", 2 x the rate")]
+    assert [sorted(range(4), key=of.__getitem__) for of in shares] == 2 * [[2, 3, 0, 1]]
+    gains = {arm: faster - slower for arm, slower, faster in zip(FASTER, *shares, strict=True)}
+    assert max(gains, key=gains.__getitem__) == RELEASED
     far = [float(row.split("|")[-2]) for row in by_offset(results, (RELEASED, AVERAGE)).splitlines()[2:]]
     assert 1.8 < far[1] / far[0] < 2.2
     cost = reduced["cost"]
