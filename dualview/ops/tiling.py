@@ -233,7 +233,7 @@ def recombine(
             f"recombine(tiles, grid={grid!r}, perspective={perspective!r}): a plain tensor records neither, so both "
             'must be given: recombine(tiles, (rows, cols), "local" or "global").'
         )
-    perspective, known, plain = check_perspective(perspective), cast(GridLike, grid), cast(Tensor, tiles)
+    perspective, (known, plain) = check_perspective(perspective), cast("tuple[GridLike, Tensor]", (grid, tiles))
     if size is not None:
         known = TileGrid.of(known)
         check_result_size(size, known, tile_size(plain, perspective, known, data_format, "tiles"))

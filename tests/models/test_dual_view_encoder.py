@@ -328,9 +328,10 @@ def test_any_callable_is_an_encoder() -> None:
     assert {name for name, _ in as_function.named_parameters()} == {f"dem.{n}" for n, _ in dem.named_parameters()}
 
 
-def clip_tower(layers: int = 3) -> CLIPVisionModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=28, patch_size=7)
+def clip_tower() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
+    )
     return CLIPVisionModel(config).eval()
 
 
@@ -511,7 +512,7 @@ def small_model(dem: nn.Module | None = None, **options: object) -> DualViewEnco
 def test_compiles_into_one_graph(low_res: str | None) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    tower = HfEncoder(clip_tower(layers=2))
+    tower = HfEncoder(clip_tower())
     model = DualViewEncoder(
         tower, DualPerspectiveEnhance.released(32), tile=(28, 28), low_res=low_res, max_tiles_per_pass=1000
     )

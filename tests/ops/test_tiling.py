@@ -265,7 +265,7 @@ class TestHostTime:
             lambda: dv.recombine(tiles, grid, "global", data_format=data_format),
             lambda: retile(tiles, "local", "global", grid, data_format=data_format),
         ):
-            assert calls_of(call) <= 23
+            assert calls_of(call) <= 22
 
     def test_what_was_right_once_is_no_excuse(self) -> None:
         """Numbers that are equal, and of another type, are looked at again."""
